@@ -1,0 +1,2 @@
+//! Codec benchmark.
+fn main() {}

@@ -1,0 +1,124 @@
+//! The one list of schemes: a new scheme is one file in `schemes/` and one line here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::{Codec, Scratch, Target};
+use crate::schemes::{
+    bfloat16, blockwise4, blockwise8, float16, none, quantile8, scaled_float16, uniform8,
+};
+use crate::{DecodeError, EncodeError, EncodeReport};
+
+macro_rules! schemes {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $bits:literal, $codec:path;)*) => {
+        /// Which buffer format a vector of values travels in.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[non_exhaustive]
+        pub enum Scheme { $($(#[$doc])* $variant,)* }
+
+        impl Scheme {
+            /// Every scheme, in order of its declaration.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            /// The stable number on the wire: hivemind's `CompressionType` below 64, potluck's own from 64.
+            #[must_use]
+            pub fn wire_id(self) -> u8 {
+                match self { $(Self::$variant => $id,)* }
+            }
+
+            /// The scheme with this number on the wire.
+            #[must_use]
+            pub fn from_wire_id(id: u8) -> Option<Self> {
+                match id { $($id => Some(Self::$variant),)* _ => None }
+            }
+
+            /// The name of the Python class.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// Bits per value, without headers and scales (hivemind computes part counts from this).
+            #[must_use]
+            pub fn bits_per_value(self) -> u32 {
+                match self { $(Self::$variant => $bits,)* }
+            }
+
+            fn codec(self) -> &'static dyn Codec {
+                match self { $(Self::$variant => &$codec,)* }
+            }
+        }
+    };
+}
+
+schemes! {
+    /// The values themselves.
+    None = 0, "NoCompression", 32, none::None;
+    /// IEEE half precision, clamped to its range.
+    Float16 = 2, "Float16Compression", 16, float16::Float16;
+    /// Half precision after subtracting the mean and dividing by the standard deviation.
+    ScaledFloat16 = 1, "ScaledFloat16Compression", 16, scaled_float16::ScaledFloat16;
+    /// 256 equally wide buckets over six standard deviations; each decodes to the mean of its values.
+    Uniform8Bit = 4, "Uniform8BitQuantization", 8, uniform8::Uniform8Bit;
+    /// 256 equally full buckets; each decodes to the mean of its values.
+    Quantile8Bit = 3, "Quantile8BitQuantization", 8, quantile8::Quantile8Bit;
+    /// Blocks of 4096, each scaled by its largest magnitude, on a fixed codebook that is finest near zero.
+    Blockwise8Bit = 5, "BlockwiseQuantization", 8, blockwise8::Blockwise8Bit;
+    /// The upper half of an f32.
+    BFloat16 = 64, "BFloat16Compression", 16, bfloat16::BFloat16;
+    /// Blocks of 64, each scaled by its largest magnitude, on 16 levels.
+    Blockwise4Bit = 65, "Blockwise4BitQuantization", 4, blockwise4::Blockwise4Bit;
+}
+
+impl Scheme {
+    /// Whether a hivemind peer can decode this scheme.
+    #[must_use]
+    pub fn is_hivemind(self) -> bool {
+        self.wire_id() < 64
+    }
+
+    /// Exact size of the encoded buffer for `count` f32 values (`ScaledFloat16`: as one row).
+    ///
+    /// ```
+    /// # use potluck_compression::Scheme;
+    /// assert_eq!(Scheme::Float16.encoded_len(1000), 2000);
+    /// ```
+    #[must_use]
+    pub fn encoded_len(self, count: usize) -> usize {
+        self.codec().encoded_len(count)
+    }
+
+    /// Append exactly [`encoded_len`](Self::encoded_len) bytes to `out`. On an error `out` is as it was.
+    ///
+    /// # Errors
+    /// [`EncodeError::NotFinite`] from the scaled, 8-bit and 4-bit schemes, which cannot express NaN or infinity, and
+    /// [`EncodeError::TooWide`] from `ScaledFloat16`.
+    pub fn encode(
+        self,
+        values: &[f32],
+        out: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        let start = out.len();
+        let result = self.codec().encode(values, out, scratch);
+        if result.is_err() {
+            out.truncate(start);
+        }
+        result
+    }
+
+    /// Fill `values` (its length is the expected count) from the bytes of a stranger.
+    ///
+    /// # Errors
+    /// The buffer is malformed; `values` is untouched.
+    pub fn decode(self, bytes: &[u8], values: &mut [f32]) -> Result<(), DecodeError> {
+        self.codec().decode(bytes, Target::Assign(values))
+    }
+
+    /// `acc[i] += weight * x[i]` for the decoded `x`, in one pass, with the bits of decode-then-add.
+    ///
+    /// # Errors
+    /// The buffer is malformed; `acc` is untouched.
+    pub fn decode_add(self, bytes: &[u8], weight: f32, acc: &mut [f32]) -> Result<(), DecodeError> {
+        self.codec().decode(bytes, Target::Add { weight, acc })
+    }
+}

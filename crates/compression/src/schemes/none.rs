@@ -1,0 +1,59 @@
+//! The values themselves, little-endian. Error: none. NaN and infinity pass unchanged.
+
+use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
+use crate::error::check_length;
+use crate::simd::{self, Isa, Kernel};
+use crate::{DecodeError, EncodeError, EncodeReport};
+
+pub(crate) struct None;
+
+impl Codec for None {
+    fn encoded_len(&self, count: usize) -> usize {
+        count.saturating_mul(4)
+    }
+
+    fn encode(
+        &self,
+        values: &[f32],
+        out: &mut Vec<u8>,
+        _: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        simd::dispatch(Copy { values, out });
+        Ok(EncodeReport::default())
+    }
+
+    fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
+        check_length(self.encoded_len(target.len()), bytes.len())?;
+        target.fill(Words(bytes));
+        Ok(())
+    }
+}
+
+struct Copy<'a> {
+    values: &'a [f32],
+    out: &'a mut Vec<u8>,
+}
+
+impl Kernel for Copy<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        append_chunks(self.values, 4, self.out, |chunk, piece| {
+            for (word, value) in piece.chunks_exact_mut(4).zip(chunk) {
+                word.copy_from_slice(&value.to_le_bytes());
+            }
+        });
+    }
+}
+
+struct Words<'a>(&'a [u8]);
+
+impl Reader for Words<'_> {
+    #[inline(always)]
+    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
+        let (words, _) = self.0.as_chunks::<4>();
+        for (slot, word) in slots.iter_mut().zip(words) {
+            sink.put(slot, f32::from_le_bytes(*word));
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! hivemind's `QUANTILE_8BIT`: 256 buckets of equal population, each decoded to the mean of its values.
+//!
+//! Up to [`EXACT_MAX`] values the borders are the exact quantiles (linear interpolation). Above, they are the quantiles
+//! of a fixed, jittered sample of that size: bucket populations then vary by about 256 / sqrt(sample) (relative), less
+//! than the quantile-of-quantiles that hivemind takes over chunks differs from the truth for data with drift.
+//!
+//! Error: every value decodes into the range of its own bucket, so by less than the distance of the two borders around
+//! it; order is preserved. NaN and infinity are refused with the index of the first.
+
+use crate::codec::{Codec, Scratch, Target};
+use crate::finite::first_non_finite;
+use crate::schemes::codebook;
+use crate::simd::{self, Isa, Kernel};
+use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
+
+/// Values whose quantiles are exact; also the size of the sample above it.
+const EXACT_MAX: usize = 1 << 15;
+
+pub(crate) struct Quantile8Bit;
+
+impl Codec for Quantile8Bit {
+    fn encoded_len(&self, count: usize) -> usize {
+        codebook::encoded_len(count)
+    }
+
+    fn encode(
+        &self,
+        values: &[f32],
+        out: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        if let Some(index) = first_non_finite(values) {
+            return Err(EncodeError::NotFinite { scheme: Scheme::Quantile8Bit, index });
+        }
+        let borders = borders(values, scratch);
+        simd::dispatch(Classify { values, borders: &borders, out });
+        Ok(EncodeReport::default())
+    }
+
+    fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
+        codebook::decode(bytes, target)
+    }
+}
+
+/// The 255 inner quantiles of 257 evenly spaced levels, ascending, and one unused entry.
+fn borders(values: &[f32], scratch: &mut Scratch) -> [f32; 256] {
+    let mut borders = [f32::INFINITY; 256];
+    if values.is_empty() {
+        return borders;
+    }
+    sample(values, &mut scratch.keys);
+    radix_sort(&mut scratch.keys, &mut scratch.keys_spare);
+    let sorted = &scratch.keys;
+    let last = sorted.len() - 1;
+    for (level, border) in borders.iter_mut().take(255).enumerate() {
+        let position = (level + 1) as f64 / 256.0 * last as f64;
+        let below = position as usize;
+        let low = f64::from(from_key(sorted[below]));
+        let high = f64::from(from_key(sorted[last.min(below + 1)]));
+        *border = (low + (high - low) * (position - below as f64)) as f32;
+    }
+    borders
+}
+
+/// All values, or one from each of `EXACT_MAX` equal stretches; the place within its stretch varies, so that a period
+/// in the data does not line up with the sample.
+fn sample(values: &[f32], keys: &mut Vec<u32>) {
+    keys.clear();
+    if values.len() <= EXACT_MAX {
+        keys.extend(values.iter().map(|v| to_key(*v)));
+        return;
+    }
+    let stretch = values.len() as u64 * 65536 / EXACT_MAX as u64;
+    keys.extend((0..EXACT_MAX as u64).map(|number| {
+        // splitmix64: well-mixed bits from a counter.
+        let mut bits = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let jitter = (bits >> 48) * (stretch >> 16) >> 16;
+        to_key(values[((number * stretch) >> 16) as usize + jitter as usize])
+    }));
+}
+
+/// An integer that sorts as the float does.
+fn to_key(value: f32) -> u32 {
+    let bits = value.to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 0x8000_0000 }
+}
+
+fn from_key(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key & 0x7fff_ffff } else { !key })
+}
+
+/// Sort by three passes of 11 bits; a comparison sort takes four times as long for a sample of this size.
+fn radix_sort(keys: &mut Vec<u32>, spare: &mut Vec<u32>) {
+    const BITS: usize = 11;
+    const MASK: usize = (1 << BITS) - 1;
+    if keys.len() < 256 {
+        keys.sort_unstable();
+        return;
+    }
+    spare.clear();
+    spare.resize(keys.len(), 0);
+    for pass in 0..3 {
+        let shift = pass * BITS;
+        let mut starts = [0_u32; 1 << BITS];
+        for key in keys.iter() {
+            starts[(*key >> shift) as usize & MASK] += 1;
+        }
+        let mut total = 0;
+        for start in &mut starts {
+            total += std::mem::replace(start, total);
+        }
+        for key in keys.iter() {
+            let slot = &mut starts[(*key >> shift) as usize & MASK];
+            spare[*slot as usize] = *key;
+            *slot += 1;
+        }
+        std::mem::swap(keys, spare);
+    }
+}
+
+struct Classify<'a> {
+    values: &'a [f32],
+    borders: &'a [f32; 256],
+    out: &'a mut Vec<u8>,
+}
+
+impl Kernel for Classify<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let borders = self.borders;
+        codebook::encode(self.values, self.out, |chunk, indices| {
+            for (index, value) in indices.iter_mut().zip(chunk) {
+                // The number of borders strictly below the value, by eight halvings without branches.
+                let mut below = 0_usize;
+                for step in [128, 64, 32, 16, 8, 4, 2, 1] {
+                    below += if *value > borders[(below + step - 1) & 255] { step } else { 0 };
+                }
+                *index = below as u8;
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_order_and_return() {
+        let values = [f32::MIN, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, f32::MAX];
+        assert!(values.windows(2).all(|pair| to_key(pair[0]) < to_key(pair[1])));
+        assert!(values.iter().all(|v| from_key(to_key(*v)).to_bits() == v.to_bits()));
+    }
+
+    #[test]
+    fn radix_sort_sorts() {
+        let mut keys: Vec<u32> = (0..5000_u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+        let mut expected = keys.clone();
+        expected.sort_unstable();
+        radix_sort(&mut keys, &mut Vec::new());
+        assert_eq!(keys, expected);
+    }
+
+    #[test]
+    fn sampled_buckets_are_nearly_equally_full() {
+        let count = 4 * EXACT_MAX + 17;
+        let values: Vec<f32> = (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
+        let borders = borders(&values, &mut Scratch::new());
+        let mut out = Vec::new();
+        simd::dispatch(Classify { values: &values, borders: &borders, out: &mut out });
+        let mut populations = [0_usize; 256];
+        out[codebook::HEADER_BYTES..].iter().for_each(|index| populations[usize::from(*index)] += 1);
+        let fair = count / 256;
+        assert!(populations.iter().all(|p| (fair / 2..fair * 2).contains(p)), "{populations:?}");
+    }
+}

@@ -1,0 +1,137 @@
+//! hivemind's `UNIFORM_8BIT`: 256 buckets of equal width over mean +- 3 standard deviations, each decoded to the mean
+//! of its values.
+//!
+//! Error: at most one bucket width, 6 sigma / 256 (plus rounding), for values within 3 sigma of the mean. Values further
+//! out share the end buckets: they are counted as saturated, and err by at most the spread of the values beyond 3 sigma
+//! (plus a width). Constant vectors are exact. NaN and infinity are refused with the index of the first.
+
+use crate::codec::{Codec, Scratch, Target};
+use crate::finite::first_non_finite;
+use crate::schemes::codebook;
+use crate::simd::{self, Isa, Kernel};
+use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
+
+pub(crate) struct Uniform8Bit;
+
+impl Codec for Uniform8Bit {
+    fn encoded_len(&self, count: usize) -> usize {
+        codebook::encoded_len(count)
+    }
+
+    fn encode(
+        &self,
+        values: &[f32],
+        out: &mut Vec<u8>,
+        _: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        let moments = simd::dispatch(Moments { values });
+        // A sum over f32 values cannot overflow an f64, so this sees exactly NaN and infinity.
+        if !moments.square_sum.is_finite() {
+            let index = first_non_finite(values).unwrap_or(0);
+            return Err(EncodeError::NotFinite { scheme: Scheme::Uniform8Bit, index });
+        }
+        let grid = Grid::new(values, &moments);
+        let saturated = simd::dispatch(Quantize { values, grid, out });
+        Ok(EncodeReport { saturated, nan: 0 })
+    }
+
+    fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
+        codebook::decode(bytes, target)
+    }
+}
+
+/// Sums of the values, and of their squares, relative to the first value (which removes a common offset).
+struct Sums {
+    sum: f64,
+    square_sum: f64,
+}
+
+struct Moments<'a> {
+    values: &'a [f32],
+}
+
+impl Kernel for Moments<'_> {
+    type Output = Sums;
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Sums {
+        const LANES: usize = 16;
+        let shift = f64::from(self.values.first().copied().unwrap_or(0.0));
+        let (mut sums, mut squares) = ([0.0_f64; LANES], [0.0_f64; LANES]);
+        let (groups, rest) = self.values.as_chunks::<LANES>();
+        for group in groups {
+            for lane in 0..LANES {
+                let offset = f64::from(group[lane]) - shift;
+                sums[lane] += offset;
+                squares[lane] += offset * offset;
+            }
+        }
+        for (lane, value) in rest.iter().enumerate() {
+            let offset = f64::from(*value) - shift;
+            sums[lane] += offset;
+            squares[lane] += offset * offset;
+        }
+        Sums { sum: sums.iter().sum(), square_sum: squares.iter().sum() }
+    }
+}
+
+/// `index = round((x * unit - mean) / scale) + 128`, where `unit` is a power of two that keeps `scale` in the middle of
+/// the f32 range whatever the values are (denormals, or spreads above the range).
+#[derive(Clone, Copy)]
+struct Grid {
+    unit: f32,
+    mean: f32,
+    scale: f32,
+}
+
+impl Grid {
+    fn new(values: &[f32], sums: &Sums) -> Self {
+        let count = values.len() as f64;
+        let shift = f64::from(values.first().copied().unwrap_or(0.0));
+        let mean = if values.is_empty() { 0.0 } else { shift + sums.sum / count };
+        let variance = (sums.square_sum - sums.sum * (sums.sum / count)) / (count - 1.0);
+        // One value, or all equal (rounding may leave less than zero): any index is exact. NaN fails the test too.
+        if !(variance > 0.0 && count > 1.0) {
+            return Self { unit: 0.0, mean: 0.0, scale: 1.0 };
+        }
+        let scale = 6.0 * variance.sqrt() / 256.0;
+        let unit = if scale < 2.0_f64.powi(-100) {
+            2.0_f64.powi(60)
+        } else if scale > 2.0_f64.powi(100) {
+            2.0_f64.powi(-10)
+        } else {
+            1.0
+        };
+        // The mean is rounded to f32 before it is scaled, as hivemind subtracts it.
+        let mean = if unit == 1.0 { mean } else { mean * unit };
+        Self { unit: unit as f32, mean: mean as f32, scale: (scale * unit) as f32 }
+    }
+}
+
+struct Quantize<'a> {
+    values: &'a [f32],
+    grid: Grid,
+    out: &'a mut Vec<u8>,
+}
+
+impl Kernel for Quantize<'_> {
+    type Output = usize;
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> usize {
+        // Adding 1.5 * 2^23 rounds a small number to the nearest integer, ties to even, in the low mantissa bits.
+        const ROUND: f32 = 12_582_912.0;
+        let Grid { unit, mean, scale } = self.grid;
+        let mut saturated = 0_usize;
+        codebook::encode(self.values, self.out, |chunk, indices| {
+            let mut outside = 0_u32;
+            for (index, value) in indices.iter_mut().zip(chunk) {
+                let steps = (value * unit - mean) / scale;
+                outside += u32::from(steps > 127.5) + u32::from(steps < -128.5);
+                let low = if steps < -128.0 { -128.0 } else { steps };
+                let clamped = if low > 127.0 { 127.0 } else { low };
+                *index = ((clamped + ROUND).to_bits() as u8).wrapping_add(128);
+            }
+            saturated += outside as usize;
+        });
+        saturated
+    }
+}
