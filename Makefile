@@ -1,0 +1,76 @@
+# The commands of potluck. `make help` lists them; each one sets up what it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCK := python/requirements.lock
+SEED ?= 1
+SEEDS ?= 1
+# Root installs Debian packages directly; others are told what is missing.
+APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
+
+.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat hard-days clean
+
+help:  ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed .build/system  ## Make .venv and install what the rest needs
+
+$(VENV)/.installed: $(LOCK)
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	@touch $@
+
+# Tools of the operating system: network namespaces and NAT for the network tests, a browser for the dashboard's.
+.build/system: tools/system-packages
+	@mkdir -p .build
+	tools/system-packages $(APT)
+	@touch $@
+
+wheel: setup  ## Build the wheel in release mode and install it into .venv
+	tools/install-wheel $(PY)
+
+demo: wheel  ## Train a real model with three peers on this machine; one joins late, one is killed
+	$(PY) -m potluck.demo --output demo-output
+
+test: setup test-rust test-python  ## Run every test, from a clean clone
+
+test-rust:
+	tools/ensure-nextest
+	cargo nextest run --workspace --release --all-features
+	cargo test --workspace --release --all-features --doc
+
+test-python: wheel
+	$(PY) -m pytest python/tests
+
+check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --all-features
+	tools/ensure-nextest
+	cargo nextest run --workspace --all-features
+	cargo test --workspace --all-features --doc
+	tools/ensure-deny && cargo deny check bans licenses sources
+	$(VENV)/bin/ruff check python examples bench
+	$(VENV)/bin/ruff format --check python examples bench
+
+fix:  ## Format and apply the lints' own corrections
+	cargo fmt --all
+	cargo clippy --workspace --all-targets --all-features --fix --allow-dirty --allow-staged
+	$(VENV)/bin/ruff check --fix python examples bench
+	$(VENV)/bin/ruff format python examples bench
+
+sim:  ## Explore simulated runs: make sim SEED=7 SEEDS=1000
+	SEED=$(SEED) SEEDS=$(SEEDS) cargo run --release -p potluck-tests --bin explore
+
+nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)
+	tests/nat/run
+
+bench: wheel  ## Measure beside hivemind, Gloo and memcpy; writes bench/results.json
+	$(PY) bench/run.py
+
+hard-days: wheel  ## Real processes, real faults, real networks (needs root)
+	$(PY) tests/hard_days/run.py
+
+clean:  ## Remove what make built
+	rm -rf $(VENV) .build target demo-output

@@ -1,0 +1,215 @@
+//! Style as a test: layers, file headers, file and function length, machine paths, the one crate that names libp2p.
+//! The rules are CONTRIBUTING.md's; a rule that no machine checks does not last.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Longest file and longest function, in lines. "About 600" and "about 70", with room so that nobody counts lines.
+const FILE_LINES_MAX: usize = 640;
+const FUNCTION_LINES_MAX: usize = 80;
+
+/// Layer of each package: it may depend on packages of a lower layer only, and on `net`, the seam, from L0 up.
+const LAYERS: &[(&str, u8)] = &[
+    ("potluck-compression", 0),
+    ("potluck-net", 0),
+    ("potluck-net-libp2p", 1),
+    ("potluck-net-sim", 1),
+    ("potluck-dht", 1),
+    ("potluck-averaging", 2),
+    ("potluck-collab", 3),
+    ("potluck-cli", 4),
+    ("potluck-python", 4),
+    ("potluck-tests", 5),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_path_buf()
+}
+
+/// Tracked files only, so that build output and local experiments do not count.
+fn tracked(extensions: &[&str]) -> Vec<(PathBuf, String)> {
+    let output = Command::new("git").arg("ls-files").current_dir(root()).output().expect("git runs");
+    assert!(output.status.success(), "git ls-files: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout)
+        .expect("paths are UTF-8")
+        .lines()
+        .filter(|path| extensions.iter().any(|extension| path.ends_with(extension)))
+        .filter_map(|path| Some((PathBuf::from(path), std::fs::read_to_string(root().join(path)).ok()?)))
+        .collect()
+}
+
+fn metadata() -> serde_json::Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON")
+}
+
+fn assert_none(problems: Vec<String>, rule: &str) {
+    assert!(problems.is_empty(), "{rule}\n  {}", problems.join("\n  "));
+}
+
+#[test]
+fn dependencies_go_down_only() {
+    let layers: BTreeMap<&str, u8> = LAYERS.iter().copied().collect();
+    let mut problems = Vec::new();
+    for package in metadata()["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().expect("name");
+        let Some(layer) = layers.get(name) else {
+            problems.push(format!("{name} has no layer: add it to LAYERS"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            // A test may use the simulator, whatever its layer.
+            let normal = dependency["kind"].is_null();
+            let target = dependency["name"].as_str().expect("name");
+            if let (true, Some(below)) = (normal, layers.get(target))
+                && below >= layer
+            {
+                problems.push(format!("{name} (L{layer}) depends on {target} (L{below})"));
+            }
+        }
+    }
+    assert_none(problems, "dependencies go down only (ARCHITECTURE.md, code map)");
+}
+
+#[test]
+fn only_net_libp2p_names_libp2p() {
+    let mut problems = Vec::new();
+    for package in metadata()["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().expect("name");
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let target = dependency["name"].as_str().expect("name");
+            if name != "potluck-net-libp2p" && (target == "libp2p" || target.starts_with("libp2p-")) {
+                problems.push(format!("{name} depends on {target}"));
+            }
+        }
+    }
+    assert_none(problems, "only net-libp2p names libp2p (invariant 12)");
+}
+
+#[test]
+fn files_open_with_a_header_and_are_short() {
+    let mut problems = Vec::new();
+    for (path, text) in tracked(&[".rs", ".py"]) {
+        let lines = text.lines().count();
+        if lines > FILE_LINES_MAX {
+            problems.push(format!("{}: {lines} lines, at most {FILE_LINES_MAX}", path.display()));
+        }
+        let first = text.lines().find(|line| !line.trim().is_empty() && !line.starts_with("#!["));
+        let header = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("rs") => first.is_none_or(|line| line.starts_with("//!")),
+            _ => first.is_none_or(|line| line.starts_with("\"\"\"") || line.starts_with("r\"\"\"") || line.starts_with('#')),
+        };
+        if !header {
+            problems.push(format!("{}: does not open with what it is", path.display()));
+        }
+    }
+    assert_none(problems, "files open with a header and stay short");
+}
+
+#[test]
+fn functions_are_short() {
+    let mut problems = Vec::new();
+    for (path, text) in tracked(&[".rs", ".py"]) {
+        let python = path.extension().is_some_and(|extension| extension == "py");
+        let lines: Vec<&str> = text.lines().collect();
+        for (start, line) in lines.iter().enumerate() {
+            let found = if python { python_function(line) } else { rust_function(line) };
+            let Some(name) = found else { continue };
+            let length = if python { python_length(&lines, start) } else { rust_length(&lines, start) };
+            if length > FUNCTION_LINES_MAX {
+                let place = format!("{}:{}", path.display(), start + 1);
+                problems.push(format!("{place}: {name} has {length} lines, at most {FUNCTION_LINES_MAX}"));
+            }
+        }
+    }
+    assert_none(problems, "functions stay short");
+}
+
+fn rust_function(line: &str) -> Option<&str> {
+    let code = line.trim_start();
+    if code.starts_with("//") || code.starts_with('"') {
+        return None;
+    }
+    let before = code.find("fn ")?;
+    let qualifiers = code[..before].split_whitespace().all(|word| {
+        word.starts_with("pub") || ["async", "const", "unsafe", "extern", "\"C\"", "default"].contains(&word)
+    });
+    qualifiers.then(|| code[before + 3..].split(['(', '<']).next().unwrap_or("?"))
+}
+
+/// rustfmt puts a function's closing brace alone, at the indentation of its first line.
+fn rust_length(lines: &[&str], start: usize) -> usize {
+    let indent = lines[start].len() - lines[start].trim_start().len();
+    let closing = format!("{}}}", " ".repeat(indent));
+    for (offset, line) in lines[start..].iter().enumerate() {
+        let declaration_only = line.ends_with(';') && line.len() - line.trim_start().len() == indent;
+        let one_line = offset == 0 && line.trim_end().ends_with('}');
+        if *line == closing || declaration_only || one_line {
+            return offset + 1;
+        }
+    }
+    lines.len() - start
+}
+
+fn python_function(line: &str) -> Option<&str> {
+    let code = line.trim_start();
+    let rest = code.strip_prefix("def ").or_else(|| code.strip_prefix("async def "))?;
+    rest.split('(').next()
+}
+
+/// Lines from the end of the signature and docstring to the dedent: documentation does not count as length.
+fn python_length(lines: &[&str], start: usize) -> usize {
+    let indent = lines[start].len() - lines[start].trim_start().len();
+    let signature = lines[start..].iter().position(|line| line.trim_end().ends_with(':')).unwrap_or(0);
+    let (mut count, mut in_docstring) = (0, false);
+    for line in &lines[start + signature + 1..] {
+        let text = line.trim();
+        if !text.is_empty() && line.len() - line.trim_start().len() <= indent {
+            break;
+        }
+        let quotes = text.matches("\"\"\"").count();
+        if quotes == 1 {
+            in_docstring = !in_docstring;
+        }
+        count += usize::from(!in_docstring && quotes == 0);
+    }
+    count
+}
+
+#[test]
+fn nothing_names_this_machine_or_is_unfinished() {
+    let needles = [
+        concat!("todo", "!("),
+        concat!("unimplemented", "!("),
+        concat!("#[ig", "nore"),
+        concat!("/wo", "rk/"),
+        concat!("/ro", "ot/"),
+        concat!("pytest.mark.x", "fail"),
+    ];
+    let mut problems = Vec::new();
+    for (path, text) in tracked(&[".rs", ".py", ".md", ".toml", ".sh", "Makefile", ".yml", ".html", ".js"]) {
+        for (number, line) in text.lines().enumerate() {
+            if needles.iter().any(|needle| line.contains(needle)) {
+                problems.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
+            }
+        }
+    }
+    assert_none(problems, "no paths of a machine, no unfinished work, no ignored test");
+}
+
+#[test]
+fn the_length_counters_count() {
+    let rust = ["    pub async fn f(", "        a: u8,", "    ) {", "        g();", "    }", "}"];
+    assert_eq!(rust_function(rust[0]), Some("f"));
+    assert_eq!(rust_length(&rust, 0), 5);
+    assert_eq!(rust_function("// a fn comment"), None);
+    assert_eq!(rust_function("let x: fn (u8) = g;"), None);
+    let python = ["def f(a,", "      b):", "    \"\"\"Say", "    more.\"\"\"", "    x = 1", "", "    return x", "y = 2"];
+    assert_eq!(python_function(python[0]), Some("f"));
+    assert_eq!(python_length(&python, 0), 3);
+}
