@@ -1,2 +1,2 @@
-//! Codec benchmark.
+//! Placeholder, replaced below.
 fn main() {}

@@ -3,9 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{Codec, Scratch, Target};
-use crate::schemes::{
-    bfloat16, blockwise4, blockwise8, float16, none, quantile8, scaled_float16, uniform8,
-};
+use crate::schemes::{bfloat16, blockwise4, blockwise8, float16, none, quantile8, scaled_float16, uniform8};
 use crate::{DecodeError, EncodeError, EncodeReport};
 
 macro_rules! schemes {

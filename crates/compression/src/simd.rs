@@ -102,7 +102,9 @@ pub(crate) struct F16c(());
 impl Isa for F16c {
     #[inline(always)]
     fn to_half(self, values: &[f32; 8]) -> [u16; 8] {
-        use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps};
+        use std::arch::x86_64::{
+            _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps,
+        };
         let mut halves = [0_u16; 8];
         // SAFETY: `self` proves AVX and F16C. The load reads the 8 floats of `values`, the store writes the 16 bytes
         // of `halves`; both are the unaligned forms.

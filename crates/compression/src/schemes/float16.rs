@@ -103,6 +103,12 @@ struct Halves<'a>(&'a [u8]);
 impl Reader for Halves<'_> {
     #[inline(always)]
     fn read<I: Isa, S: Sink>(self, isa: I, slots: &mut [f32], sink: S) {
-        read_halves(isa, self.0, slots, #[inline(always)] |slot, value| sink.put(slot, value));
+        read_halves(
+            isa,
+            self.0,
+            slots,
+            #[inline(always)]
+            |slot, value| sink.put(slot, value),
+        );
     }
 }

@@ -167,7 +167,8 @@ mod tests {
     #[test]
     fn sampled_buckets_are_nearly_equally_full() {
         let count = 4 * EXACT_MAX + 17;
-        let values: Vec<f32> = (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
+        let values: Vec<f32> =
+            (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
         let borders = borders(&values, &mut Scratch::new());
         let mut out = Vec::new();
         simd::dispatch(Classify { values: &values, borders: &borders, out: &mut out });

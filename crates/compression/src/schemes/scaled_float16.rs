@@ -190,9 +190,15 @@ impl Reader for Rows<'_> {
         for (number, (row, halves)) in rows.enumerate() {
             let mean = f32_at(self.means, 4 * number);
             let deviation = f32_at(self.deviations, 4 * number);
-            read_halves(isa, halves, row, #[inline(always)] |slot, value| {
-                sink.put(slot, value * deviation + mean);
-            });
+            read_halves(
+                isa,
+                halves,
+                row,
+                #[inline(always)]
+                |slot, value| {
+                    sink.put(slot, value * deviation + mean);
+                },
+            );
         }
     }
 }

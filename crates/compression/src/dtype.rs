@@ -1,0 +1,105 @@
+//! Element types as they are named on the wire, and their conversion to and from f32.
+
+use crate::half_float::{from_bfloat16, to_bfloat16};
+
+/// The element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum DType {
+    Float32,
+    Float64,
+    Float16,
+    BFloat16,
+    Int64,
+    Int32,
+    Int16,
+    Int8,
+    UInt8,
+    Bool,
+}
+
+impl DType {
+    /// Every type.
+    pub const ALL: [Self; 10] = [
+        Self::Float32,
+        Self::Float64,
+        Self::Float16,
+        Self::BFloat16,
+        Self::Int64,
+        Self::Int32,
+        Self::Int16,
+        Self::Int8,
+        Self::UInt8,
+        Self::Bool,
+    ];
+
+    /// The name in numpy, in torch and on the wire.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::Float64 => "float64",
+            Self::Float16 => "float16",
+            Self::BFloat16 => "bfloat16",
+            Self::Int64 => "int64",
+            Self::Int32 => "int32",
+            Self::Int16 => "int16",
+            Self::Int8 => "int8",
+            Self::UInt8 => "uint8",
+            Self::Bool => "bool",
+        }
+    }
+
+    /// The type of this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// Bytes per element in memory.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Self::Float64 | Self::Int64 => 8,
+            Self::Float32 | Self::Int32 => 4,
+            Self::Float16 | Self::BFloat16 | Self::Int16 => 2,
+            Self::Int8 | Self::UInt8 | Self::Bool => 1,
+        }
+    }
+
+    /// Whether lossy schemes apply.
+    #[must_use]
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::Float32 | Self::Float64 | Self::Float16 | Self::BFloat16)
+    }
+
+    /// Little-endian floats of this type as f32, rounded to nearest. `None` for integers.
+    pub(crate) fn to_f32(self, raw: &[u8]) -> Option<Vec<f32>> {
+        Some(match self {
+            Self::Float32 => raw.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            #[expect(clippy::cast_possible_truncation, reason = "rounding is the point")]
+            Self::Float64 => raw.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+            Self::Float16 => {
+                let halves = raw.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
+                halves.map(crate::half_float::from_half).collect()
+            }
+            Self::BFloat16 => {
+                raw.as_chunks().0.iter().map(|b| from_bfloat16(u16::from_le_bytes(*b))).collect()
+            }
+            _ => return None,
+        })
+    }
+
+    /// f32 as little-endian floats of this type, rounded to nearest. `None` for integers.
+    pub(crate) fn from_f32(self, values: &[f32]) -> Option<Vec<u8>> {
+        Some(match self {
+            Self::Float32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Float64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
+            Self::Float16 => {
+                values.iter().flat_map(|v| crate::half_float::to_half(*v).to_le_bytes()).collect()
+            }
+            Self::BFloat16 => values.iter().flat_map(|v| to_bfloat16(*v).to_le_bytes()).collect(),
+            _ => return None,
+        })
+    }
+}
