@@ -22,6 +22,7 @@ mod peer_id;
 pub mod rpc;
 mod stream;
 mod tasks;
+mod token;
 mod transport;
 
 #[cfg(feature = "conformance")]
@@ -33,4 +34,5 @@ pub use identity::Identity;
 pub use peer_id::{PeerId, PeerIdError};
 pub use stream::{FRAME_BYTES_MAX, FrameReceiver, FrameSender, Stream, StreamError};
 pub use tasks::Tasks;
+pub use token::{Token, TokenError};
 pub use transport::{AcceptError, Incoming, OpenError, Path, Protocol, Reachability, Transport};
