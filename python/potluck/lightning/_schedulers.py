@@ -1,0 +1,125 @@
+"""Learning-rate schedulers in a run: they count shared epochs, so that all peers step with the same rates.
+
+A Lightning step or epoch is local: a fast peer has more of them. A shared epoch is one optimizer step of the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from potluck.lightning._roster import Plan, Roster
+
+# Lightning steps a scheduler when `index % frequency == 0`; this never holds, so only the shared epoch steps it.
+_NEVER = 2**62
+
+# A plateau's new rate holds from this many epochs ahead, which gives the other peers time to hear of it.
+_PLATEAU_LEAD_EPOCHS = 2
+
+
+class EpochSchedulers:
+    """Several schedulers as one: ``step()`` is called once per shared epoch."""
+
+    def __init__(self, schedulers: list[Any], step_one: Callable[[Any], None]) -> None:
+        self._schedulers = schedulers
+        self._step_one = step_one
+        # Named as in torch, whose schedulers have made their first step when constructed.
+        self._step_count = 1
+        self.optimizer: Optimizer = schedulers[0].optimizer
+
+    def step(self) -> None:
+        """Advance every scheduler by one shared epoch."""
+        for scheduler in self._schedulers:
+            self._step_one(scheduler)
+        self._step_count += 1
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates now in force."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of every scheduler."""
+        return {
+            "_step_count": self._step_count,
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
+        self._step_count = int(state["_step_count"])
+        for scheduler, scheduler_state in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(scheduler_state)
+
+
+def split(configs: list[Any]) -> tuple[list[Any], list[ReduceLROnPlateau]]:
+    """Lightning's scheduler configs as (schedulers that count epochs, schedulers that watch a metric)."""
+    counting = [config.scheduler for config in configs if not config.reduce_on_plateau]
+    watching = [config.scheduler for config in configs if config.reduce_on_plateau]
+    return counting, watching
+
+
+def leave_to_epochs(configs: list[Any]) -> None:
+    """Keep the configs for Lightning's checkpoints and monitors, but let only shared epochs step them."""
+    for config in configs:
+        if not config.reduce_on_plateau:
+            config.interval, config.frequency = "step", _NEVER
+
+
+class SharedPlateau:
+    """A ``ReduceLROnPlateau`` whose decisions hold for the whole run.
+
+    Peers have different validation losses, so if each acted on its own their rates would part. The writer's metric
+    decides; the new rates start at an agreed epoch on every peer. On the others Lightning's calls have no effect.
+    """
+
+    def __init__(self, plateau: ReduceLROnPlateau, roster: Roster, local_epoch: Callable[[], int]) -> None:
+        self._plateau = plateau
+        self._roster = roster
+        self._local_epoch = local_epoch
+        self._applied: Plan | None = None
+        plain = type(plateau)
+        self._plain = plain
+
+        def step(_: Any, metrics: Any, *args: Any, **kwargs: Any) -> None:
+            self._on_metric(metrics, *args, **kwargs)
+
+        # A subclass, not an attribute: the scheduler's state_dict() is its __dict__.
+        plateau.__class__ = type(plain.__name__, (plain,), {"step": step, "__module__": plain.__module__})
+
+    def _on_metric(self, metrics: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._roster.is_writer:
+            return
+        groups = self._plateau.optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        self._plain.step(self._plateau, metrics, *args, **kwargs)
+        after = tuple(float(group["lr"]) for group in groups)
+        if list(after) == before:
+            return
+        if self._roster.alone:
+            self._roster.publish(Plan(self._local_epoch(), after))
+            return
+        for group, rate in zip(groups, before, strict=True):
+            group["lr"] = rate
+        self._roster.publish(Plan(self._local_epoch() + _PLATEAU_LEAD_EPOCHS, after))
+
+    def follow(self) -> None:
+        """Before a step: take the rates that hold for the epoch now being trained."""
+        plan = self._roster.plan()
+        groups = self._plateau.optimizer.param_groups
+        if (
+            plan is None
+            or plan == self._applied
+            or plan.epoch > self._local_epoch()
+            or len(plan.rates) != len(groups)
+        ):
+            return
+        self._applied = plan
+        for group, rate in zip(groups, plan.rates, strict=True):
+            group["lr"] = rate
+
+    def release(self) -> None:
+        """Give the scheduler its own class back, for after the run."""
+        self._plateau.__class__ = self._plain
