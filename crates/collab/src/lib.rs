@@ -1,1 +1,58 @@
-//! placeholder header
+//! One peer's part in a run: how far the epoch is, when to average, what to do with the average, whose state to load.
+//!
+//! The training program drives and nothing here calls it back:
+//!
+//! ```ignore
+//! let session = Session::join(transport, env, config).await?;
+//! session.publish(snapshot());
+//! loop {
+//!     match session.step(samples) {
+//!         Step::Accumulate => samples = forward_and_backward(),
+//!         Step::Average => {
+//!             let averaged = session.average_gradients(mean_gradients, samples_so_far as f64).await;
+//!             optimizer_step(averaged.value.vector);
+//!             session.epoch_done(Some(snapshot()));
+//!         }
+//!         Step::AverageState => {
+//!             set_parameters(session.average_state(parameters()).await.value.vector);
+//!             session.publish(snapshot()); // local updates and DiLoCo: session.epoch_done(Some(snapshot()))
+//!         }
+//!         Step::Apply => apply(session.take_started()),
+//!         Step::LoadState => {
+//!             if let Some(state) = session.load_state().await.value { restore(state); }
+//!         }
+//!     }
+//! }
+//! ```
+//!
+//! Decisions are sans-I/O (`core`, `progress`, `lineage`, `policy/`, `sketch`); [`Session`] moves them. The protocol
+//! underneath is a [`Dialect`]: potluck's own, or hivemind's.
+
+mod config;
+mod core;
+mod dialect;
+mod events;
+mod invite;
+mod lineage;
+mod manifest;
+mod native;
+mod policy;
+mod progress;
+mod session;
+mod sketch;
+mod status;
+mod wire;
+
+pub use config::{ConfigError, JoinError, PolicyKind, PowerSgd, SessionConfig, StateEvery};
+pub use dialect::{
+    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
+    Snapshot, Traffic,
+};
+pub use events::Event;
+pub use invite::{Invite, InviteError};
+pub use lineage::Lineage;
+pub use manifest::{differences, manifest, manifest_hash};
+pub use policy::Step;
+pub use potluck_compression::{Policy, Scheme, TensorInfo, TensorRole};
+pub use session::{Averaged, Session, Started};
+pub use status::{PeerStatus, RoundStatus, Status};

@@ -1,0 +1,394 @@
+//! Sans-I/O. Everything that a session remembers, and its decisions: events in, a step or a report out.
+
+use crate::dialect::{PeerView, Report, RoundResult};
+use crate::policy::diloco::Outer;
+use crate::policy::{self, Background, Situation, Step};
+use crate::progress::{self, Behind, Own, Winner};
+use crate::sketch::Sketch;
+use crate::status::{PeerStatus, RoundStatus, Status};
+use crate::wire::Note;
+use crate::{Channel, Event, Lineage, PolicyKind, SessionConfig, Snapshot, StateEvery};
+use bytes::Bytes;
+use potluck_net::{PeerFault, PeerId};
+use std::collections::BTreeMap;
+use tokio::time::Instant;
+
+/// Name of the blob that a session adds to a snapshot.
+const AGREED_BLOB: &str = "potluck.agreed";
+/// Name of the outer optimizer's blob.
+const VELOCITY_BLOB: &str = "potluck.velocity";
+/// Name of the lineage's samples in a snapshot.
+const SAMPLES_META: &str = "potluck.samples";
+
+pub(crate) struct Core {
+    pub(crate) me: PeerId,
+    pub(crate) lineage: Lineage,
+    pub(crate) own: Own,
+    pub(crate) background: Background,
+    /// The round whose average the next `epoch_done` applies: plan hash and samples.
+    applied: Option<([u8; 32], u64)>,
+    behind: Behind,
+    /// The last state that all peers of this lineage agreed on.
+    agreed: Option<Vec<f32>>,
+    outer: Option<Outer>,
+    state_due: bool,
+    state_due_from: Option<u64>,
+    sketch: Option<Sketch>,
+    contributed: u64,
+    loss: Option<f32>,
+    peers: BTreeMap<PeerId, PeerView>,
+    was_in_company: bool,
+    pub(crate) rounds: u64,
+    pub(crate) rounds_failed: u64,
+    faults: BTreeMap<String, u64>,
+    last_round: Option<RoundStatus>,
+    bytes_plain: u64,
+    bytes_encoded: u64,
+    config: SessionConfig,
+}
+
+impl Core {
+    pub(crate) fn new(me: PeerId, config: SessionConfig, genesis: Lineage, now: Instant) -> Self {
+        let outer = match config.policy {
+            PolicyKind::DiLoCo { outer_lr, outer_momentum, .. } => Some(Outer::new(outer_lr, outer_momentum)),
+            _ => None,
+        };
+        let mut behind = Behind::default();
+        behind.suspect();
+        Self {
+            me,
+            lineage: genesis,
+            own: Own::new(now),
+            background: Background::Idle,
+            applied: None,
+            behind,
+            agreed: None,
+            outer,
+            state_due: false,
+            state_due_from: None,
+            sketch: None,
+            contributed: 0,
+            loss: None,
+            peers: BTreeMap::new(),
+            was_in_company: false,
+            rounds: 0,
+            rounds_failed: 0,
+            faults: BTreeMap::new(),
+            last_round: None,
+            bytes_plain: 0,
+            bytes_encoded: 0,
+            config,
+        }
+    }
+
+    /// Take in who is here; answers what changed.
+    pub(crate) fn see(&mut self, peers: Vec<PeerView>, events: &mut Vec<Event>) {
+        let seen: BTreeMap<PeerId, PeerView> = peers.into_iter().map(|view| (view.peer, view)).collect();
+        let count = seen.len() + 1;
+        for peer in seen.keys().filter(|peer| !self.peers.contains_key(peer)) {
+            events.push(Event::Joined { peer: *peer, peers: count });
+        }
+        for peer in self.peers.keys().filter(|peer| !seen.contains_key(peer)) {
+            events.push(Event::Lost { peer: *peer, peers: count });
+        }
+        if seen.is_empty() && self.was_in_company {
+            events.push(Event::Alone { epoch: self.lineage.epoch });
+        }
+        self.was_in_company = !seen.is_empty();
+        self.peers = seen;
+    }
+
+    fn views(&self) -> Vec<PeerView> {
+        self.peers.values().cloned().collect()
+    }
+
+    /// The history that replaces ours, if there is one that must be loaded now.
+    pub(crate) fn winner(&mut self, now: Instant) -> Option<Winner> {
+        let views = self.views();
+        self.behind.check(now, &self.lineage, &views)
+    }
+
+    /// What the training program does next. `open` tells whether others wait for us in a round.
+    pub(crate) fn next(&mut self, now: Instant, open: impl Fn(Channel) -> bool) -> Step {
+        let views = self.views();
+        if self.background == Background::Idle && self.winner(now).is_some() {
+            return Step::LoadState;
+        }
+        self.ask_for_state(&views);
+        let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
+        let situation = Situation {
+            samples_total: swarm.samples.saturating_sub(self.own.samples_under_way),
+            target: self.config.target_batch_size,
+            local_steps: self.own.steps,
+            gradients_open: open(Channel::Gradients),
+            state_open: open(Channel::State),
+            state_due: self.state_due,
+            background: self.background,
+        };
+        policy::next(self.config.policy, &situation)
+    }
+
+    /// By drift: ask for an average of the state when the sketches of this epoch are too far apart.
+    fn ask_for_state(&mut self, views: &[PeerView]) {
+        let StateEvery::Drift(tolerance) = self.config.average_state_every else { return };
+        let epoch = self.lineage.epoch;
+        for note in views.iter().filter_map(|view| Note::decode(&view.note)) {
+            let drift =
+                self.sketch.as_ref().zip(note.sketch.as_ref()).and_then(|(our, their)| our.drift(their));
+            if drift.is_some_and(|drift| drift > tolerance) {
+                self.state_due_from = Some(epoch + 1);
+            }
+            if note.state_due.is_some_and(|due| due > epoch) {
+                self.state_due_from = self.state_due_from.max(note.state_due);
+            }
+        }
+    }
+
+    pub(crate) fn observe_state(&mut self, vector: &[f32]) {
+        self.sketch = Some(Sketch::of(self.lineage.epoch, vector));
+    }
+
+    pub(crate) fn report_loss(&mut self, loss: f32) {
+        self.loss = loss.is_finite().then_some(loss);
+    }
+
+    pub(crate) fn report(&self, urgent: bool) -> Report {
+        let note = Note {
+            lineage: self.lineage,
+            contributed: self.contributed,
+            loss: self.loss,
+            state_due: self.state_due_from,
+            sketch: self.sketch,
+        };
+        Report {
+            epoch: self.lineage.epoch,
+            samples: self.own.samples,
+            samples_per_second: self.own.samples_per_second,
+            urgent,
+            note: note.encode(),
+        }
+    }
+
+    /// A round gave an average.
+    pub(crate) fn averaged(&mut self, channel: Channel, result: &RoundResult, faults: &[PeerFault]) -> Event {
+        self.rounds += 1;
+        self.count(faults);
+        self.bytes_plain += result.stats.bytes_plain;
+        self.bytes_encoded += result.stats.bytes_encoded;
+        let samples = if result.weight_total.is_finite() { result.weight_total.max(0.0) as u64 } else { 0 };
+        if channel == Channel::Gradients || self.epoch_ends_with_state() {
+            self.applied = Some((result.plan_hash, samples));
+        } else {
+            self.lineage = self.lineage.state_averaged(&result.plan_hash);
+            self.state_due = false;
+        }
+        self.behind.trust();
+        let round = RoundStatus {
+            epoch: self.lineage.epoch,
+            channel,
+            members: result.members.clone(),
+            weight_total: result.weight_total,
+            stats: result.stats,
+            faults: faults.to_vec(),
+        };
+        self.last_round = Some(round.clone());
+        Event::Round(round)
+    }
+
+    /// There was no average; this peer goes on with what it has. With nobody else here, that is as it should be.
+    pub(crate) fn not_averaged(&mut self, channel: Channel, in_company: bool, faults: &[PeerFault]) {
+        self.count(faults);
+        self.rounds_failed += u64::from(in_company);
+        if channel == Channel::State {
+            self.state_due = false;
+        }
+        self.applied = None;
+        if in_company {
+            self.behind.suspect();
+        }
+    }
+
+    fn count(&mut self, faults: &[PeerFault]) {
+        for fault in faults {
+            *self.faults.entry(fault.kind.to_string()).or_default() += 1;
+        }
+    }
+
+    fn epoch_ends_with_state(&self) -> bool {
+        matches!(self.config.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. })
+    }
+
+    /// What goes into a round of the state: the movement away from the last agreed state, if there is one.
+    pub(crate) fn movement(&self, vector: &[f32]) -> Vec<f32> {
+        match self.agreed.as_ref().filter(|agreed| agreed.len() == vector.len()) {
+            Some(agreed) => vector.iter().zip(agreed).map(|(now, agreed)| now - agreed).collect(),
+            None => vector.to_vec(),
+        }
+    }
+
+    /// The new agreed state, from the averaged movement.
+    pub(crate) fn agree(&mut self, movement: Vec<f32>) -> Vec<f32> {
+        let agreed = match self.agreed.take().filter(|agreed| agreed.len() == movement.len()) {
+            None => movement,
+            Some(agreed) => match &mut self.outer {
+                Some(outer) => outer.step(&agreed, &movement),
+                None => agreed.iter().zip(&movement).map(|(agreed, movement)| agreed + movement).collect(),
+            },
+        };
+        self.agreed = Some(agreed.clone());
+        agreed
+    }
+
+    /// The epoch is over: one epoch further, history extended, counters on.
+    pub(crate) fn epoch_done(&mut self) {
+        let used = self.own.end_epoch();
+        let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
+        self.lineage = self.lineage.next_epoch(&plan_hash, samples);
+        self.contributed = self.contributed.saturating_add(used);
+        self.background = Background::Idle;
+        let epoch = self.lineage.epoch;
+        self.state_due = match self.config.average_state_every {
+            StateEvery::Epochs(every) => epoch.is_multiple_of(u64::from(every.max(1))),
+            StateEvery::Drift(_) => self.state_due_from.is_some_and(|due| due <= epoch),
+            StateEvery::Never => false,
+        } && !self.epoch_ends_with_state();
+        if self.state_due_from.is_some_and(|due| due <= epoch) {
+            self.state_due_from = None;
+        }
+    }
+
+    fn alone_hash(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("potluck lineage alone v1");
+        hasher.update(self.me.as_bytes());
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Make a snapshot of this lineage ready for newcomers. The first one names the initial parameters: peers that
+    /// start from different ones then have different histories, and one of them wins.
+    pub(crate) fn seal(&mut self, mut snapshot: Snapshot) -> Snapshot {
+        if self.lineage.epoch == 0 && self.lineage.samples == 0 && self.applied.is_none() {
+            let mut hasher = blake3::Hasher::new();
+            for (name, blob) in &snapshot.blobs {
+                hasher.update(name.as_bytes());
+                hasher.update(blob);
+            }
+            let genesis = crate::manifest_hash(&crate::manifest(&self.config));
+            let genesis = Lineage::genesis(&self.config.run_id, &genesis);
+            self.lineage = genesis.state_averaged(hasher.finalize().as_bytes());
+        }
+        snapshot.epoch = self.lineage.epoch;
+        snapshot.lineage = self.lineage.hash;
+        snapshot.meta.insert(SAMPLES_META.to_owned(), self.lineage.samples.to_string());
+        if let Some(agreed) = &self.agreed {
+            snapshot.blobs.insert(AGREED_BLOB.to_owned(), to_bytes(agreed));
+        }
+        if let Some(outer) = self.outer.as_ref().filter(|outer| !outer.velocity.is_empty()) {
+            snapshot.blobs.insert(VELOCITY_BLOB.to_owned(), to_bytes(&outer.velocity));
+        }
+        snapshot
+    }
+
+    /// Take over the history of a downloaded state, unless it is no better than ours: an epoch never falls.
+    pub(crate) fn adopt(&mut self, snapshot: &mut Snapshot, now: Instant) -> Result<(), String> {
+        let samples = snapshot.meta.remove(SAMPLES_META).and_then(|text| text.parse().ok());
+        let samples = samples.ok_or("the state has no lineage")?;
+        let lineage = Lineage { epoch: snapshot.epoch, samples, hash: snapshot.lineage };
+        if !lineage.beats(&self.lineage) {
+            return Err(format!("the state of {lineage} does not replace ours of {}", self.lineage));
+        }
+        let length = self.config.state_len();
+        let read = |blob: Option<Bytes>| match blob {
+            None => Ok(None),
+            Some(blob) => {
+                from_bytes(&blob).filter(|values| values.len() == length).map(Some).ok_or_else(|| {
+                    format!("the state's agreed parameters have {} bytes for {length} values", blob.len())
+                })
+            }
+        };
+        let agreed = read(snapshot.blobs.remove(AGREED_BLOB))?;
+        let velocity = read(snapshot.blobs.remove(VELOCITY_BLOB))?;
+        self.adopt_lineage(lineage, now);
+        self.agreed = agreed;
+        if let Some(outer) = &mut self.outer {
+            outer.velocity = velocity.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Take over a history without its parameters (a peer that only helps has none).
+    pub(crate) fn adopt_lineage(&mut self, lineage: Lineage, now: Instant) {
+        self.lineage = lineage;
+        self.own.discard();
+        self.own.restart_clock(now);
+        self.applied = None;
+        self.state_due = false;
+        self.sketch = None;
+        self.behind = Behind::default();
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let views = self.views();
+        let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
+        let share = |samples: u64| samples as f32 / swarm.samples.max(1) as f32;
+        let me = PeerStatus {
+            peer: self.me,
+            is_me: true,
+            epoch: self.lineage.epoch,
+            samples: self.own.samples,
+            samples_per_second: self.own.samples_per_second,
+            path: None,
+            share: share(self.own.samples),
+            contributed: self.contributed,
+            auxiliary: self.config.auxiliary,
+            loss: self.loss,
+        };
+        let others = views.iter().map(|view| {
+            let note = Note::decode(&view.note);
+            let counted = if view.epoch == self.lineage.epoch { view.samples } else { 0 };
+            PeerStatus {
+                peer: view.peer,
+                is_me: false,
+                epoch: view.epoch,
+                samples: view.samples,
+                samples_per_second: view.samples_per_second,
+                path: view.path,
+                share: share(counted),
+                contributed: note.as_ref().map_or(0, |note| note.contributed),
+                auxiliary: view.auxiliary,
+                loss: note.and_then(|note| note.loss),
+            }
+        });
+        Status {
+            run_id: self.config.run_id.clone(),
+            peer: self.me.to_string(),
+            epoch: self.lineage.epoch,
+            samples: swarm.samples,
+            target_batch_size: self.config.target_batch_size,
+            samples_per_second: swarm.samples_per_second,
+            eta_seconds: progress::eta_seconds(&swarm, self.config.target_batch_size),
+            peers: std::iter::once(me).chain(others).collect(),
+            alone: views.is_empty(),
+            last_round: self.last_round.clone(),
+            rounds: self.rounds,
+            rounds_failed: self.rounds_failed,
+            faults: self.faults.clone(),
+            lineage: Some(self.lineage),
+            compression_ratio: match self.bytes_encoded {
+                0 => 1.0,
+                encoded => self.bytes_plain as f32 / encoded as f32,
+            },
+            loss: self.loss,
+            ..Status::default()
+        }
+    }
+}
+
+fn to_bytes(values: &[f32]) -> Bytes {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
+}
+
+fn from_bytes(bytes: &[u8]) -> Option<Vec<f32>> {
+    let (words, rest) = bytes.as_chunks::<4>();
+    let values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    (rest.is_empty() && values.iter().all(|value| value.is_finite())).then_some(values)
+}

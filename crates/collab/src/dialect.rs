@@ -1,0 +1,196 @@
+//! What a session needs of a protocol: who is here, a round, the state of others. The native protocol and the
+//! hivemind dialect each implement it, and so the same session runs in both kinds of run.
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use potluck_net::{Outcome, Path, PeerFault, PeerId};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Which vector a round averages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Channel {
+    /// Gradients, once per epoch.
+    Gradients,
+    /// Parameters (as differences to the last agreed ones).
+    State,
+}
+
+/// What this peer tells the others about its progress.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The epoch it works on.
+    pub epoch: u64,
+    /// Samples that it has for this epoch.
+    pub samples: u64,
+    /// Its speed, measured.
+    pub samples_per_second: f32,
+    /// The epoch is full: the others should hear it now and not with the next heartbeat.
+    pub urgent: bool,
+    /// Bytes that only sessions read.
+    pub note: Bytes,
+}
+
+/// What is known about another live peer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeerView {
+    /// Who.
+    pub peer: PeerId,
+    /// The epoch it works on.
+    pub epoch: u64,
+    /// Samples that it has for this epoch.
+    pub samples: u64,
+    /// Its measured speed.
+    pub samples_per_second: f32,
+    /// How we are connected, if we are.
+    pub path: Option<Path>,
+    /// Whether it computes no gradients.
+    pub auxiliary: bool,
+    /// The bytes of its last report.
+    pub note: Bytes,
+}
+
+/// What this peer puts into a round.
+#[derive(Debug)]
+pub struct RoundCall {
+    /// The epoch whose round this is.
+    pub epoch: u64,
+    /// The hash of this peer's history: only peers with the same one average together.
+    pub lineage: [u8; 32],
+    /// This peer's values.
+    pub vector: Vec<f32>,
+    /// How much they count.
+    pub weight: f64,
+    /// At most this long, if it must be bounded by hand.
+    pub timeout: Option<Duration>,
+}
+
+/// What came out of a round.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoundResult {
+    /// The weighted mean, bit-identical at all members.
+    pub vector: Vec<f32>,
+    /// Who took part, in group order, this peer included.
+    pub members: Vec<PeerId>,
+    /// The sum of the members' weights.
+    pub weight_total: f64,
+    /// The hash of the plan under which it was made; equal for equal results.
+    pub plan_hash: [u8; 32],
+    /// What it cost.
+    pub stats: RoundStats,
+}
+
+/// What a round cost this peer.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct RoundStats {
+    /// From the call to the result.
+    pub seconds: f64,
+    /// Of these: until the group was complete.
+    pub gather_seconds: f64,
+    /// Bytes that this peer sent for it.
+    pub bytes_sent: u64,
+    /// Bytes that this peer received for it.
+    pub bytes_received: u64,
+    /// Bytes that the vector has as f32.
+    pub bytes_plain: u64,
+    /// Bytes that the vector has as it was sent.
+    pub bytes_encoded: u64,
+    /// How many times the round was tried.
+    pub attempts: u32,
+}
+
+/// A round that gave no average: the vector comes back, with the reasons.
+#[derive(Debug, thiserror::Error)]
+#[error("no average for epoch {epoch}: {reason}")]
+pub struct RoundFailed {
+    /// Which epoch's round.
+    pub epoch: u64,
+    /// Why, for people.
+    pub reason: String,
+    /// What this peer had put in.
+    pub vector: Vec<f32>,
+    /// Who failed us.
+    pub faults: Vec<PeerFault>,
+}
+
+/// No state could be downloaded.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no state of epoch {epoch_min} or later could be downloaded: {reason}; it is tried again at the next step"
+)]
+pub struct DownloadFailed {
+    /// The oldest epoch that would have done.
+    pub epoch_min: u64,
+    /// Why, for people.
+    pub reason: String,
+    /// Who failed us.
+    pub faults: Vec<PeerFault>,
+}
+
+/// A complete copy of the training state at the start of an epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Snapshot {
+    /// The epoch that begins with this state.
+    pub epoch: u64,
+    /// The lineage's hash; set by the session.
+    pub lineage: [u8; 32],
+    /// Small facts: scheduler, scaler, lineage samples.
+    pub meta: BTreeMap<String, String>,
+    /// Named buffers: parameters, optimizer statistics, PowerSGD's Q.
+    pub blobs: BTreeMap<String, Bytes>,
+}
+
+/// Bytes since the start, and what is held now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes sent.
+    pub bytes_sent: u64,
+    /// Bytes received.
+    pub bytes_received: u64,
+}
+
+/// A protocol that sessions can run on. Every future ends by its own deadline.
+pub trait Dialect: Send + Sync + 'static {
+    /// Who we are.
+    fn local_peer(&self) -> PeerId;
+
+    /// Everybody else who is alive, in the order of their ids.
+    fn peers(&self) -> Vec<PeerView>;
+
+    /// Resolves when `peers` or `round_open` may have changed. Cancel-safe.
+    fn changed(&self) -> BoxFuture<'_, ()>;
+
+    /// Whether somebody waits for us in the round of this epoch.
+    fn round_open(&self, channel: Channel, epoch: u64) -> bool;
+
+    /// Tell everybody where we are; at once if it completes the epoch, else with the next heartbeat.
+    fn report(&self, report: Report);
+
+    /// Take part in the round of an epoch.
+    fn average(
+        &self,
+        channel: Channel,
+        call: RoundCall,
+    ) -> BoxFuture<'_, Result<Outcome<RoundResult>, RoundFailed>>;
+
+    /// Offer a state to newcomers; replaces older ones. Never waits for anybody.
+    fn publish(&self, snapshot: Snapshot);
+
+    /// Download the newest state of at least this epoch.
+    fn download(
+        &self,
+        epoch_min: u64,
+        timeout: Duration,
+    ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>>;
+
+    /// Bytes so far.
+    fn traffic(&self) -> Traffic;
+
+    /// Bytes of memory by purpose.
+    fn memory(&self) -> BTreeMap<String, u64>;
+
+    /// Announce that we leave, and end everything. Idempotent.
+    fn leave(&self) -> BoxFuture<'_, ()>;
+}

@@ -1,0 +1,150 @@
+//! What happened, one line each: for logs and for whoever subscribes. Bounded: a slow reader misses the oldest.
+
+use crate::status::RoundStatus;
+use crate::{Channel, Lineage};
+use potluck_net::{PeerFault, PeerId};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Events that wait for a reader; older ones are dropped.
+pub(crate) const EVENTS_MAX: usize = 256;
+
+/// One thing that happened; as JSON, one line of a log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Event {
+    /// A round gave an average.
+    Round(RoundStatus),
+    /// A round gave none, although others were here; this peer went on with its own values.
+    RoundFailed {
+        /// Which epoch.
+        epoch: u64,
+        /// What was to be averaged.
+        channel: Channel,
+        /// Why.
+        reason: String,
+        /// Who failed.
+        faults: Vec<PeerFault>,
+    },
+    /// A peer is here.
+    Joined {
+        /// Who.
+        peer: PeerId,
+        /// Live peers now, this one included.
+        peers: usize,
+    },
+    /// A peer is gone.
+    Lost {
+        /// Who.
+        peer: PeerId,
+        /// Live peers now, this one included.
+        peers: usize,
+    },
+    /// Everybody else is gone: this peer trains alone, which is rarely what its owner wants.
+    Alone {
+        /// The epoch at which it happened.
+        epoch: u64,
+    },
+    /// Two histories met, and ours gives way.
+    LineageLost {
+        /// What we had.
+        ours: Lineage,
+        /// What we take over.
+        theirs: Lineage,
+        /// From whom we know it.
+        peer: PeerId,
+    },
+    /// The state of others was loaded.
+    StateLoaded {
+        /// The epoch before.
+        from_epoch: u64,
+        /// The epoch now.
+        to_epoch: u64,
+        /// What it cost.
+        seconds: f64,
+    },
+    /// No state could be loaded; it is tried again.
+    StateFailed {
+        /// Why.
+        reason: String,
+    },
+    /// This peer has left the run.
+    Left,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Round(round) => write!(
+                f,
+                "epoch {}: averaged {} with {} peers, {:.0} samples, {:.2} s{}",
+                round.epoch,
+                channel(round.channel),
+                round.members.len(),
+                round.weight_total,
+                round.stats.seconds,
+                faults(&round.faults)
+            ),
+            Self::RoundFailed { epoch, channel: what, reason, faults: who } => write!(
+                f,
+                "epoch {epoch}: no average of {}, went on alone: {reason}{}",
+                channel(*what),
+                faults(who)
+            ),
+            Self::Joined { peer, peers } => write!(f, "peer {} is here; {peers} peers", peer.short()),
+            Self::Lost { peer, peers } => write!(f, "peer {} is gone; {peers} peers", peer.short()),
+            Self::Alone { epoch } => write!(
+                f,
+                "ALONE at epoch {epoch}: every other peer is gone; looking for them, check this machine's network"
+            ),
+            Self::LineageLost { ours, theirs, peer } => write!(
+                f,
+                "the swarm was split: our history {ours} gives way to {theirs} of peer {}; loading it",
+                peer.short()
+            ),
+            Self::StateLoaded { from_epoch, to_epoch, seconds } => {
+                write!(f, "loaded the state of epoch {to_epoch} (was at {from_epoch}) in {seconds:.2} s")
+            }
+            Self::StateFailed { reason } => f.write_str(reason),
+            Self::Left => f.write_str("left the run"),
+        }
+    }
+}
+
+fn channel(channel: Channel) -> &'static str {
+    match channel {
+        Channel::Gradients => "gradients",
+        Channel::State => "state",
+    }
+}
+
+fn faults(faults: &[PeerFault]) -> String {
+    if faults.is_empty() {
+        return String::new();
+    }
+    let lines: Vec<String> = faults.iter().map(PeerFault::to_string).collect();
+    format!("; lost on the way: {}", lines.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use potluck_net::FaultKind;
+
+    #[test]
+    fn an_event_is_one_line_of_json_and_of_text() {
+        let peer = PeerId::from_ed25519(&[7; 32]);
+        let event = Event::RoundFailed {
+            epoch: 3,
+            channel: Channel::Gradients,
+            reason: "nobody came".into(),
+            faults: vec![PeerFault::new(peer, FaultKind::Silent, "part 2")],
+        };
+        let json = serde_json::to_string(&event).unwrap();
+        assert!(json.starts_with(r#"{"event":"round_failed","epoch":3,"#), "{json}");
+        assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
+        let text = event.to_string();
+        assert!(text.contains(&peer.short()) && text.lines().count() == 1, "{text}");
+    }
+}

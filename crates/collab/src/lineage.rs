@@ -1,0 +1,111 @@
+//! Sans-I/O. Which history a peer's parameters have: a hash chain over the rounds that made them.
+//!
+//! Two peers with equal lineage hold the same parameters. When a split swarm meets again, every peer compares
+//! lineages and the same one wins everywhere: the higher epoch, then more samples, then the smaller hash.
+
+use serde::{Deserialize, Serialize};
+use std::cmp::Ordering;
+use std::fmt;
+
+/// The history of one peer's parameters.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Shared optimizer steps so far.
+    pub epoch: u64,
+    /// Samples that went into them.
+    pub samples: u64,
+    /// The hash chain over run, rounds and their members.
+    pub hash: [u8; 32],
+}
+
+impl Lineage {
+    /// The start of a run: equal for all peers with the same run id and manifest.
+    pub fn genesis(run_id: &str, manifest_hash: &[u8; 32]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("potluck lineage genesis v1");
+        hasher.update(&(run_id.len() as u64).to_le_bytes());
+        hasher.update(run_id.as_bytes());
+        hasher.update(manifest_hash);
+        Self { epoch: 0, samples: 0, hash: *hasher.finalize().as_bytes() }
+    }
+
+    /// The lineage after one more epoch that averaged under the plan with this hash.
+    #[must_use]
+    pub fn next_epoch(&self, plan_hash: &[u8; 32], samples: u64) -> Self {
+        Self {
+            epoch: self.epoch + 1,
+            samples: self.samples.saturating_add(samples),
+            hash: self.chain("potluck lineage epoch v1", plan_hash),
+        }
+    }
+
+    /// The lineage after the parameters themselves were averaged, which does not end an epoch.
+    #[must_use]
+    pub fn state_averaged(&self, plan_hash: &[u8; 32]) -> Self {
+        Self { hash: self.chain("potluck lineage state v1", plan_hash), ..*self }
+    }
+
+    /// Whether this history replaces `other` when both meet.
+    pub fn beats(&self, other: &Self) -> bool {
+        self.rank(other) == Ordering::Greater
+    }
+
+    fn rank(&self, other: &Self) -> Ordering {
+        self.epoch
+            .cmp(&other.epoch)
+            .then(self.samples.cmp(&other.samples))
+            .then_with(|| other.hash.cmp(&self.hash))
+    }
+
+    fn chain(&self, domain: &str, plan_hash: &[u8; 32]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key(domain);
+        hasher.update(&self.hash);
+        hasher.update(&self.epoch.to_le_bytes());
+        hasher.update(plan_hash);
+        *hasher.finalize().as_bytes()
+    }
+
+    /// The first 8 hex digits of the hash: enough for a log line, never for a decision.
+    pub fn short(&self) -> String {
+        self.hash.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Display for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (epoch {}, {} samples)", self.short(), self.epoch, self.samples)
+    }
+}
+
+impl fmt::Debug for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lineage({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exactly_one_of_two_different_histories_wins() {
+        let start = Lineage::genesis("run", &[0; 32]);
+        let (a, b) = (start.next_epoch(&[1; 32], 64), start.next_epoch(&[2; 32], 64));
+        assert_ne!(a, b);
+        assert_ne!(a.beats(&b), b.beats(&a));
+        assert!(!a.beats(&a), "an equal history does not make anybody reload");
+        assert!(a.next_epoch(&[9; 32], 1).beats(&b), "the higher epoch wins");
+        let more = start.next_epoch(&[2; 32], 65);
+        assert!(more.beats(&a), "then more samples");
+        let small = if a.hash < b.hash { a } else { b };
+        assert!(small.beats(if small == a { &b } else { &a }), "then the smaller hash");
+    }
+
+    #[test]
+    fn the_same_rounds_give_the_same_history_and_another_run_another() {
+        let one = Lineage::genesis("run", &[0; 32]).next_epoch(&[1; 32], 3).state_averaged(&[2; 32]);
+        let two = Lineage::genesis("run", &[0; 32]).next_epoch(&[1; 32], 3).state_averaged(&[2; 32]);
+        assert_eq!(one, two);
+        assert_ne!(Lineage::genesis("run", &[0; 32]).hash, Lineage::genesis("ruN", &[0; 32]).hash);
+        assert_ne!(Lineage::genesis("run", &[0; 32]).hash, Lineage::genesis("run", &[1; 32]).hash);
+    }
+}

@@ -1,0 +1,223 @@
+//! Sans-I/O. How far the epoch is, by the plain sum over live peers, and whether this peer has fallen behind.
+//!
+//! Nothing is extrapolated: a peer that is gone counts nothing, and a live one what it last said.
+
+use crate::Lineage;
+use crate::dialect::PeerView;
+use crate::wire::Note;
+use potluck_net::PeerId;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A history of equal epoch that wins must be seen for so long before this peer reloads: a peer that has just
+/// averaged its parameters is ahead of the others for the moment that the news takes (one heartbeat, and one spare).
+const FORK_GRACE: Duration = Duration::from_secs(2);
+/// How much one observed step counts in the estimate of this peer's speed.
+const RATE_GAIN: f32 = 0.3;
+
+/// This peer's own samples.
+#[derive(Debug)]
+pub(crate) struct Own {
+    /// Samples for the current epoch.
+    pub(crate) samples: u64,
+    /// Of these: already in a round that runs in the background.
+    pub(crate) samples_under_way: u64,
+    /// Calls with samples since the last epoch.
+    pub(crate) steps: u32,
+    pub(crate) samples_per_second: f32,
+    last_step: Instant,
+}
+
+impl Own {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self { samples: 0, samples_under_way: 0, steps: 0, samples_per_second: 0.0, last_step: now }
+    }
+
+    pub(crate) fn add(&mut self, now: Instant, samples: u64) {
+        let seconds = now.duration_since(self.last_step).as_secs_f32();
+        self.last_step = now;
+        if samples == 0 {
+            return;
+        }
+        self.samples = self.samples.saturating_add(samples);
+        self.steps = self.steps.saturating_add(1);
+        if seconds > 0.0 {
+            let rate = samples as f32 / seconds;
+            let before = if self.samples_per_second > 0.0 { self.samples_per_second } else { rate };
+            self.samples_per_second = before + RATE_GAIN * (rate - before);
+        }
+    }
+
+    /// Time that was not spent on samples (a round, a download) says nothing about speed.
+    pub(crate) fn restart_clock(&mut self, now: Instant) {
+        self.last_step = now;
+    }
+
+    /// The epoch ended with the samples that were in its round.
+    pub(crate) fn end_epoch(&mut self) -> u64 {
+        let used = if self.samples_under_way > 0 { self.samples_under_way } else { self.samples };
+        self.samples = self.samples.saturating_sub(used);
+        self.samples_under_way = 0;
+        self.steps = 0;
+        used
+    }
+
+    /// Samples for parameters that are no more.
+    pub(crate) fn discard(&mut self) {
+        self.samples = 0;
+        self.samples_under_way = 0;
+        self.steps = 0;
+    }
+}
+
+/// Where the whole swarm is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Swarm {
+    /// Samples of our epoch, over all live peers.
+    pub(crate) samples: u64,
+    /// Speed of all live peers together.
+    pub(crate) samples_per_second: f32,
+    /// Live peers, this one included.
+    pub(crate) peers: usize,
+}
+
+pub(crate) fn sum(epoch: u64, own: &Own, peers: &[PeerView]) -> Swarm {
+    let mut swarm =
+        Swarm { samples: own.samples, samples_per_second: own.samples_per_second, peers: peers.len() + 1 };
+    for peer in peers {
+        if peer.epoch == epoch {
+            swarm.samples = swarm.samples.saturating_add(peer.samples);
+        }
+        swarm.samples_per_second += peer.samples_per_second.max(0.0);
+    }
+    swarm
+}
+
+/// Seconds until the target is in, at the speed of all; `None` if nobody is computing.
+pub(crate) fn eta_seconds(swarm: &Swarm, target: u64) -> Option<f32> {
+    let missing = target.saturating_sub(swarm.samples);
+    if missing == 0 {
+        return Some(0.0);
+    }
+    (swarm.samples_per_second > 0.0).then(|| missing as f32 / swarm.samples_per_second)
+}
+
+/// Notices that others are ahead or that another history has won.
+#[derive(Debug, Default)]
+pub(crate) struct Behind {
+    fork_seen: Option<(Lineage, Instant)>,
+    /// This peer has reason to think that its own history is the odd one: it has just joined, or its round failed.
+    suspects_itself: bool,
+}
+
+/// Why this peer must load the state of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Winner {
+    pub(crate) peer: PeerId,
+    pub(crate) lineage: Lineage,
+    /// It is not ahead on our own history but on another one.
+    pub(crate) fork: bool,
+}
+
+impl Behind {
+    pub(crate) fn suspect(&mut self) {
+        self.suspects_itself = true;
+    }
+
+    pub(crate) fn trust(&mut self) {
+        self.suspects_itself = false;
+    }
+
+    /// The best history that replaces ours, if it must be loaded now.
+    pub(crate) fn check(&mut self, now: Instant, ours: &Lineage, peers: &[PeerView]) -> Option<Winner> {
+        let winner = peers
+            .iter()
+            .filter_map(|peer| Some((peer.peer, Note::decode(&peer.note)?.lineage)))
+            .filter(|(_, lineage)| lineage.beats(ours))
+            .reduce(|best, next| if next.1.beats(&best.1) { next } else { best });
+        let Some((peer, lineage)) = winner else {
+            self.fork_seen = None;
+            return None;
+        };
+        if lineage.epoch > ours.epoch {
+            self.fork_seen = None;
+            return Some(Winner { peer, lineage, fork: false });
+        }
+        let since = match self.fork_seen {
+            Some((seen, since)) if seen == lineage => since,
+            _ => now,
+        };
+        self.fork_seen = Some((lineage, since));
+        let sure = self.suspects_itself || now.duration_since(since) >= FORK_GRACE;
+        sure.then_some(Winner { peer, lineage, fork: true })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(seed: u8, epoch: u64, samples: u64, lineage: Option<Lineage>) -> PeerView {
+        let note = lineage.map(|lineage| {
+            Note { lineage, contributed: 0, loss: None, state_due: None, sketch: None }.encode()
+        });
+        PeerView {
+            peer: PeerId::from_ed25519(&[seed; 32]),
+            epoch,
+            samples,
+            samples_per_second: 2.0,
+            path: None,
+            auxiliary: false,
+            note: note.unwrap_or_default(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn progress_is_the_plain_sum_over_peers_of_our_epoch() {
+        let mut own = Own::new(Instant::now());
+        tokio::time::advance(Duration::from_secs(2)).await;
+        own.add(Instant::now(), 8);
+        let peers = [peer(1, 0, 10, None), peer(2, 1, 100, None), peer(3, 0, 5, None)];
+        let swarm = sum(0, &own, &peers);
+        assert_eq!((swarm.samples, swarm.peers), (23, 4));
+        assert_eq!(swarm.samples_per_second, 10.0);
+        assert_eq!(eta_seconds(&swarm, 43), Some(2.0));
+        assert_eq!(eta_seconds(&swarm, 23), Some(0.0));
+        let idle = Swarm { samples: 0, samples_per_second: 0.0, peers: 1 };
+        assert_eq!(eta_seconds(&idle, 1), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_higher_epoch_is_loaded_at_once_and_a_fork_after_a_moment() {
+        let ours = Lineage::genesis("run", &[0; 32]).next_epoch(&[1; 32], 64);
+        let fork = Lineage::genesis("run", &[0; 32]).next_epoch(&[2; 32], 65);
+        let mut behind = Behind::default();
+        let same = [peer(1, 1, 0, Some(ours)), peer(2, 1, 0, None)];
+        assert_eq!(behind.check(Instant::now(), &ours, &same), None);
+        let split = [peer(1, 1, 0, Some(fork))];
+        assert_eq!(behind.check(Instant::now(), &ours, &split), None, "it may be about to reach us");
+        tokio::time::advance(FORK_GRACE).await;
+        let found = behind.check(Instant::now(), &ours, &split).unwrap();
+        assert!(found.fork && found.lineage == fork);
+        let mut doubtful = Behind::default();
+        doubtful.suspect();
+        assert!(doubtful.check(Instant::now(), &ours, &split).is_some(), "it knows that it is the odd one");
+        let ahead = [peer(1, 1, 0, Some(fork)), peer(2, 2, 0, Some(ours.next_epoch(&[3; 32], 1)))];
+        let found = behind.check(Instant::now(), &ours, &ahead).unwrap();
+        assert_eq!((found.peer, found.fork), (ahead[1].peer, false));
+        let winner = Lineage::genesis("run", &[0; 32]);
+        assert_eq!(behind.check(Instant::now(), &ours, &[peer(1, 0, 0, Some(winner))]), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn samples_beside_a_round_belong_to_the_next_epoch() {
+        let mut own = Own::new(Instant::now());
+        own.add(Instant::now(), 8);
+        own.samples_under_way = own.samples;
+        own.add(Instant::now(), 3);
+        assert_eq!(own.end_epoch(), 8);
+        assert_eq!(own.samples, 3);
+        assert_eq!(own.end_epoch(), 3);
+        assert_eq!(own.samples, 0);
+    }
+}

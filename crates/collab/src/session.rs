@@ -1,0 +1,458 @@
+//! One peer's part in a run. The training program drives: it calls `step` and does what it answers.
+
+use crate::core::Core;
+use crate::dialect::{Channel, Dialect, RoundCall, RoundStats, Snapshot};
+use crate::events::{EVENTS_MAX, Event};
+use crate::policy::{Background, Step};
+use crate::status::Status;
+use crate::{Invite, JoinError, Lineage, PolicyKind, SessionConfig, manifest, manifest_hash};
+use potluck_net::{Env, Outcome, PeerFault, PeerId, Tasks, Transport};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{broadcast, watch};
+
+/// First pause between two attempts to load the state; doubles up to `LOAD_PAUSE_MAX`.
+const LOAD_PAUSE_MIN: Duration = Duration::from_millis(200);
+const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// How many times a round is tried while its peers are there and nobody has moved on.
+const ROUND_ATTEMPTS: u32 = 3;
+
+/// An average, or what this peer goes on with when there was none.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Averaged {
+    /// The weighted mean, bit-identical at all members; this peer's own values if `alone`.
+    pub vector: Vec<f32>,
+    /// Who took part, in group order, this peer included.
+    pub members: Vec<PeerId>,
+    /// The sum of the members' weights.
+    pub weight_total: f64,
+    /// Nobody else's values are in it.
+    pub alone: bool,
+    /// What it cost.
+    pub stats: RoundStats,
+}
+
+/// What ran in the background and is ready to be applied.
+#[derive(Debug)]
+pub struct Started {
+    /// What was averaged.
+    pub channel: Channel,
+    /// The average, with the faults met on the way.
+    pub averaged: Outcome<Averaged>,
+}
+
+/// One peer's part in a run. Cheap to clone; the last clone that goes ends everything it started.
+#[derive(Clone)]
+pub struct Session {
+    inner: Arc<Inner>,
+    tasks: Tasks,
+}
+
+struct Inner {
+    dialect: Arc<dyn Dialect>,
+    env: Env,
+    config: SessionConfig,
+    core: Mutex<Core>,
+    started: Mutex<Option<Started>>,
+    status: watch::Sender<Status>,
+    events: broadcast::Sender<Event>,
+}
+
+impl Session {
+    /// Join a run in which all peers speak the native protocol.
+    ///
+    /// # Errors
+    /// [`JoinError`]: the config, the invite, a differing manifest, or the network.
+    pub async fn join(
+        transport: Arc<dyn Transport>,
+        env: Env,
+        config: SessionConfig,
+    ) -> Result<Self, JoinError> {
+        config.validate()?;
+        Invite::admit(config.owner, &config.run_id, transport.local_peer(), config.invite.as_deref())?;
+        let dialect = crate::native::Native::join(transport, env.clone(), &config).await?;
+        Self::with_dialect(Arc::new(dialect), env, config)
+    }
+
+    /// Join over a protocol that is already running.
+    ///
+    /// # Errors
+    /// [`JoinError::Config`].
+    pub fn with_dialect(
+        dialect: Arc<dyn Dialect>,
+        env: Env,
+        config: SessionConfig,
+    ) -> Result<Self, JoinError> {
+        config.validate()?;
+        let genesis = Lineage::genesis(&config.run_id, &manifest_hash(&manifest(&config)));
+        let core = Core::new(dialect.local_peer(), config.clone(), genesis, env.now());
+        let status = watch::Sender::new(core.status());
+        let inner = Inner {
+            dialect,
+            env,
+            config,
+            core: Mutex::new(core),
+            started: Mutex::new(None),
+            status,
+            events: broadcast::Sender::new(EVENTS_MAX),
+        };
+        inner.tell(false);
+        Ok(Self { inner: Arc::new(inner), tasks: Tasks::new() })
+    }
+
+    /// Who we are.
+    pub fn local_peer(&self) -> PeerId {
+        self.inner.dialect.local_peer()
+    }
+
+    /// The epoch that this peer works on.
+    pub fn epoch(&self) -> u64 {
+        self.inner.core().lineage.epoch
+    }
+
+    /// The history of this peer's parameters.
+    pub fn lineage(&self) -> Lineage {
+        self.inner.core().lineage
+    }
+
+    /// Add samples that were computed since the last call; answers what to do next. Never waits.
+    pub fn step(&self, samples: u64) -> Step {
+        self.inner.step(samples)
+    }
+
+    /// Resolves when the answer of `step(0)` may have changed, for a peer that has nothing else to do. Cancel-safe.
+    pub async fn changed(&self) {
+        self.inner.dialect.changed().await;
+    }
+
+    /// Average the mean gradients of this peer's samples with everybody's, weighted by samples. When there is no
+    /// average, the own gradients come back with the faults: training goes on.
+    pub async fn average_gradients(&self, vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
+        let averaged = self.inner.round(Channel::Gradients, vector, weight).await;
+        let mut core = self.inner.core();
+        core.own.restart_clock(self.inner.env.now());
+        if self.inner.config.policy == PolicyKind::DelayedOptimizer {
+            core.own.samples_under_way = core.own.samples;
+            core.background = Background::Running;
+        }
+        averaged
+    }
+
+    /// Average the parameters; the result is what they are to be replaced by. Sent as the difference to the last
+    /// agreed parameters. Under local updates and DiLoCo this ends the epoch, and samples are the weight.
+    pub async fn average_state(&self, vector: Vec<f32>) -> Outcome<Averaged> {
+        let averaged = self.inner.state_round(vector).await;
+        self.inner.core().own.restart_clock(self.inner.env.now());
+        averaged
+    }
+
+    /// Start averaging gradients beside the next samples; `step` answers `Apply` when it is ready.
+    pub fn start_gradients(&self, vector: Vec<f32>, weight: f64) {
+        self.inner.begin_background();
+        let inner = self.inner.clone();
+        self.tasks.spawn(async move {
+            let averaged = inner.round(Channel::Gradients, vector, weight).await;
+            inner.finish_background(Channel::Gradients, averaged);
+        });
+    }
+
+    /// Start averaging parameters beside the next samples; when `step` answers `Apply`, add what the average differs
+    /// from the vector given here to the parameters of then.
+    pub fn start_state(&self, vector: Vec<f32>) {
+        self.inner.core().background = Background::Running;
+        let inner = self.inner.clone();
+        self.tasks.spawn(async move {
+            let averaged = inner.state_round(vector).await;
+            inner.finish_background(Channel::State, averaged);
+        });
+    }
+
+    /// What was started and is ready.
+    pub fn take_started(&self) -> Option<Started> {
+        let started = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if started.as_ref().is_some_and(|started| started.channel == Channel::State) {
+            self.inner.core().background = Background::Idle;
+        }
+        started
+    }
+
+    /// Delayed optimizer: its step, running beside the samples, has finished; `step` answers `Apply` next.
+    pub fn optimizer_ready(&self) {
+        let mut core = self.inner.core();
+        if core.background == Background::Running {
+            core.background = Background::Ready;
+        }
+    }
+
+    /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers.
+    pub fn epoch_done(&self, snapshot: Option<Snapshot>) {
+        self.inner.core().epoch_done();
+        match snapshot {
+            Some(snapshot) => self.publish(snapshot),
+            None => self.inner.tell(true),
+        }
+    }
+
+    /// Offer the present state to newcomers: once before the first epoch, and again whenever the parameters changed
+    /// other than by an epoch (state averaging). Its epoch and lineage are filled in.
+    pub fn publish(&self, snapshot: Snapshot) {
+        let sealed = self.inner.core().seal(snapshot);
+        self.inner.dialect.publish(sealed);
+        self.inner.tell(true);
+    }
+
+    /// Load the state of others, if any is ahead or has won. `None`: nobody is, or it did not work (an event says
+    /// why); the program goes on and `step` says so again if it must.
+    pub async fn load_state(&self) -> Outcome<Option<Snapshot>> {
+        let loaded = self.inner.load_state().await;
+        self.inner.core().own.restart_clock(self.inner.env.now());
+        self.inner.tell(true);
+        loaded
+    }
+
+    /// The parameters of the epoch that has just begun, for `StateEvery::Drift`.
+    pub fn observe_state(&self, vector: &[f32]) {
+        self.inner.core().observe_state(vector);
+        self.inner.tell(false);
+    }
+
+    /// The training program's loss, to be shown to everybody.
+    pub fn report_loss(&self, loss: f32) {
+        self.inner.core().report_loss(loss);
+    }
+
+    /// The present state of the session, renewed with every call that changes it.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.inner.status.subscribe()
+    }
+
+    /// What happens from now on. Bounded: a slow reader misses the oldest.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.inner.events.subscribe()
+    }
+
+    /// Announce that we leave, and end everything. Idempotent.
+    pub async fn leave(&self) {
+        self.tasks.shutdown().await;
+        self.inner.dialect.leave().await;
+        self.inner.emit(Event::Left);
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Session({}, {:?})", self.local_peer().short(), self.lineage())
+    }
+}
+
+impl Inner {
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn emit(&self, event: Event) {
+        match &event {
+            Event::Alone { .. } | Event::LineageLost { .. } => tracing::warn!(target: "potluck", "{event}"),
+            _ => tracing::info!(target: "potluck", "{event}"),
+        }
+        // Nobody has to listen.
+        let _listeners = self.events.send(event);
+    }
+
+    fn step(&self, samples: u64) -> Step {
+        let now = self.env.now();
+        let mut core = self.core();
+        core.own.add(now, samples);
+        self.look(&mut core);
+        let epoch = core.lineage.epoch;
+        let step = core.next(now, |channel| self.dialect.round_open(channel, epoch));
+        drop(core);
+        self.tell(matches!(step, Step::Average | Step::AverageState));
+        step
+    }
+
+    fn look(&self, core: &mut Core) {
+        let mut events = Vec::new();
+        core.see(self.dialect.peers(), &mut events);
+        for event in events {
+            self.emit(event);
+        }
+    }
+
+    /// Let the other peers and the watchers of the status know.
+    fn tell(&self, urgent: bool) {
+        let core = self.core();
+        self.dialect.report(core.report(urgent));
+        let traffic = self.dialect.traffic();
+        let status = Status {
+            bytes_sent: traffic.bytes_sent,
+            bytes_received: traffic.bytes_received,
+            memory: self.dialect.memory(),
+            ..core.status()
+        };
+        drop(core);
+        self.status.send_replace(status);
+    }
+
+    fn begin_background(&self) {
+        let mut core = self.core();
+        core.background = Background::Running;
+        core.own.samples_under_way = core.own.samples;
+    }
+
+    fn finish_background(&self, channel: Channel, averaged: Outcome<Averaged>) {
+        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(Started { channel, averaged });
+        self.core().background = Background::Ready;
+    }
+
+    async fn state_round(&self, vector: Vec<f32>) -> Outcome<Averaged> {
+        let (movement, weight) = {
+            let core = self.core();
+            let by_samples =
+                matches!(self.config.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. });
+            (core.movement(&vector), if by_samples { core.own.samples as f64 } else { 1.0 })
+        };
+        let mut outcome = self.round(Channel::State, movement, weight).await;
+        let movement = std::mem::take(&mut outcome.value.vector);
+        // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
+        outcome.value.vector = if outcome.value.alone && !self.dialect.peers().is_empty() {
+            vector
+        } else {
+            self.core().agree(movement)
+        };
+        outcome
+    }
+
+    /// One round; never an error.
+    async fn round(&self, channel: Channel, mut vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
+        let (epoch, lineage) = {
+            let core = self.core();
+            (core.lineage.epoch, core.lineage.hash)
+        };
+        let mut faults = Vec::new();
+        let mut reason = String::new();
+        for _ in 0..ROUND_ATTEMPTS {
+            // Alone, or left behind: a round could only fail.
+            if self.dialect.peers().is_empty() || self.is_behind() {
+                break;
+            }
+            let timeout = self.config.averaging_timeout;
+            let call = RoundCall { epoch, lineage, vector, weight, timeout };
+            match self.dialect.average(channel, call).await {
+                Ok(outcome) => {
+                    faults.extend(outcome.faults);
+                    return self.averaged(channel, outcome.value, faults);
+                }
+                Err(failed) => {
+                    vector = failed.vector;
+                    faults.extend(failed.faults);
+                    reason = failed.reason;
+                }
+            }
+        }
+        self.not_averaged(channel, vector, weight, reason, faults)
+    }
+
+    fn is_behind(&self) -> bool {
+        let now = self.env.now();
+        let mut core = self.core();
+        self.look(&mut core);
+        core.winner(now).is_some()
+    }
+
+    fn averaged(
+        &self,
+        channel: Channel,
+        result: crate::RoundResult,
+        faults: Vec<PeerFault>,
+    ) -> Outcome<Averaged> {
+        let event = self.core().averaged(channel, &result, &faults);
+        self.emit(event);
+        let alone = result.members.len() <= 1;
+        let value = Averaged {
+            vector: result.vector,
+            members: result.members,
+            weight_total: result.weight_total,
+            alone,
+            stats: result.stats,
+        };
+        Outcome { value, faults }
+    }
+
+    fn not_averaged(
+        &self,
+        channel: Channel,
+        vector: Vec<f32>,
+        weight: f64,
+        reason: String,
+        faults: Vec<PeerFault>,
+    ) -> Outcome<Averaged> {
+        let in_company = !self.dialect.peers().is_empty();
+        let mut core = self.core();
+        core.not_averaged(channel, in_company, &faults);
+        let epoch = core.lineage.epoch;
+        drop(core);
+        if in_company {
+            let reason = if reason.is_empty() { "others have moved on".to_owned() } else { reason };
+            self.emit(Event::RoundFailed { epoch, channel, reason, faults: faults.clone() });
+        }
+        let members = vec![self.dialect.local_peer()];
+        let stats = RoundStats::default();
+        Outcome { value: Averaged { vector, members, weight_total: weight, alone: true, stats }, faults }
+    }
+
+    async fn load_state(&self) -> Outcome<Option<Snapshot>> {
+        let begun = self.env.now();
+        let deadline = begun + self.config.load_state_timeout;
+        let mut faults = Vec::new();
+        let mut pause = LOAD_PAUSE_MIN;
+        loop {
+            let winner = {
+                let mut core = self.core();
+                self.look(&mut core);
+                core.winner(self.env.now())
+            };
+            let Some(winner) = winner else { return Outcome { value: None, faults } };
+            let ours = self.core().lineage;
+            if self.config.auxiliary {
+                self.core().adopt_lineage(winner.lineage, self.env.now());
+                return Outcome { value: None, faults };
+            }
+            let left = deadline.saturating_duration_since(self.env.now());
+            let reason = match self.dialect.download(winner.lineage.epoch, left).await {
+                Ok(outcome) => {
+                    faults.extend(outcome.faults);
+                    let mut snapshot = outcome.value;
+                    let shared = snapshot.clone();
+                    let adopted = self.core().adopt(&mut snapshot, self.env.now());
+                    match adopted {
+                        Ok(()) => {
+                            self.dialect.publish(shared);
+                            if winner.fork {
+                                let theirs = self.core().lineage;
+                                self.emit(Event::LineageLost { ours, theirs, peer: winner.peer });
+                            }
+                            let seconds = self.env.now().duration_since(begun).as_secs_f64();
+                            let to_epoch = snapshot.epoch;
+                            self.emit(Event::StateLoaded { from_epoch: ours.epoch, to_epoch, seconds });
+                            return Outcome { value: Some(snapshot), faults };
+                        }
+                        Err(reason) => reason,
+                    }
+                }
+                Err(failed) => {
+                    let reason = failed.to_string();
+                    faults.extend(failed.faults);
+                    reason
+                }
+            };
+            if self.env.now() + pause >= deadline {
+                self.emit(Event::StateFailed { reason });
+                return Outcome { value: None, faults };
+            }
+            // The winner may only be about to offer its state; try again when news come, or after a growing pause.
+            let _news_or_pause = tokio::time::timeout(pause, self.dialect.changed()).await;
+            pause = (pause * 2).min(LOAD_PAUSE_MAX);
+        }
+    }
+}
