@@ -1,0 +1,154 @@
+//! What links, windows and routes cost in virtual time.
+
+use bytes::Bytes;
+use potluck_net::{Path, Protocol, Stream, Transport};
+use potluck_net_sim::{NatClass, PeerSpec, SimNet, SimTransport, run};
+use std::sync::Arc;
+use std::time::Duration;
+
+const MIB: usize = 1 << 20;
+
+fn protocol() -> Protocol {
+    Protocol::new("/test/1")
+}
+
+async fn pair(a: &Arc<SimTransport>, b: &Arc<SimTransport>) -> (Stream, Stream) {
+    let mut incoming = b.accept(protocol(), 4).expect("nobody else accepts");
+    let ours = a.open(b.local_peer(), protocol()).await.expect("b is up");
+    (ours, incoming.next().await.expect("b is open"))
+}
+
+async fn pump(mut from: Stream, mut to: Stream, frames: usize, bytes: usize) {
+    let frame = Bytes::from(vec![7; bytes]);
+    let send = async {
+        for _ in 0..frames {
+            from.send(frame.clone()).await.expect("no fault is injected");
+        }
+        from.finish().await.expect("no fault is injected");
+    };
+    let receive = async {
+        let mut count = 0;
+        while let Some(frame) = to.recv().await.expect("no fault is injected") {
+            assert_eq!(frame.len(), bytes);
+            count += 1;
+        }
+        assert_eq!(count, frames);
+    };
+    futures::join!(send, receive);
+}
+
+fn slow() -> PeerSpec {
+    PeerSpec { up_bytes_per_second: 1e6, down_bytes_per_second: 1e6, ..PeerSpec::default() }
+}
+
+#[test]
+fn a_transfer_takes_its_bytes_over_the_bandwidth_plus_the_latency() {
+    let elapsed = run(1, async |net: SimNet| {
+        let (a, b) = (net.add_peer(slow()), net.add_peer(PeerSpec::default()));
+        let (ours, theirs) = pair(&a, &b).await;
+        let start = net.elapsed();
+        pump(ours, theirs, 20, MIB).await;
+        net.elapsed() - start
+    });
+    let wire = 20.0 * (MIB as f64 + 32.0) / 1e6;
+    let extra = elapsed.as_secs_f64() - wire;
+    assert!((0.0..0.1).contains(&extra), "{elapsed:?} for {wire} s of bytes");
+}
+
+#[test]
+fn streams_share_a_link_fairly() {
+    run(2, async |net: SimNet| {
+        let a = net.add_peer(slow());
+        let others = [net.add_peer(PeerSpec::default()), net.add_peer(PeerSpec::default())];
+        let (one, two) = (pair(&a, &others[0]).await, pair(&a, &others[1]).await);
+        let start = net.elapsed();
+        let finish = async |streams: (Stream, Stream)| {
+            pump(streams.0, streams.1, 4, MIB).await;
+            (net.elapsed() - start).as_secs_f64()
+        };
+        let (first, second) = futures::join!(finish(one), finish(two));
+        assert!((8.3..8.6).contains(&first) && (8.3..8.6).contains(&second), "{first} and {second} s");
+    });
+}
+
+#[test]
+fn a_heartbeat_does_not_wait_behind_megabytes() {
+    run(3, async |net: SimNet| {
+        let (a, b) = (net.add_peer(slow()), net.add_peer(slow()));
+        let mut bulk = Vec::new();
+        for index in 0..8 {
+            let name = Protocol::new(format!("/bulk/{index}"));
+            let mut incoming = b.accept(name.clone(), 1).expect("free");
+            let ours = a.open(b.local_peer(), name).await.expect("b is up");
+            bulk.push((ours, incoming.next().await.expect("open")));
+        }
+        let (mut beat, mut heard) = pair(&a, &b).await;
+        let load = futures::future::join_all(bulk.into_iter().map(|(from, to)| pump(from, to, 2, 4 * MIB)));
+        let beats = async {
+            for _ in 0..20 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let sent = net.elapsed();
+                beat.send(Bytes::from_static(b"alive")).await.expect("open");
+                heard.recv().await.expect("no fault").expect("not finished");
+                let took = net.elapsed() - sent;
+                // At most a quantum (66 ms) on either link, and 10 ms of latency.
+                assert!(took < Duration::from_millis(160), "heartbeat took {took:?}");
+            }
+        };
+        futures::join!(load, beats);
+        assert!(net.elapsed() > Duration::from_secs(60), "the link was not loaded: {:?}", net.elapsed());
+    });
+}
+
+#[test]
+fn every_pair_of_nats_connects_and_reports_how() {
+    use NatClass::{FullCone, Open, OutboundOnly, PortRestricted, Symmetric};
+    run(4, async |net: SimNet| {
+        let relay = net.add_peer(PeerSpec { relay: true, ..PeerSpec::default() });
+        for (from, to, path) in [
+            (Open, Open, Path::Direct),
+            (Symmetric, FullCone, Path::Direct),
+            (Open, OutboundOnly, Path::HolePunched),
+            (PortRestricted, PortRestricted, Path::HolePunched),
+            (PortRestricted, Symmetric, Path::Relayed),
+            (OutboundOnly, OutboundOnly, Path::Relayed),
+        ] {
+            let peer = |nat| net.add_peer(PeerSpec { nat, ..PeerSpec::default() });
+            let (a, b) = (peer(from), peer(to));
+            let before = net.traffic(relay.local_peer());
+            let (ours, theirs) = pair(&a, &b).await;
+            assert_eq!(a.path(b.local_peer()), Some(path), "{from:?} to {to:?}");
+            assert_eq!(b.path(a.local_peer()), Some(path), "{from:?} to {to:?}");
+            pump(ours, theirs, 1, MIB).await;
+            let carried = net.traffic(relay.local_peer()).relayed_bytes - before.relayed_bytes;
+            assert_eq!(carried > MIB as u64, path == Path::Relayed, "{from:?} to {to:?}: {carried} bytes");
+        }
+    });
+}
+
+#[test]
+fn a_relay_is_slower_than_a_direct_path_because_its_links_are_shared() {
+    let time = |nat| {
+        run(5, async move |net: SimNet| {
+            let relay = PeerSpec { relay: true, ..slow() };
+            net.add_peer(relay);
+            let fast = PeerSpec { nat, ..PeerSpec::default() };
+            let (a, b) = (net.add_peer(fast.clone()), net.add_peer(fast));
+            let (ours, theirs) = pair(&a, &b).await;
+            let start = net.elapsed();
+            pump(ours, theirs, 4, MIB).await;
+            net.elapsed() - start
+        })
+    };
+    assert!(time(NatClass::Symmetric) > time(NatClass::PortRestricted) * 20);
+}
+
+#[test]
+fn without_a_relay_the_error_names_what_was_tried() {
+    run(6, async |net: SimNet| {
+        let hidden = || net.add_peer(PeerSpec { nat: NatClass::Symmetric, ..PeerSpec::default() });
+        let (a, b) = (hidden(), hidden());
+        let error = a.open(b.local_peer(), protocol()).await.expect_err("both sides are hidden");
+        assert!(error.to_string().contains("no relay is reachable"), "{error}");
+    });
+}
