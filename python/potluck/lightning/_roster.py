@@ -120,13 +120,13 @@ class Roster:
         expiration = get_dht_time() + _LIFETIME_SECONDS
         try:
             self._dht.store(self._key, record.encode(), expiration_time=expiration, subkey=self._me)
-        except Exception as error:  # noqa: BLE001 - the DHT may be shutting down; the record then expires by itself
+        except Exception as error:  # the DHT may be shutting down; the record then expires by itself
             _log.debug("the roster record was not stored: %s", error)
 
     def _look(self) -> None:
         try:
             found = self._dht.get(self._key, latest=True)
-        except Exception as error:  # noqa: BLE001 - keep the last view; the next look corrects it
+        except Exception as error:  # keep the last view; the next look corrects it
             _log.debug("the roster was not read: %s", error)
             return
         entries = found.value if found is not None and isinstance(found.value, dict) else {}

@@ -157,7 +157,7 @@ class HivemindStrategy(_StrategyBase):
         self._dht: potluck.DHT | None = None
         self._open_dht()
 
-    # -- what users read ------------------------------------------------------------------------------------------
+    # -- what users read -------------------------------------------------------------------------------------
 
     @property
     def dht(self) -> potluck.DHT:
@@ -183,7 +183,7 @@ class HivemindStrategy(_StrategyBase):
         token = dht.token(self._run_id) if hasattr(dht, "token") else None
         return _joining.joining_text([str(address) for address in dht.get_visible_maddrs()], token)
 
-    # -- the seat that the Trainer gives us -----------------------------------------------------------------------
+    # -- the seat that the Trainer gives us ------------------------------------------------------------------
 
     @property
     def accelerator(self) -> Any:
@@ -280,7 +280,7 @@ class HivemindStrategy(_StrategyBase):
     def barrier(self, *_args: Any, **_kwargs: Any) -> None:
         """Nothing to wait for."""
 
-    # -- starting -------------------------------------------------------------------------------------------------
+    # -- starting --------------------------------------------------------------------------------------------
 
     def _open_dht(self) -> potluck.DHT:
         if self._dht is None:
@@ -368,7 +368,9 @@ class HivemindStrategy(_StrategyBase):
             return None
         module = self.lightning_module
         hook = type(module).lr_scheduler_step
-        if len(counting) == 1 and hook is self._lightning.LightningModule.lr_scheduler_step:
+        plain_hook = hook is self._lightning.LightningModule.lr_scheduler_step
+        # SequentialLR and ChainedScheduler do not count their steps.
+        if len(counting) == 1 and plain_hook and hasattr(counting[0], "_step_count"):
             return counting[0]
         return _schedulers.EpochSchedulers(
             counting, lambda scheduler: module.lr_scheduler_step(scheduler, None)
@@ -425,7 +427,7 @@ class HivemindStrategy(_StrategyBase):
             shuffle_differently(dataloader, str(self.dht.peer_id))
         return dataloader
 
-    # -- training -------------------------------------------------------------------------------------------------
+    # -- training --------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Take over the run's state, if others are already training."""
@@ -454,7 +456,7 @@ class HivemindStrategy(_StrategyBase):
         self._samples = 0
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
+    # -- checkpoints -----------------------------------------------------------------------------------------
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; the shared optimizer restores its epoch with its state."""
@@ -468,7 +470,7 @@ class HivemindStrategy(_StrategyBase):
             _log.info("%s is written by another peer of the run; to write here too: writer=True", filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    # -- ending ---------------------------------------------------------------------------------------------------
+    # -- ending ----------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
         """Leave the run and give everything back as it was."""

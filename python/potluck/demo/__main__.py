@@ -1,0 +1,75 @@
+"""``python -m potluck.demo``: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from potluck.demo._scale import FULL, QUICK, Scale
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m potluck.demo",
+        description="Trains a small language model in peers that come, go and get killed, and compares it with the "
+        "same training in one plain process. Exit code 0: the loss fell and the survivors' weights are equal to the bit; 1: not.",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder for loss.png, results.json, logs"
+    )
+    parser.add_argument("--epochs", type=int, help="shared optimizer steps (default 120; 40 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a much smaller model and run, for tests")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the plain process")
+    parser.add_argument("--host", action="store_true", help="be one peer, and print how others join")
+    parser.add_argument("--join", metavar="TOKEN", help="be one peer of the run that printed this")
+    parser.add_argument("--threads", type=int, help="CPU threads of this peer")
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.epochs is not None and arguments.epochs < 6:
+        parser.error("--epochs must be at least 6, to have time for a join and a loss")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the arguments ask for; the result is the exit code."""
+    arguments = _arguments(argv)
+    scale = QUICK if arguments.quick else FULL
+    if arguments.epochs is not None:
+        scale = dataclasses.replace(scale, epochs=arguments.epochs)
+    if arguments.host or arguments.join or arguments.plain:
+        from potluck.demo import _peer
+
+        return _peer.run(
+            scale,
+            join=arguments.join,
+            plain=arguments.plain,
+            events=arguments.events,
+            threads=arguments.threads,
+        )
+    return _whole(arguments, scale)
+
+
+def _whole(arguments: argparse.Namespace, scale: Scale) -> int:
+    from potluck.demo._director import DemoFailed, Director
+    from potluck.demo._report import report
+    from potluck.demo._view import View
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    options = [*(["--quick"] if arguments.quick else []), "--epochs", str(scale.epochs)]
+    director = Director(scale, options, arguments.output, View())
+    try:
+        story = director.run(reference=not arguments.no_reference)
+    except DemoFailed as failure:
+        print(f"the demonstration failed: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return report(story, scale, arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
