@@ -80,11 +80,10 @@ class View:
         if teller is None:
             teller = max(story.survivors, key=lambda peer: peer.epoch)
         every = max(1, story.epochs // _PLAIN_LINES)
-        if teller.loss is None or teller.epoch // every == self._last_line_epoch // every:
-            if teller.name == "plain" or self._last_line_of != "plain":
-                return
-        if (teller.name == "plain") != (self._last_line_of == "plain"):
+        if teller.name != self._last_line_of and "plain" in (teller.name, self._last_line_of):
             self._last_line_epoch = -1
+        if teller.loss is None or teller.epoch // every == self._last_line_epoch // every:
+            return
         self._last_line_epoch, self._last_line_of = teller.epoch, teller.name
         sent = "" if teller.name == "plain" else f", sent {megabytes(teller.bytes_sent)}"
         print(
