@@ -2,12 +2,15 @@
 
 mod config;
 mod dht;
+pub mod dictionary;
 mod entry;
 mod id;
 mod lookup;
+pub mod msgpack;
 mod node;
 mod rate;
 mod record;
+pub mod rendezvous;
 mod search;
 mod server;
 mod signed;

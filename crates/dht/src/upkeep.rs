@@ -8,9 +8,9 @@ use crate::server::COPY_SLACK;
 use crate::table::Contact;
 use crate::wire::{Ask, MESSAGE_BYTES_MAX, WireRecord};
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use potluck_net::PeerId;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,6 +21,8 @@ use tokio::sync::mpsc;
 const REJOIN_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause between attempts to join, and pause between pings of initial peers that are missing from the table.
 const REJOIN_MAX: Duration = Duration::from_secs(30);
+/// An attempt to join is over by then: one question and one search.
+const JOIN_MAX: Duration = Duration::from_secs(600);
 /// Upkeep jobs (ping-backs, hand-overs) at a time; more wait in the bounded queue of news.
 const JOBS_MAX: usize = 32;
 /// A contact that was silent for this long is asked for a sign of life, one per tick.
@@ -42,6 +44,26 @@ struct Schedule {
     republish: BTreeMap<DhtId, Moment>,
 }
 
+/// What a job came to.
+enum Done {
+    /// An attempt to join.
+    Join {
+        /// Whether we know anybody now.
+        joined: bool,
+    },
+    /// Anything else.
+    Other,
+}
+
+impl Schedule {
+    fn note(&mut self, node: &Node, done: Done) {
+        if let Done::Join { joined } = done {
+            self.rejoin_pause = if joined { REJOIN_MAX } else { (self.rejoin_pause * 2).min(REJOIN_MAX) };
+            self.rejoin = node.now() + self.rejoin_pause.mul_f64(0.75 + 0.5 * fraction(node));
+        }
+    }
+}
+
 /// Run the upkeep of a node until it is dropped.
 pub(crate) async fn run(node: Arc<Node>, mut news: mpsc::Receiver<News>) {
     let mut schedule = Schedule {
@@ -51,17 +73,17 @@ pub(crate) async fn run(node: Arc<Node>, mut news: mpsc::Receiver<News>) {
         tick: node.config.republish_interval.mul_f64(0.25 + 0.25 * fraction(&node)),
         republish: BTreeMap::new(),
     };
-    let mut jobs: FuturesUnordered<BoxFuture<'static, ()>> = FuturesUnordered::new();
+    let mut jobs: FuturesUnordered<BoxFuture<'static, Done>> = FuturesUnordered::new();
     loop {
         let due = schedule.rejoin.min(schedule.refresh).min(schedule.tick);
         tokio::select! {
             biased;
-            Some(()) = jobs.next() => {}
-            () = tokio::time::sleep_until(node.instant(due)), if node.now() < due => {}
-            Some(item) = news.recv(), if jobs.len() < JOBS_MAX => jobs.push(Box::pin(react(node.clone(), item))),
+            Some(done) = jobs.next() => schedule.note(&node, done),
+            () = tokio::time::sleep_until(node.instant(due)) => {}
+            Some(item) = news.recv(), if jobs.len() < JOBS_MAX => jobs.push(Box::pin(react(node.clone(), item).map(|()| Done::Other))),
         }
         if node.now() >= due {
-            on_time(&node, &mut schedule, &mut jobs).await;
+            on_time(&node, &mut schedule, &mut jobs);
         }
     }
 }
@@ -71,16 +93,13 @@ fn fraction(node: &Node) -> f64 {
     (node.env.random_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-async fn on_time(
-    node: &Arc<Node>,
-    schedule: &mut Schedule,
-    jobs: &mut FuturesUnordered<BoxFuture<'static, ()>>,
-) {
+fn on_time(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<BoxFuture<'static, Done>>) {
     let now = node.now();
     if now >= schedule.rejoin {
-        let joined = join(node).await;
-        schedule.rejoin_pause = if joined { REJOIN_MAX } else { (schedule.rejoin_pause * 2).min(REJOIN_MAX) };
-        schedule.rejoin = node.now() + schedule.rejoin_pause.mul_f64(0.75 + 0.5 * fraction(node));
+        // Its end sets the next one.
+        schedule.rejoin = now + JOIN_MAX;
+        let node = node.clone();
+        jobs.push(Box::pin(async move { Done::Join { joined: join(&node).await } }));
     }
     if now >= schedule.refresh {
         schedule.refresh = now + node.config.refresh_interval.mul_f64(0.75 + 0.5 * fraction(node));
@@ -89,6 +108,7 @@ async fn on_time(
             drop(node.search(node.id, None, Until::All).await);
             let anywhere = DhtId::of_key(&node.env.random_bytes::<20>());
             drop(node.search(anywhere, None, Until::All).await);
+            Done::Other
         }));
     }
     if now >= schedule.tick {
@@ -121,7 +141,7 @@ async fn join(node: &Arc<Node>) -> bool {
 }
 
 /// The regular round: forget what expired, hand on what is due, ask the node that was silent for longest.
-fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<BoxFuture<'static, ()>>) {
+fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<BoxFuture<'static, Done>>) {
     let now = node.now();
     let mut state = node.state();
     state.storage.expire(now);
@@ -129,7 +149,10 @@ fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<B
         && now.saturating_sub(seen) > SILENT_MAX
     {
         let (node, contact) = (node.clone(), contact.clone());
-        jobs.push(Box::pin(async move { drop(node.ask(&contact, Ask::Ping).await) }));
+        jobs.push(Box::pin(async move {
+            drop(node.ask(&contact, Ask::Ping).await);
+            Done::Other
+        }));
     }
     let ids: Vec<DhtId> = state.storage.iter().map(|(id, ..)| *id).collect();
     schedule.republish.retain(|id, _| state.storage.slot(id).is_some());
@@ -145,7 +168,7 @@ fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<B
     }
     drop(state);
     if !due.is_empty() {
-        jobs.push(Box::pin(republish(node.clone(), due)));
+        jobs.push(Box::pin(republish(node.clone(), due).map(|()| Done::Other)));
     }
 }
 
