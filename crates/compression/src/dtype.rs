@@ -74,7 +74,7 @@ impl DType {
     }
 
     /// Little-endian floats of this type as f32, rounded to nearest. `None` for integers.
-    pub(crate) fn to_f32(self, raw: &[u8]) -> Option<Vec<f32>> {
+    pub(crate) fn widen(self, raw: &[u8]) -> Option<Vec<f32>> {
         Some(match self {
             Self::Float32 => raw.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             #[expect(clippy::cast_possible_truncation, reason = "rounding is the point")]
@@ -91,7 +91,7 @@ impl DType {
     }
 
     /// f32 as little-endian floats of this type, rounded to nearest. `None` for integers.
-    pub(crate) fn from_f32(self, values: &[f32]) -> Option<Vec<u8>> {
+    pub(crate) fn narrow(self, values: &[f32]) -> Option<Vec<u8>> {
         Some(match self {
             Self::Float32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Self::Float64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),

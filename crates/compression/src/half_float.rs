@@ -56,7 +56,7 @@ mod tests {
         type Output = ([u16; 8], [f32; 8]);
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) -> Self::Output {
-            (isa.to_half(self.0), isa.from_half(self.1))
+            (isa.narrow_halves(self.0), isa.widen_halves(self.1))
         }
     }
 

@@ -73,9 +73,9 @@ fn level() -> Level {
 /// Operations that plain loops cannot express well, per instruction set.
 pub(crate) trait Isa: Copy {
     /// Round to the nearest half, ties to even; NaN stays NaN (quiet, payload truncated); too large becomes infinity.
-    fn to_half(self, values: &[f32; 8]) -> [u16; 8];
+    fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8];
     /// Widen exactly; a signalling NaN becomes quiet.
-    fn from_half(self, halves: &[u16; 8]) -> [f32; 8];
+    fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8];
 }
 
 /// The portable instruction set.
@@ -84,11 +84,11 @@ pub(crate) struct Portable;
 
 impl Isa for Portable {
     #[inline(always)]
-    fn to_half(self, values: &[f32; 8]) -> [u16; 8] {
+    fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8] {
         values.map(crate::half_float::to_half)
     }
     #[inline(always)]
-    fn from_half(self, halves: &[u16; 8]) -> [f32; 8] {
+    fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8] {
         halves.map(crate::half_float::from_half)
     }
 }
@@ -101,7 +101,7 @@ pub(crate) struct F16c(());
 #[cfg(target_arch = "x86_64")]
 impl Isa for F16c {
     #[inline(always)]
-    fn to_half(self, values: &[f32; 8]) -> [u16; 8] {
+    fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8] {
         use std::arch::x86_64::{
             _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps,
         };
@@ -115,7 +115,7 @@ impl Isa for F16c {
         halves
     }
     #[inline(always)]
-    fn from_half(self, halves: &[u16; 8]) -> [f32; 8] {
+    fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8] {
         use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
         let mut values = [0.0_f32; 8];
         // SAFETY: `self` proves AVX and F16C. The load reads the 16 bytes of `halves`, the store writes the 8 floats

@@ -81,7 +81,7 @@ pub fn serialize(
         if !applies(scheme, dtype) {
             return Err(refused);
         }
-        let values = dtype.to_f32(raw).ok_or(refused)?;
+        let values = dtype.widen(raw).ok_or(refused)?;
         if scheme == Scheme::ScaledFloat16 {
             let (width, rows) = rows_of(shape).ok_or(EncodeError::Scalar { scheme })?;
             encode_rows(&values, width, rows, &mut buffer)?;
@@ -136,7 +136,7 @@ pub fn deserialize(tensor: &SerializedTensor, limits: &Limits) -> Result<RawTens
         Some(rows) => decode_rows(buffer, Target::Assign(&mut values), rows)?,
         None => scheme.decode(buffer, &mut values)?,
     }
-    let bytes = dtype.from_f32(&values).ok_or(refused)?;
+    let bytes = dtype.narrow(&values).ok_or(refused)?;
     Ok(RawTensor { dtype, shape, bytes })
 }
 

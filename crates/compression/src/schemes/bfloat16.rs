@@ -43,20 +43,26 @@ impl Kernel for Narrow<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> EncodeReport {
         let mut report = EncodeReport::default();
-        append_chunks(self.values, 2, self.out, |chunk, piece| {
-            let (mut saturated, mut nan) = (0_u32, 0_u32);
-            for (pair, value) in piece.as_chunks_mut::<2>().0.iter_mut().zip(chunk) {
-                let magnitude = value.to_bits() & 0x7fff_ffff;
-                // From here on rounding reaches the infinity's bits.
-                let overflow = (0x7f7f_8000..0x7f80_0000).contains(&magnitude);
-                saturated += u32::from(overflow);
-                nan += u32::from(magnitude > 0x7f80_0000);
-                let rounded = to_bfloat16(*value);
-                *pair = (if overflow { rounded.wrapping_sub(1) } else { rounded }).to_le_bytes();
-            }
-            report.saturated += saturated as usize;
-            report.nan += nan as usize;
-        });
+        append_chunks(
+            self.values,
+            2,
+            self.out,
+            #[inline(always)]
+            |chunk, piece| {
+                let (mut saturated, mut nan) = (0_u32, 0_u32);
+                for (pair, value) in piece.as_chunks_mut::<2>().0.iter_mut().zip(chunk) {
+                    let magnitude = value.to_bits() & 0x7fff_ffff;
+                    // From here on rounding reaches the infinity's bits.
+                    let overflow = (0x7f7f_8000..0x7f80_0000).contains(&magnitude);
+                    saturated += u32::from(overflow);
+                    nan += u32::from(magnitude > 0x7f80_0000);
+                    let rounded = to_bfloat16(*value);
+                    *pair = (if overflow { rounded.wrapping_sub(1) } else { rounded }).to_le_bytes();
+                }
+                report.saturated += saturated as usize;
+                report.nan += nan as usize;
+            },
+        );
         report
     }
 }

@@ -51,29 +51,35 @@ impl Kernel for Narrow<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> EncodeReport {
         let mut report = EncodeReport::default();
-        append_chunks(self.values, 2, self.out, |chunk, piece| {
-            let (groups, rest) = chunk.as_chunks::<8>();
-            let (slots, last) = piece.split_at_mut(groups.len() * 16);
-            // Eight counters each, as the vector has: a chunk is far too short to overflow them.
-            let (mut saturated, mut nan) = ([0_u32; 8], [0_u32; 8]);
-            for (slot, group) in slots.as_chunks_mut::<16>().0.iter_mut().zip(groups) {
-                for lane in 0..8 {
-                    saturated[lane] += u32::from(group[lane].abs() > HALF_MAX);
-                    nan[lane] += u32::from(group[lane].is_nan());
+        append_chunks(
+            self.values,
+            2,
+            self.out,
+            #[inline(always)]
+            |chunk, piece| {
+                let (groups, rest) = chunk.as_chunks::<8>();
+                let (slots, last) = piece.split_at_mut(groups.len() * 16);
+                // Eight counters each, as the vector has: a chunk is far too short to overflow them.
+                let (mut saturated, mut nan) = ([0_u32; 8], [0_u32; 8]);
+                for (slot, group) in slots.as_chunks_mut::<16>().0.iter_mut().zip(groups) {
+                    for lane in 0..8 {
+                        saturated[lane] += u32::from(group[lane].abs() > HALF_MAX);
+                        nan[lane] += u32::from(group[lane].is_nan());
+                    }
+                    let halves = isa.narrow_halves(&group.map(clamp_half));
+                    for (pair, half) in slot.chunks_exact_mut(2).zip(halves) {
+                        pair.copy_from_slice(&half.to_le_bytes());
+                    }
                 }
-                let halves = isa.to_half(&group.map(clamp_half));
-                for (pair, half) in slot.chunks_exact_mut(2).zip(halves) {
-                    pair.copy_from_slice(&half.to_le_bytes());
+                for (pair, value) in last.chunks_exact_mut(2).zip(rest) {
+                    saturated[0] += u32::from(value.abs() > HALF_MAX);
+                    nan[0] += u32::from(value.is_nan());
+                    pair.copy_from_slice(&crate::half_float::to_half(clamp_half(*value)).to_le_bytes());
                 }
-            }
-            for (pair, value) in last.chunks_exact_mut(2).zip(rest) {
-                saturated[0] += u32::from(value.abs() > HALF_MAX);
-                nan[0] += u32::from(value.is_nan());
-                pair.copy_from_slice(&crate::half_float::to_half(clamp_half(*value)).to_le_bytes());
-            }
-            report.saturated += saturated.iter().sum::<u32>() as usize;
-            report.nan += nan.iter().sum::<u32>() as usize;
-        });
+                report.saturated += saturated.iter().sum::<u32>() as usize;
+                report.nan += nan.iter().sum::<u32>() as usize;
+            },
+        );
         report
     }
 }
@@ -88,7 +94,7 @@ pub(crate) fn read_halves<I: Isa>(isa: I, bytes: &[u8], slots: &mut [f32], put: 
         for (half, pair) in halves.iter_mut().zip(word.as_chunks::<2>().0) {
             *half = u16::from_le_bytes(*pair);
         }
-        let values = isa.from_half(&halves);
+        let values = isa.widen_halves(&halves);
         for (slot, value) in group.iter_mut().zip(values) {
             put(slot, value);
         }

@@ -38,11 +38,17 @@ impl Kernel for Copy<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
-        append_chunks(self.values, 4, self.out, |chunk, piece| {
-            for (word, value) in piece.chunks_exact_mut(4).zip(chunk) {
-                word.copy_from_slice(&value.to_le_bytes());
-            }
-        });
+        append_chunks(
+            self.values,
+            4,
+            self.out,
+            #[inline(always)]
+            |chunk, piece| {
+                for (word, value) in piece.chunks_exact_mut(4).zip(chunk) {
+                    word.copy_from_slice(&value.to_le_bytes());
+                }
+            },
+        );
     }
 }
 

@@ -64,7 +64,11 @@ pub(crate) fn encode_rows(
     for row in 0..rows {
         let row_values = &values[row * width..(row + 1) * width];
         let (mean, deviation) = simd::dispatch(Moments { row: row_values });
-        if let Some(index) = row_values.iter().position(|v| !(v - mean).is_finite()) {
+        // No value can be near the end of the range unless the mean or the deviation is.
+        let spread = f64::from(deviation) * (width as f64).sqrt() + f64::from(mean.abs());
+        if spread > 1e38
+            && let Some(index) = row_values.iter().position(|v| is_too_wide(*v, mean))
+        {
             return Err(EncodeError::TooWide { index: row * width + index });
         }
         report.saturated += simd::dispatch(Narrow { row: row_values, mean, deviation, out });
@@ -86,6 +90,12 @@ pub(crate) fn encode_rows(
     Ok(report)
 }
 
+/// Whether the decoder's sum, with the rounding of a half, might leave the f32 range.
+fn is_too_wide(value: f32, mean: f32) -> bool {
+    let distance = (value - mean).abs();
+    !(distance * 1.001).is_finite() || !(value.abs() + distance * 0.001).is_finite()
+}
+
 struct Moments<'a> {
     row: &'a [f32],
 }
@@ -99,11 +109,27 @@ impl Kernel for Moments<'_> {
         }
         let count = self.row.len() as f64;
         let mean = (sum_lanes(self.row, |v| v) / count) as f32;
-        let squares = sum_lanes(self.row, |v| {
-            let centred = v - f64::from(mean);
-            centred * centred
-        });
-        (mean, ((squares / count).sqrt() as f32).max(DEVIATION_MIN))
+        // hivemind centres and squares in f32, and rounds norm, root of the count and quotient ...
+        let squares = sum_lanes(
+            self.row,
+            #[inline(always)]
+            |v| {
+                let centred = v as f32 - mean;
+                f64::from(centred * centred)
+            },
+        );
+        let deviation = if (1e-30..1e30).contains(&squares) {
+            f64::from(squares as f32).sqrt() as f32 / count.sqrt() as f32
+        } else {
+            // ... which overflows for large values and vanishes for tiny ones.
+            let squares = sum_lanes(
+                self.row,
+                #[inline(always)]
+                |v| (v - f64::from(mean)).powi(2),
+            );
+            (squares / count).sqrt() as f32
+        };
+        (mean, deviation.max(DEVIATION_MIN))
     }
 }
 
@@ -136,25 +162,31 @@ impl Kernel for Narrow<'_> {
     fn run<I: Isa>(self, isa: I) -> usize {
         let Self { row, mean, deviation, out } = self;
         let mut saturated = 0_usize;
-        append_chunks(row, 2, out, |chunk, piece| {
-            let (groups, rest) = chunk.as_chunks::<8>();
-            let (slots, last) = piece.split_at_mut(groups.len() * 16);
-            let mut outside = 0_u32;
-            for (slot, group) in slots.as_chunks_mut::<16>().0.iter_mut().zip(groups) {
-                let scaled = group.map(|v| (v - mean) / deviation);
-                outside += scaled.iter().map(|v| u32::from(v.abs() > HALF_MAX)).sum::<u32>();
-                let halves = isa.to_half(&scaled.map(clamp_half));
-                for (pair, half) in slot.as_chunks_mut::<2>().0.iter_mut().zip(halves) {
-                    *pair = half.to_le_bytes();
+        append_chunks(
+            row,
+            2,
+            out,
+            #[inline(always)]
+            |chunk, piece| {
+                let (groups, rest) = chunk.as_chunks::<8>();
+                let (slots, last) = piece.split_at_mut(groups.len() * 16);
+                let mut outside = 0_u32;
+                for (slot, group) in slots.as_chunks_mut::<16>().0.iter_mut().zip(groups) {
+                    let scaled = group.map(|v| (v - mean) / deviation);
+                    outside += scaled.iter().map(|v| u32::from(v.abs() > HALF_MAX)).sum::<u32>();
+                    let halves = isa.narrow_halves(&scaled.map(clamp_half));
+                    for (pair, half) in slot.as_chunks_mut::<2>().0.iter_mut().zip(halves) {
+                        *pair = half.to_le_bytes();
+                    }
                 }
-            }
-            for (pair, value) in last.as_chunks_mut::<2>().0.iter_mut().zip(rest) {
-                let scaled = (value - mean) / deviation;
-                outside += u32::from(scaled.abs() > HALF_MAX);
-                *pair = crate::half_float::to_half(clamp_half(scaled)).to_le_bytes();
-            }
-            saturated += outside as usize;
-        });
+                for (pair, value) in last.as_chunks_mut::<2>().0.iter_mut().zip(rest) {
+                    let scaled = (value - mean) / deviation;
+                    outside += u32::from(scaled.abs() > HALF_MAX);
+                    *pair = crate::half_float::to_half(clamp_half(scaled)).to_le_bytes();
+                }
+                saturated += outside as usize;
+            },
+        );
         saturated
     }
 }

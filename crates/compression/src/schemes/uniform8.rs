@@ -121,17 +121,22 @@ impl Kernel for Quantize<'_> {
         const ROUND: f32 = 12_582_912.0;
         let Grid { unit, mean, scale } = self.grid;
         let mut saturated = 0_usize;
-        codebook::encode(self.values, self.out, |chunk, indices| {
-            let mut outside = 0_u32;
-            for (index, value) in indices.iter_mut().zip(chunk) {
-                let steps = (value * unit - mean) / scale;
-                outside += u32::from(steps > 127.5) + u32::from(steps < -128.5);
-                let low = if steps < -128.0 { -128.0 } else { steps };
-                let clamped = if low > 127.0 { 127.0 } else { low };
-                *index = ((clamped + ROUND).to_bits() as u8).wrapping_add(128);
-            }
-            saturated += outside as usize;
-        });
+        codebook::encode(
+            self.values,
+            self.out,
+            #[inline(always)]
+            |chunk, indices| {
+                let mut outside = 0_u32;
+                for (index, value) in indices.iter_mut().zip(chunk) {
+                    let steps = (value * unit - mean) / scale;
+                    outside += u32::from(steps > 127.5) + u32::from(steps < -128.5);
+                    let low = if steps < -128.0 { -128.0 } else { steps };
+                    let clamped = if low > 127.0 { 127.0 } else { low };
+                    *index = ((clamped + ROUND).to_bits() as u8).wrapping_add(128);
+                }
+                saturated += outside as usize;
+            },
+        );
         saturated
     }
 }

@@ -1,0 +1,72 @@
+//! Gram-Schmidt on the columns of a thin matrix.
+
+use super::kernels::{dot, subtract_scaled};
+use crate::simd::{self, Isa, Kernel};
+
+/// Make the `rank` columns of `matrix` (row-major, `rows x rank`) orthonormal, in order: divide each by its norm (at
+/// least 1e-8) and subtract its projection from the columns after it. hivemind's algorithm and arithmetic.
+///
+/// # Panics
+/// If the length is no multiple of `rank`.
+pub fn orthogonalize(matrix: &mut [f32], rank: usize) {
+    let mut columns = to_columns(matrix, rank);
+    orthogonalize_columns(&mut columns, rank);
+    from_columns(&columns, rank, matrix);
+}
+
+/// The same on columns stored one after the other.
+pub(super) fn orthogonalize_columns(columns: &mut [f32], rank: usize) {
+    if rank > 0 && !columns.is_empty() {
+        simd::dispatch(GramSchmidt { columns, rank });
+    }
+}
+
+/// Row-major `rows x rank` to `rank` columns one after the other.
+pub(super) fn to_columns(matrix: &[f32], rank: usize) -> Vec<f32> {
+    let mut columns = vec![0.0; matrix.len()];
+    if rank > 0 {
+        assert_eq!(matrix.len() % rank, 0, "the matrix is not {rank} columns wide");
+        let rows = matrix.len() / rank;
+        for (row, values) in matrix.chunks_exact(rank).enumerate() {
+            for (column, value) in values.iter().enumerate() {
+                columns[column * rows + row] = *value;
+            }
+        }
+    }
+    columns
+}
+
+/// The inverse of [`to_columns`].
+pub(super) fn from_columns(columns: &[f32], rank: usize, matrix: &mut [f32]) {
+    if let Some(rows) = matrix.len().checked_div(rank) {
+        for (row, values) in matrix.chunks_exact_mut(rank).enumerate() {
+            for (column, value) in values.iter_mut().enumerate() {
+                *value = columns[column * rows + row];
+            }
+        }
+    }
+}
+
+struct GramSchmidt<'a> {
+    columns: &'a mut [f32],
+    rank: usize,
+}
+
+impl Kernel for GramSchmidt<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let rows = self.columns.len() / self.rank;
+        let mut rest = self.columns;
+        while !rest.is_empty() {
+            let (column, after) = rest.split_at_mut(rows);
+            let norm = dot(column, column).sqrt().max(1e-8);
+            column.iter_mut().for_each(|value| *value /= norm);
+            for other in after.chunks_exact_mut(rows) {
+                let projection = dot(column, other);
+                subtract_scaled(other, projection, column);
+            }
+            rest = after;
+        }
+    }
+}
