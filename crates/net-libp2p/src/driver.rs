@@ -1,0 +1,475 @@
+//! The one task that owns the swarm: dials for callers, keeps the bootstrap peers, learns addresses, reserves relays.
+
+use crate::bootstrap::Bootstrap;
+use crate::config::Config;
+use crate::convert;
+use crate::dials::Dials;
+use crate::shared::{Shared, lock};
+use crate::stage;
+use crate::swarm::{self, Behaviour, BehaviourEvent};
+use crate::transport::StartError;
+use futures::StreamExt;
+use libp2p::core::ConnectedPoint;
+use libp2p::core::transport::ListenerId;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
+use libp2p::{Multiaddr, Swarm, autonat, identify, kad, multiaddr, ping, relay};
+use potluck_net::{Env, PeerId, Reachability};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// How often retries and reservations are looked at.
+const TICK: Duration = Duration::from_millis(500);
+/// How long a start waits for the addresses of its listeners: they come from the system's list of interfaces.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a goodbye may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Relays that we hold a reservation with.
+const RELAYS_MAX: usize = 2;
+/// A relay that refused is asked again after this.
+const RELAY_RETRY: Duration = Duration::from_secs(10);
+/// Addresses taken from one peer's identify message.
+const IDENTIFY_ADDRESSES_MAX: usize = 16;
+
+/// What callers ask of the swarm's task.
+pub(crate) enum Command {
+    /// Connect to a peer; the answer is one line per address that failed.
+    Dial { peer: PeerId, reply: oneshot::Sender<Result<(), Vec<String>>> },
+    /// Say goodbye and end.
+    Close { reply: oneshot::Sender<()> },
+}
+
+/// A relay that we know.
+struct Relay {
+    address: Multiaddr,
+    listener: Option<ListenerId>,
+    retry_at: Instant,
+}
+
+pub(crate) struct Driver {
+    swarm: Swarm<Behaviour>,
+    shared: Arc<Shared>,
+    env: Env,
+    commands: mpsc::Receiver<Command>,
+    dials: Dials,
+    bootstrap: Bootstrap,
+    relays: BTreeMap<PeerId, Relay>,
+    /// Whether this peer wants to be reached through relays at all.
+    wants_relay: bool,
+}
+
+impl Driver {
+    pub(crate) async fn start(
+        config: Config,
+        env: Env,
+        shared: Arc<Shared>,
+        commands: mpsc::Receiver<Command>,
+    ) -> Result<Self, StartError> {
+        let bootstrap = parse_bootstrap(&config)?;
+        let announced = parse_all("announce", &config.announce)?;
+        let listen = parse_all("listen", &config.listen)?;
+        let mut swarm = swarm::build(&config, &shared)?;
+        for address in &announced {
+            swarm.add_external_address(address.clone());
+        }
+        let wants_relay = !config.client_mode && !config.relay_server && announced.is_empty();
+        lock(&shared.own).announced = announced;
+        let bootstrap = Bootstrap::new(bootstrap, &shared);
+        let dials = Dials::default();
+        let relays = BTreeMap::new();
+        let mut driver = Self { swarm, shared, env, commands, dials, bootstrap, relays, wants_relay };
+        if !config.client_mode {
+            driver.listen(listen).await?;
+        }
+        Ok(driver)
+    }
+
+    async fn listen(&mut self, addresses: Vec<Multiaddr>) -> Result<(), StartError> {
+        let mut awaited = Vec::new();
+        for address in addresses {
+            match self.swarm.listen_on(address.clone()) {
+                // Interfaces without IPv6 give no address, so nothing is awaited for those.
+                Ok(id) if !is_ip6(&address) => awaited.push(id),
+                Ok(_) => {}
+                Err(error) if is_ip6_any(&address) => {
+                    tracing::info!(target: "potluck::net", %address, %error, "no IPv6 here");
+                }
+                Err(error) => {
+                    let (address, detail) = (address.to_string(), error.to_string());
+                    return Err(StartError::Listen { address, detail });
+                }
+            }
+        }
+        let deadline = self.env.now() + LISTEN_TIMEOUT;
+        while !awaited.is_empty() {
+            let Ok(event) = tokio::time::timeout_at(deadline, self.swarm.select_next_some()).await else {
+                tracing::warn!(target: "potluck::net", "some listeners have found no interface yet");
+                break;
+            };
+            if let SwarmEvent::NewListenAddr { listener_id, .. } = &event {
+                awaited.retain(|id| id != listener_id);
+            }
+            self.on_event(event);
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn run(mut self) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                command = self.commands.recv() => match command {
+                    Some(Command::Dial { peer, reply }) => self.dial(peer, reply),
+                    Some(Command::Close { reply }) => {
+                        self.close().await;
+                        // Whoever asked may have gone.
+                        let _gone = reply.send(());
+                        return;
+                    }
+                    None => return self.close().await,
+                },
+                _ = tick.tick() => self.on_tick(),
+                event = self.swarm.select_next_some() => self.on_event(event),
+            }
+        }
+    }
+
+    /// Tell every peer, then close the sockets by dropping the swarm.
+    async fn close(&mut self) {
+        let peers: Vec<libp2p::PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            // Gone by itself: fine.
+            let _gone = self.swarm.disconnect_peer_id(peer);
+        }
+        let deadline = self.env.now() + CLOSE_TIMEOUT;
+        while self.swarm.network_info().num_peers() > 0 {
+            if tokio::time::timeout_at(deadline, self.swarm.select_next_some()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let now = self.env.now();
+        let swarm = &self.swarm;
+        for dial in self.bootstrap.due(now, |peer| swarm.is_connected(peer)) {
+            let id = dial.connection_id();
+            if let Err(error) = self.swarm.dial(dial) {
+                self.bootstrap.on_failure(id, &error, now, false, &self.shared);
+            }
+        }
+        self.reserve_relays(now);
+        self.dials.forget_withdrawn();
+    }
+
+    fn dial(&mut self, peer: PeerId, reply: oneshot::Sender<Result<(), Vec<String>>>) {
+        let id = convert::to_libp2p(peer);
+        if self.swarm.is_connected(&id) {
+            // An error means that the caller has given up.
+            let _gone = reply.send(Ok(()));
+            return;
+        }
+        if !self.dials.wait(peer, reply) {
+            return;
+        }
+        let mut addresses = self.shared.book.get(peer);
+        let direct = addresses.iter().any(|address| !convert::is_relayed(address));
+        if !direct {
+            addresses.extend(self.circuits(id));
+        }
+        let dial = DialOpts::peer_id(id)
+            .condition(PeerCondition::Always)
+            .addresses(addresses)
+            .extend_addresses_through_behaviour()
+            .build();
+        if let Err(error) = self.swarm.dial(dial) {
+            self.on_dial_failed(id, &error);
+        }
+    }
+
+    /// The ways to a peer through relays that we are connected to: its relay is often ours.
+    fn circuits(&self, peer: libp2p::PeerId) -> Vec<Multiaddr> {
+        let through = |relay: &Relay| {
+            let circuit = relay.address.clone().with(multiaddr::Protocol::P2pCircuit);
+            circuit.with(multiaddr::Protocol::P2p(peer))
+        };
+        self.relays
+            .iter()
+            .filter(|(id, _)| convert::to_libp2p(**id) != peer)
+            .map(|(_, r)| through(r))
+            .collect()
+    }
+
+    /// First failure: ask the swarm where the peer is, and try what it says. Second failure: tell the callers.
+    fn on_dial_failed(&mut self, id: libp2p::PeerId, error: &DialError) {
+        let Some(peer) = convert::from_libp2p(&id) else { return };
+        let lines = stage::attempts(error).into_iter().map(|attempt| attempt.to_string());
+        if self.swarm.is_connected(&id) || !self.dials.failed(peer, lines) {
+            return;
+        }
+        if self.dials.may_look_up(peer) && self.swarm.connected_peers().next().is_some() {
+            let query = self.swarm.behaviour_mut().kad.get_closest_peers(id);
+            self.dials.looking_up(peer, query);
+        } else {
+            self.dials.give_up(peer);
+        }
+    }
+
+    fn on_looked_up(&mut self, query: kad::QueryId, found: Vec<kad::PeerInfo>) {
+        let Some(peer) = self.dials.looked_up(query) else { return };
+        let id = convert::to_libp2p(peer);
+        let told = found.into_iter().filter(|info| info.peer_id == id).flat_map(|info| info.addrs);
+        self.shared.book.add(peer, told);
+        let mut addresses = self.shared.book.get(peer);
+        addresses.extend(self.circuits(id));
+        if addresses.is_empty() {
+            self.dials.give_up(peer);
+            return;
+        }
+        let dial = DialOpts::peer_id(id).condition(PeerCondition::Always).addresses(addresses).build();
+        if let Err(error) = self.swarm.dial(dial) {
+            self.on_dial_failed(id, &error);
+        }
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::Behaviour(event) => self.on_behaviour(event),
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
+                self.on_connected(peer_id, connection_id, &endpoint);
+            }
+            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
+                tracing::debug!(target: "potluck::net", %peer_id, ?cause, "disconnected");
+                self.bootstrap.on_disconnected(&peer_id, self.env.now(), &self.shared);
+            }
+            SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
+                self.on_outgoing_failed(connection_id, peer_id, &error);
+            }
+            SwarmEvent::NewListenAddr { address, .. } => {
+                tracing::debug!(target: "potluck::net", %address, "listening");
+                remember(&mut lock(&self.shared.own).listening, address);
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                lock(&self.shared.own).listening.retain(|known| *known != address);
+            }
+            SwarmEvent::ListenerClosed { listener_id, addresses, reason } => {
+                tracing::debug!(target: "potluck::net", ?addresses, ?reason, "stopped listening");
+                lock(&self.shared.own).listening.retain(|known| !addresses.contains(known));
+                self.on_listener_closed(listener_id);
+            }
+            SwarmEvent::ExternalAddrConfirmed { address } => {
+                if !convert::is_relayed(&address) {
+                    remember(&mut lock(&self.shared.own).external, address);
+                }
+            }
+            SwarmEvent::ExternalAddrExpired { address } => {
+                lock(&self.shared.own).external.retain(|known| *known != address);
+            }
+            SwarmEvent::IncomingConnectionError { send_back_addr, error, .. } => {
+                tracing::debug!(target: "potluck::net", %send_back_addr, %error, "refused a connection");
+            }
+            _ => {}
+        }
+    }
+
+    fn on_connected(&mut self, id: libp2p::PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
+        tracing::debug!(target: "potluck::net", peer = %id, ?endpoint, "connected");
+        self.bootstrap.on_connected(&id, connection, &self.shared);
+        let Some(peer) = convert::from_libp2p(&id) else { return };
+        if let ConnectedPoint::Dialer { address, .. } = endpoint {
+            self.shared.book.add(peer, [address.clone()]);
+        }
+        self.dials.connected(peer);
+    }
+
+    fn on_outgoing_failed(
+        &mut self,
+        connection: ConnectionId,
+        peer: Option<libp2p::PeerId>,
+        error: &DialError,
+    ) {
+        tracing::debug!(target: "potluck::net", ?peer, %error, "dial failed");
+        let connected = peer.is_some_and(|peer| self.swarm.is_connected(&peer));
+        self.bootstrap.on_failure(connection, error, self.env.now(), connected, &self.shared);
+        let Some(peer) = peer else { return };
+        if !connected && !self.bootstrap.contains(&peer) {
+            // Otherwise the routing table keeps the dead and dials them again at every refresh.
+            self.swarm.behaviour_mut().kad.remove_peer(&peer);
+        }
+        self.on_dial_failed(peer, error);
+    }
+
+    fn on_behaviour(&mut self, event: BehaviourEvent) {
+        match event {
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
+                self.on_identified(peer_id, connection_id, info);
+            }
+            BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) }) => {
+                if !matches!(failure, ping::Failure::Unsupported) {
+                    tracing::debug!(target: "potluck::net", %peer, %failure, "silent, closing");
+                    self.swarm.close_connection(connection);
+                }
+            }
+            BehaviourEvent::Kad(kad::Event::OutboundQueryProgressed { id, result, step, .. }) => {
+                if let kad::QueryResult::GetClosestPeers(result) = result
+                    && step.last
+                {
+                    let found = match result {
+                        Ok(found) => found.peers,
+                        Err(kad::GetClosestPeersError::Timeout { peers, .. }) => peers,
+                    };
+                    self.on_looked_up(id, found);
+                }
+            }
+            BehaviourEvent::Autonat(autonat::Event::StatusChanged { new, .. }) => self.on_nat(&new),
+            BehaviourEvent::Dcutr(event) => {
+                let peer = event.remote_peer_id;
+                match event.result {
+                    Ok(_) => tracing::info!(target: "potluck::net", %peer, "hole punched"),
+                    Err(error) => {
+                        tracing::info!(target: "potluck::net", %peer, %error, "no hole punched, relaying");
+                    }
+                }
+            }
+            BehaviourEvent::RelayClient(relay::client::Event::ReservationReqAccepted {
+                relay_peer_id,
+                ..
+            }) => tracing::debug!(target: "potluck::net", relay = %relay_peer_id, "reserved"),
+            BehaviourEvent::Upnp(event) => tracing::debug!(target: "potluck::net", ?event, "port mapping"),
+            _ => {}
+        }
+    }
+
+    fn on_identified(&mut self, id: libp2p::PeerId, connection: ConnectionId, info: identify::Info) {
+        let Some(peer) = convert::from_libp2p(&id) else { return };
+        let serves = |name: &str| info.protocols.iter().any(|protocol| protocol.as_ref() == name);
+        let usable = |address: &Multiaddr| convert::is_usable(address) && !convert::is_loopback(address);
+        let told: Vec<Multiaddr> = info
+            .listen_addrs
+            .iter()
+            .filter(|address| usable(address) || self.on_this_machine(peer))
+            .take(IDENTIFY_ADDRESSES_MAX)
+            .cloned()
+            .collect();
+        self.shared.book.add(peer, told.clone());
+        if serves("/potluck/kad/1") {
+            for address in told {
+                self.swarm.behaviour_mut().kad.add_address(&id, address);
+            }
+        }
+        if serves(relay::HOP_PROTOCOL_NAME.as_ref()) && !self.relays.contains_key(&peer) {
+            self.add_relay(peer, id, connection);
+        }
+    }
+
+    /// Whether we talk to a peer over loopback, so that its loopback addresses mean something to us.
+    fn on_this_machine(&self, peer: PeerId) -> bool {
+        self.shared.book.get(peer).iter().any(convert::is_loopback)
+    }
+
+    /// Only relays that we have dialed ourselves: their address works from here.
+    fn add_relay(&mut self, peer: PeerId, id: libp2p::PeerId, _connection: ConnectionId) {
+        let known = self.shared.book.get(peer);
+        let Some(address) = known.into_iter().find(|address| !convert::is_relayed(address)) else { return };
+        let Some(address) = convert::with_target(address, id) else { return };
+        self.relays.insert(peer, Relay { address, listener: None, retry_at: self.env.now() });
+        self.reserve_relays(self.env.now());
+    }
+
+    fn reserve_relays(&mut self, now: Instant) {
+        if !self.wants_relay || lock(&self.shared.own).reachability == Reachability::Public {
+            return;
+        }
+        let mut reserved = self.relays.values().filter(|relay| relay.listener.is_some()).count();
+        for (peer, relay) in &mut self.relays {
+            let connected = self.swarm.is_connected(&convert::to_libp2p(*peer));
+            if reserved == RELAYS_MAX || relay.listener.is_some() || now < relay.retry_at || !connected {
+                continue;
+            }
+            let circuit = relay.address.clone().with(multiaddr::Protocol::P2pCircuit);
+            match self.swarm.listen_on(circuit) {
+                Ok(listener) => {
+                    relay.listener = Some(listener);
+                    reserved += 1;
+                }
+                Err(error) => {
+                    tracing::debug!(target: "potluck::net", relay = %relay.address, %error, "cannot reserve");
+                    relay.retry_at = now + RELAY_RETRY;
+                }
+            }
+        }
+    }
+
+    fn on_listener_closed(&mut self, listener: ListenerId) {
+        let retry_at = self.env.now() + RELAY_RETRY;
+        for relay in self.relays.values_mut().filter(|relay| relay.listener == Some(listener)) {
+            relay.listener = None;
+            relay.retry_at = retry_at;
+        }
+    }
+
+    fn on_nat(&mut self, status: &autonat::NatStatus) {
+        tracing::info!(target: "potluck::net", ?status, "reachability");
+        let reachability = match status {
+            autonat::NatStatus::Public(_) => Reachability::Public,
+            autonat::NatStatus::Private => Reachability::Private,
+            autonat::NatStatus::Unknown => Reachability::Unknown,
+        };
+        lock(&self.shared.own).reachability = reachability;
+        if reachability == Reachability::Public {
+            for relay in self.relays.values_mut() {
+                if let Some(listener) = relay.listener.take() {
+                    self.swarm.remove_listener(listener);
+                }
+            }
+        }
+    }
+}
+
+fn remember(known: &mut Vec<Multiaddr>, address: Multiaddr) {
+    if !known.contains(&address) {
+        known.push(address);
+    }
+}
+
+fn is_ip6(address: &Multiaddr) -> bool {
+    convert::ip(address).is_some_and(|ip| ip.is_ipv6())
+}
+
+fn is_ip6_any(address: &Multiaddr) -> bool {
+    convert::ip(address).is_some_and(|ip| ip.is_ipv6() && ip.is_unspecified())
+}
+
+fn parse(field: &'static str, text: &str) -> Result<Multiaddr, StartError> {
+    text.parse::<Multiaddr>().map_err(|error| StartError::Address {
+        field,
+        address: text.to_owned(),
+        detail: format!("{error}; it should look like /ip4/203.0.113.5/tcp/4001"),
+    })
+}
+
+fn parse_all(field: &'static str, texts: &[String]) -> Result<Vec<Multiaddr>, StartError> {
+    texts.iter().map(|text| parse(field, text)).collect()
+}
+
+fn parse_bootstrap(config: &Config) -> Result<Vec<(Multiaddr, libp2p::PeerId)>, StartError> {
+    let mut targets = Vec::new();
+    for text in &config.bootstrap {
+        let address = parse("bootstrap", text)?;
+        let Some(peer) = convert::target(&address) else {
+            let detail = "it must end in /p2p/<peer id>, or nobody could tell whether the right peer answers";
+            let address = text.clone();
+            return Err(StartError::Address { field: "bootstrap", address, detail: detail.into() });
+        };
+        // Our own address in a shared list is no mistake: the first peer of a run is given the same list.
+        if convert::from_libp2p(&peer) != Some(config.identity.peer_id()) {
+            targets.push((address, peer));
+        }
+    }
+    Ok(targets)
+}

@@ -1,0 +1,242 @@
+//! What the swarm's task, the connections' tasks and the callers look at together. Every lock here is held for a few
+//! instructions and never across an await.
+
+use crate::convert;
+use crate::streams::OpenRequest;
+use crate::traffic::TrafficTable;
+use libp2p::Multiaddr;
+use libp2p::swarm::ConnectionId;
+use potluck_net::{AcceptError, Path, PeerId, Protocol, Reachability, Stream};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use tokio::sync::{Notify, Semaphore, mpsc};
+
+/// Streams that we open on one peer and that live at the same time.
+const OUTBOUND_PER_PEER_MAX: usize = 1024;
+/// Addresses kept per peer.
+const ADDRESSES_PER_PEER_MAX: usize = 12;
+/// Peers whose addresses are kept.
+const PEERS_IN_BOOK_MAX: usize = 4096;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Everything shared.
+#[derive(Default)]
+pub(crate) struct Shared {
+    pub(crate) registry: Registry,
+    pub(crate) peers: Peers,
+    pub(crate) book: AddressBook,
+    pub(crate) traffic: Arc<TrafficTable>,
+    pub(crate) own: Mutex<Own>,
+    pub(crate) bootstrap: Mutex<crate::bootstrap::Report>,
+    /// Rung when the bootstrap report changes.
+    pub(crate) bootstrap_changed: Notify,
+}
+
+/// What is known about ourselves.
+#[derive(Default)]
+pub(crate) struct Own {
+    pub(crate) announced: Vec<Multiaddr>,
+    pub(crate) listening: Vec<Multiaddr>,
+    pub(crate) external: Vec<Multiaddr>,
+    pub(crate) reachability: Reachability,
+}
+
+/// The protocols that this process accepts.
+pub(crate) struct Registry {
+    inner: RwLock<Accepting>,
+}
+
+struct Accepting {
+    closed: bool,
+    queues: BTreeMap<Protocol, mpsc::Sender<Stream>>,
+    names: Arc<[Protocol]>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        let inner = Accepting { closed: false, queues: BTreeMap::new(), names: Arc::new([]) };
+        Self { inner: RwLock::new(inner) }
+    }
+}
+
+impl Registry {
+    fn change<T>(&self, change: impl FnOnce(&mut Accepting) -> T) -> T {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut inner);
+        inner.names = inner.queues.keys().cloned().collect();
+        result
+    }
+
+    pub(crate) fn add(&self, protocol: &Protocol, queue: mpsc::Sender<Stream>) -> Result<(), AcceptError> {
+        self.change(|inner| {
+            if inner.closed {
+                return Err(AcceptError::Closed);
+            }
+            if inner.queues.contains_key(protocol) {
+                return Err(AcceptError::Taken { protocol: protocol.clone() });
+            }
+            inner.queues.insert(protocol.clone(), queue);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn remove(&self, protocol: &Protocol) {
+        self.change(|inner| inner.queues.remove(protocol));
+    }
+
+    /// Refuse everything from now on; acceptors see the end of their queue.
+    pub(crate) fn close(&self) {
+        self.change(|inner| {
+            inner.closed = true;
+            inner.queues.clear();
+        });
+    }
+
+    pub(crate) fn names(&self) -> Arc<[Protocol]> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).names.clone()
+    }
+
+    /// A place in the acceptor's backlog, or `None` if it is full or has just gone.
+    pub(crate) fn reserve(&self, protocol: &Protocol) -> Option<mpsc::OwnedPermit<Stream>> {
+        let queue =
+            self.inner.read().unwrap_or_else(PoisonError::into_inner).queues.get(protocol).cloned()?;
+        queue.try_reserve_owned().ok()
+    }
+}
+
+/// One connection.
+#[derive(Clone)]
+pub(crate) struct Link {
+    pub(crate) id: ConnectionId,
+    pub(crate) path: Path,
+    pub(crate) opens: mpsc::Sender<OpenRequest>,
+}
+
+/// The connections, by peer.
+#[derive(Default)]
+pub(crate) struct Peers {
+    inner: Mutex<BTreeMap<PeerId, Connected>>,
+}
+
+struct Connected {
+    links: Vec<Link>,
+    outbound: Arc<Semaphore>,
+}
+
+impl Peers {
+    /// A direct connection that comes while there is a relayed one was punched through a NAT.
+    pub(crate) fn add(&self, peer: PeerId, mut link: Link) {
+        let mut peers = lock(&self.inner);
+        let connected = peers.entry(peer).or_insert_with(|| Connected {
+            links: Vec::new(),
+            outbound: Arc::new(Semaphore::new(OUTBOUND_PER_PEER_MAX)),
+        });
+        let relayed = connected.links.iter().any(|link| link.path == Path::Relayed);
+        if relayed && link.path == Path::Direct {
+            link.path = Path::HolePunched;
+        }
+        connected.links.push(link);
+    }
+
+    pub(crate) fn remove(&self, peer: PeerId, id: ConnectionId) {
+        let mut peers = lock(&self.inner);
+        if let Some(connected) = peers.get_mut(&peer) {
+            connected.links.retain(|link| link.id != id);
+            if connected.links.is_empty() {
+                peers.remove(&peer);
+            }
+        }
+    }
+
+    /// The best connection to a peer: the most direct, then the newest; and the bound on streams opened on that peer.
+    pub(crate) fn best(&self, peer: PeerId) -> Option<(Link, Arc<Semaphore>)> {
+        let peers = lock(&self.inner);
+        let connected = peers.get(&peer)?;
+        let best = connected.links.iter().min_by_key(|link| (link.path, std::cmp::Reverse(link.id)))?;
+        Some((best.clone(), connected.outbound.clone()))
+    }
+
+    pub(crate) fn path(&self, peer: PeerId) -> Option<Path> {
+        self.best(peer).map(|(link, _)| link.path)
+    }
+
+    pub(crate) fn connected(&self) -> Vec<PeerId> {
+        lock(&self.inner).keys().copied().collect()
+    }
+}
+
+/// Addresses of peers, as told by others.
+#[derive(Default)]
+pub(crate) struct AddressBook {
+    inner: Mutex<BTreeMap<PeerId, Vec<Multiaddr>>>,
+}
+
+impl AddressBook {
+    /// Remember addresses, the newest first; the oldest fall out. Those that lead to somebody else are ignored.
+    pub(crate) fn add(&self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
+        let id = convert::to_libp2p(peer);
+        let mut book = lock(&self.inner);
+        if !book.contains_key(&peer) && book.len() >= PEERS_IN_BOOK_MAX {
+            book.pop_first();
+        }
+        let known = book.entry(peer).or_default();
+        for address in addresses.into_iter().take(ADDRESSES_PER_PEER_MAX) {
+            let Some(address) = convert::with_target(address, id) else { continue };
+            if convert::is_usable(&address) && !known.contains(&address) {
+                known.insert(0, address);
+            }
+        }
+        known.truncate(ADDRESSES_PER_PEER_MAX);
+        if known.is_empty() {
+            book.remove(&peer);
+        }
+    }
+
+    /// Direct addresses first.
+    pub(crate) fn get(&self, peer: PeerId) -> Vec<Multiaddr> {
+        let mut addresses = lock(&self.inner).get(&peer).cloned().unwrap_or_default();
+        addresses.sort_by_key(convert::is_relayed);
+        addresses
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(n: u32) -> PeerId {
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&n.to_be_bytes());
+        PeerId::from_ed25519(&key)
+    }
+
+    #[test]
+    fn the_address_book_is_bounded_and_keeps_the_newest() {
+        let book = AddressBook::default();
+        let address = |port: u16| format!("/ip4/10.0.0.1/tcp/{port}").parse::<Multiaddr>().unwrap();
+        for port in 1..100 {
+            book.add(peer(1), [address(port)]);
+        }
+        let kept = book.get(peer(1));
+        assert_eq!(kept.len(), ADDRESSES_PER_PEER_MAX);
+        assert!(kept[0].to_string().contains("/tcp/99/p2p/"));
+        for n in 0..5000 {
+            book.add(peer(n), [address(1)]);
+        }
+        assert!(lock(&book.inner).len() <= PEERS_IN_BOOK_MAX);
+    }
+
+    #[test]
+    fn useless_addresses_are_ignored() {
+        let book = AddressBook::default();
+        let other = convert::to_libp2p(peer(2));
+        let foreign = format!("/ip4/10.0.0.1/tcp/1/p2p/{other}");
+        for text in [foreign.as_str(), "/ip4/0.0.0.0/tcp/1", "/ip6/fe80::1/tcp/1"] {
+            book.add(peer(1), [text.parse().unwrap()]);
+        }
+        assert_eq!(book.get(peer(1)), Vec::<Multiaddr>::new());
+    }
+}

@@ -1,0 +1,270 @@
+//! The real network as a [`Transport`].
+
+use crate::bootstrap::BootstrapAttempt;
+use crate::config::Config;
+use crate::convert;
+use crate::driver::{Command, Driver};
+use crate::shared::{Link, Shared, lock};
+use crate::streams::{OpenFailure, OpenRequest};
+use crate::traffic::Traffic;
+use crate::wire;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use libp2p::Multiaddr;
+use potluck_net::{
+    AcceptError, Env, Identity, Incoming, OpenError, Path, PeerId, Protocol, Reachability, Stream, Tasks,
+    Transport,
+};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// An open ends within this, dialing included.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Commands that may wait for the swarm's task.
+const COMMANDS_WAITING_MAX: usize = 1024;
+/// Links that are tried before a peer counts as unreachable: one may have died unnoticed, its successor too.
+const LINKS_TRIED_MAX: usize = 3;
+
+/// Why the transport did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// An address cannot be used.
+    #[error("{field} address {address:?} cannot be used: {detail}")]
+    Address {
+        /// `listen`, `announce` or `bootstrap`.
+        field: &'static str,
+        /// As given.
+        address: String,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The address may be fine, but we cannot listen there.
+    #[error("cannot listen on {address}: {detail}")]
+    Listen {
+        /// As given.
+        address: String,
+        /// What the system says.
+        detail: String,
+    },
+    /// The system refused something else.
+    #[error("cannot start the network: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// A peer of the real network: TCP and QUIC, relays and hole punching, peer routing. See [`Transport`].
+///
+/// Dropping it aborts everything at once; [`Transport::close`] says goodbye first.
+pub struct Libp2pTransport {
+    identity: Identity,
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    tasks: Tasks,
+}
+
+impl Libp2pTransport {
+    /// Start. Returns as soon as the addresses are bound; the bootstrap peers are dialed in the background, for ever.
+    ///
+    /// # Errors
+    /// [`StartError`], naming the address that cannot be used.
+    pub async fn start(config: Config, env: Env) -> Result<Arc<Self>, StartError> {
+        let shared = Arc::new(Shared::default());
+        let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
+        let identity = config.identity.clone();
+        let driver = Driver::start(config, env, shared.clone(), waiting).await?;
+        let tasks = Tasks::new();
+        tasks.spawn(driver.run());
+        Ok(Arc::new(Self { identity, shared, commands, tasks }))
+    }
+
+    /// How far each bootstrap address got, in the order in which they were given.
+    pub fn bootstrap_report(&self) -> Vec<BootstrapAttempt> {
+        lock(&self.shared.bootstrap).attempts.clone()
+    }
+
+    /// The peers behind the bootstrap addresses.
+    pub fn bootstrap_peers(&self) -> Vec<PeerId> {
+        lock(&self.shared.bootstrap).peers.clone()
+    }
+
+    /// Wait until one bootstrap peer is connected; that one.
+    ///
+    /// # Errors
+    /// How far each address got, if none is connected at the deadline. Dialing goes on all the same.
+    pub async fn wait_bootstrapped(&self, deadline: Instant) -> Result<PeerId, Vec<BootstrapAttempt>> {
+        loop {
+            let changed = self.shared.bootstrap_changed.notified();
+            tokio::pin!(changed);
+            // Listening before looking: a change in between is not missed.
+            changed.as_mut().enable();
+            let connected = |peer: &PeerId| self.shared.peers.path(*peer).is_some();
+            if let Some(peer) = self.bootstrap_peers().into_iter().find(connected) {
+                return Ok(peer);
+            }
+            let report = self.bootstrap_report();
+            if report.is_empty() || tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(self.bootstrap_report());
+            }
+        }
+    }
+
+    /// Bytes sent and received so far.
+    pub fn traffic(&self) -> Traffic {
+        self.shared.traffic.snapshot()
+    }
+
+    /// End at once and without a goodbye, as a killed process would. For tests; [`Transport::close`] is the polite way.
+    pub fn abort(&self) {
+        self.shared.registry.close();
+        self.tasks.abort_all();
+    }
+
+    async fn open_now(&self, peer: PeerId, protocol: Protocol) -> Result<Stream, OpenError> {
+        if peer == self.identity.peer_id() {
+            let attempts = vec!["that is this peer itself".to_owned()];
+            return Err(OpenError::Unreachable { peer, attempts });
+        }
+        let mut last = String::from("the connection broke");
+        for _ in 0..LINKS_TRIED_MAX {
+            let Some((link, places)) = self.shared.peers.best(peer) else {
+                self.dial(peer).await?;
+                continue;
+            };
+            let Ok(place) = places.acquire_owned().await else { return Err(OpenError::Closed) };
+            match ask(&link, &protocol).await {
+                Ok(stream) => {
+                    let meter = self.shared.traffic.meter(peer, link.path, Some(place));
+                    let (sink, frames) = wire::frames(stream, meter);
+                    return Ok(Stream::new(peer, protocol, sink, frames));
+                }
+                Err(OpenFailure::UnknownProtocol) => {
+                    return Err(OpenError::UnknownProtocol { peer, protocol });
+                }
+                Err(OpenFailure::Busy) => return Err(OpenError::Busy { peer, protocol }),
+                Err(OpenFailure::TimedOut) => return Err(OpenError::TimedOut { peer }),
+                Err(OpenFailure::Broken(reason)) => last = reason,
+            }
+            if self.commands.is_closed() {
+                return Err(OpenError::Closed);
+            }
+            // Its end may not have been noticed everywhere yet; then the next look must not find it again.
+            if link.opens.is_closed() {
+                self.shared.peers.remove(peer, link.id);
+            }
+        }
+        Err(OpenError::Unreachable { peer, attempts: vec![last] })
+    }
+
+    async fn dial(&self, peer: PeerId) -> Result<(), OpenError> {
+        let (reply, answer) = oneshot::channel();
+        let dial = Command::Dial { peer, reply };
+        self.commands.send(dial).await.map_err(|_| OpenError::Closed)?;
+        match answer.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(attempts)) => Err(OpenError::Unreachable { peer, attempts }),
+            Err(_) => Err(OpenError::Closed),
+        }
+    }
+}
+
+/// Ask a connection for a stream.
+async fn ask(link: &Link, protocol: &Protocol) -> Result<libp2p::Stream, OpenFailure> {
+    let broken = || OpenFailure::Broken("the connection broke".into());
+    let (reply, answer) = oneshot::channel();
+    let request = OpenRequest { protocol: protocol.clone(), reply };
+    link.opens.send(request).await.map_err(|_| broken())?;
+    answer.await.map_err(|_| broken())?
+}
+
+impl Transport for Libp2pTransport {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn open(&self, peer: PeerId, protocol: Protocol) -> BoxFuture<'_, Result<Stream, OpenError>> {
+        async move {
+            match tokio::time::timeout(OPEN_TIMEOUT, self.open_now(peer, protocol)).await {
+                Ok(result) => result,
+                Err(_) => Err(OpenError::TimedOut { peer }),
+            }
+        }
+        .boxed()
+    }
+
+    fn accept(&self, protocol: Protocol, backlog: usize) -> Result<Incoming, AcceptError> {
+        struct Registration(Arc<Shared>, Protocol);
+        impl Drop for Registration {
+            fn drop(&mut self) {
+                self.0.registry.remove(&self.1);
+            }
+        }
+        let (queue, streams) = mpsc::channel(backlog.max(1));
+        self.shared.registry.add(&protocol, queue)?;
+        Ok(Incoming::new(streams, Registration(self.shared.clone(), protocol)))
+    }
+
+    fn add_addresses(&self, peer: PeerId, addresses: &[String]) {
+        let parsed = addresses.iter().filter_map(|text| text.parse::<Multiaddr>().ok());
+        self.shared.book.add(peer, parsed);
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        let own = lock(&self.shared.own);
+        let id = convert::to_libp2p(self.identity.peer_id());
+        let found: Vec<&Multiaddr> = if own.announced.is_empty() {
+            own.external.iter().chain(&own.listening).collect()
+        } else {
+            let relayed = own.listening.iter().filter(|address| convert::is_relayed(address));
+            own.announced.iter().chain(relayed).collect()
+        };
+        // This machine's own loopback means something to others only if there is nothing else.
+        let only_loopback = found.iter().all(|address| convert::is_loopback(address));
+        let mut addresses: Vec<String> = Vec::new();
+        for address in found {
+            if !convert::is_usable(address) || (convert::is_loopback(address) && !only_loopback) {
+                continue;
+            }
+            if let Some(full) = convert::with_target(address.clone(), id) {
+                let text = full.to_string();
+                if !addresses.contains(&text) {
+                    addresses.push(text);
+                }
+            }
+        }
+        addresses.sort_by_key(|text| text.contains("/p2p-circuit"));
+        addresses
+    }
+
+    fn path(&self, peer: PeerId) -> Option<Path> {
+        self.shared.peers.path(peer)
+    }
+
+    fn connected(&self) -> Vec<PeerId> {
+        self.shared.peers.connected()
+    }
+
+    fn reachability(&self) -> Reachability {
+        lock(&self.shared.own).reachability
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async move {
+            self.shared.registry.close();
+            let (reply, closed) = oneshot::channel();
+            if self.commands.send(Command::Close { reply }).await.is_ok() {
+                // An error means that the task had ended already.
+                let _ended = closed.await;
+            }
+            self.tasks.shutdown().await;
+        }
+        .boxed()
+    }
+}
+
+impl std::fmt::Debug for Libp2pTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Libp2pTransport({:?})", self.identity.peer_id())
+    }
+}

@@ -1,0 +1,97 @@
+//! Tests of the framing on byte streams in memory, random bytes included.
+
+use super::*;
+use futures::io::Cursor;
+use futures::{SinkExt, StreamExt};
+use proptest::prelude::*;
+
+struct Ignore;
+
+impl Meter for Ignore {
+    fn sent(&self, _: usize) {}
+    fn received(&self, _: usize) {}
+}
+
+/// What reading `bytes` as frames gives, and how it ends.
+fn read_all(bytes: Vec<u8>) -> (Vec<Bytes>, Option<StreamError>) {
+    let (sink, mut stream) = frames(Cursor::new(bytes), Ignore);
+    let mut whole = Vec::new();
+    let end = futures::executor::block_on(async {
+        loop {
+            match stream.next().await {
+                Some(Ok(frame)) => whole.push(frame),
+                Some(Err(error)) => return Some(error),
+                None => return None,
+            }
+        }
+    });
+    drop(sink);
+    (whole, end)
+}
+
+fn write_all(payloads: &[Vec<u8>]) -> Vec<u8> {
+    futures::executor::block_on(async {
+        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore);
+        for payload in payloads {
+            sink.feed(Bytes::from(payload.clone())).await.unwrap();
+        }
+        sink.close().await.unwrap();
+        let bytes = sink.shared.lock().bytes.take().unwrap();
+        bytes.into_inner()
+    })
+}
+
+#[test]
+fn frames_survive_whatever_their_size() {
+    let sizes = [0, 1, GATHER_BYTES - 4, GATHER_BYTES, GATHER_BYTES + 1, UNPROVEN_BYTES_MAX + 7, 3, 1 << 20];
+    let payloads: Vec<Vec<u8>> = sizes.iter().map(|&len| (0..len).map(|i| i as u8).collect()).collect();
+    let (read, end) = read_all(write_all(&payloads));
+    assert_eq!(end, None);
+    assert!(read.iter().map(|frame| frame.to_vec()).eq(payloads));
+}
+
+#[test]
+fn an_end_without_the_mark_is_a_reset() {
+    let mut bytes = write_all(&[vec![1, 2, 3]]);
+    bytes.truncate(bytes.len() - HEAD_BYTES);
+    let (read, end) = read_all(bytes);
+    assert_eq!(read.len(), 1);
+    assert!(matches!(end, Some(StreamError::Reset { .. })));
+}
+
+#[test]
+fn an_oversize_frame_is_refused_before_anything_is_allocated() {
+    let len = FRAME_BYTES_MAX as u32 + 1;
+    let (read, end) = read_all(len.to_be_bytes().to_vec());
+    assert!(read.is_empty());
+    assert_eq!(end, Some(StreamError::FrameTooLarge { len: FRAME_BYTES_MAX + 1, max: FRAME_BYTES_MAX }));
+}
+
+#[test]
+fn a_stranger_cannot_make_us_allocate_what_it_does_not_send() {
+    let mut body = Body::new(FRAME_BYTES_MAX, 0);
+    assert_eq!(body.rest().len(), UNPROVEN_BYTES_MAX);
+    body.filled = UNPROVEN_BYTES_MAX;
+    assert_eq!(body.rest().len(), FRAME_BYTES_MAX - UNPROVEN_BYTES_MAX);
+    assert_eq!(Body::new(FRAME_BYTES_MAX, FRAME_BYTES_MAX).rest().len(), FRAME_BYTES_MAX);
+}
+
+#[test]
+fn sending_after_finish_is_refused() {
+    futures::executor::block_on(async {
+        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore);
+        sink.close().await.unwrap();
+        assert_eq!(sink.send(Bytes::new()).await, Err(StreamError::Finished));
+    });
+}
+
+proptest! {
+    #[test]
+    fn random_bytes_end_in_a_named_fault(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        let len = bytes.len();
+        let (read, end) = read_all(bytes);
+        let taken: usize = read.iter().map(|frame| frame.len() + HEAD_BYTES).sum();
+        prop_assert!(taken <= len);
+        prop_assert!(end.is_some() || taken + HEAD_BYTES <= len);
+    }
+}

@@ -1,0 +1,213 @@
+//! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
+//! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
+
+use potluck_net::conformance::{self, Network};
+use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport};
+use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::time::Instant;
+
+const TCP: &str = "/ip4/127.0.0.1/tcp/0";
+const QUIC: &str = "/ip4/127.0.0.1/udp/0/quic-v1";
+
+fn identity(env: &Env) -> Identity {
+    Identity::from_seed(&env.random_bytes())
+}
+
+async fn peer_on(listen: &[&str], change: impl FnOnce(&mut Config)) -> Arc<Libp2pTransport> {
+    let env = Env::real();
+    let mut config = Config::loopback(identity(&env));
+    config.listen = listen.iter().map(|&text| text.to_owned()).collect();
+    change(&mut config);
+    Libp2pTransport::start(config, env).await.expect("loopback can be listened on")
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+struct Loopback {
+    listen: &'static str,
+    security: Security,
+    alive: Mutex<BTreeMap<PeerId, Arc<Libp2pTransport>>>,
+}
+
+impl Loopback {
+    fn new(listen: &'static str, security: Security) -> Self {
+        Self { listen, security, alive: Mutex::default() }
+    }
+}
+
+impl Network for Loopback {
+    async fn two_peers(&self) -> (Arc<dyn Transport>, Arc<dyn Transport>) {
+        let first = peer_on(&[self.listen], |config| config.security = self.security).await;
+        let second = peer_on(&[self.listen], |config| config.security = self.security).await;
+        first.add_addresses(second.local_peer(), &second.addresses());
+        second.add_addresses(first.local_peer(), &first.addresses());
+        let mut alive = self.alive.lock().unwrap();
+        alive.insert(first.local_peer(), first.clone());
+        alive.insert(second.local_peer(), second.clone());
+        (first, second)
+    }
+
+    async fn kill(&self, peer: PeerId) {
+        self.alive.lock().unwrap().remove(&peer).expect("a peer of this network").abort();
+    }
+
+    fn ahead_bytes_max(&self) -> usize {
+        // QUIC's stream window and both sides' buffers; yamux's windows grow with what is read, so they stay small.
+        64 << 20
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_with_tls_conforms() {
+    conformance::run_all(&Loopback::new(TCP, Security::TlsOnly)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tcp_with_noise_conforms() {
+    conformance::run_all(&Loopback::new(TCP, Security::NoiseOnly)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn quic_conforms() {
+    conformance::run_all(&Loopback::new(QUIC, Security::TlsOrNoise)).await;
+}
+
+#[tokio::test]
+async fn bootstrap_says_for_each_address_how_far_it_got() {
+    let env = Env::real();
+    let server = peer_on(&[TCP], |_| {}).await;
+    let address = server.addresses().remove(0);
+    let bare = address.split("/p2p/").next().unwrap().to_owned();
+    let somebody = identity(&env).peer_id();
+    // A port that was free a moment ago refuses; one that listens without accepting is as silent as a black hole.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent_port = silent.local_addr().unwrap().port();
+    let joiner = peer_on(&[TCP], |config| {
+        config.bootstrap = vec![
+            format!("{bare}/p2p/{somebody}"),
+            format!("/ip4/127.0.0.1/tcp/{free}/p2p/{somebody}"),
+            format!("/ip4/127.0.0.1/tcp/{silent_port}/p2p/{somebody}"),
+            format!("/dns4/no-such-host.invalid/tcp/1/p2p/{somebody}"),
+            address.clone(),
+        ];
+    })
+    .await;
+    assert_eq!(joiner.wait_bootstrapped(soon()).await.unwrap(), server.local_peer());
+    let expected = [Stage::WrongIdentity, Stage::Connect, Stage::Handshake, Stage::Dns, Stage::Connected];
+    tokio::time::timeout_at(soon(), async {
+        loop {
+            let stages: Vec<Stage> = joiner.bootstrap_report().iter().map(|line| line.stage).collect();
+            if stages == expected {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("expected {expected:?}, got {:#?}", joiner.bootstrap_report()));
+    let text = joiner.bootstrap_report().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    assert!(text.contains("failed at wrong identity: the peer there is 12D3KooW"), "{text}");
+    assert!(text.contains("failed at connect: Connection refused"), "{text}");
+    assert!(text.lines().last().unwrap().ends_with(": connected"), "{text}");
+    joiner.close().await;
+    server.close().await;
+}
+
+#[tokio::test]
+async fn a_bootstrap_peer_that_comes_late_is_found() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let seed = [7; 32];
+    let id = Identity::from_seed(&seed).peer_id();
+    let address = format!("/ip4/127.0.0.1/tcp/{port}");
+    let joiner = peer_on(&[TCP], |config| config.bootstrap = vec![format!("{address}/p2p/{id}")]).await;
+    let early = joiner.wait_bootstrapped(Instant::now() + Duration::from_millis(300)).await.unwrap_err();
+    assert!(!early[0].ok);
+    let server = peer_on(&[&address], |config| config.identity = Identity::from_seed(&seed)).await;
+    assert_eq!(joiner.wait_bootstrapped(soon()).await.unwrap(), id);
+    joiner.close().await;
+    server.close().await;
+}
+
+#[tokio::test]
+async fn addresses_that_cannot_be_used_are_refused_at_the_start() {
+    let env = Env::real();
+    let mut config = Config::loopback(identity(&env));
+    config.bootstrap = vec!["/ip4/127.0.0.1/tcp/4001".into()];
+    let error = Libp2pTransport::start(config, env.clone()).await.unwrap_err();
+    assert!(error.to_string().contains("/p2p/<peer id>"), "{error}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut config = Config::loopback(identity(&env));
+    config.listen = vec![format!("/ip4/127.0.0.1/tcp/{}", taken.local_addr().unwrap().port())];
+    let error = Libp2pTransport::start(config, env).await.unwrap_err();
+    assert!(matches!(error, StartError::Listen { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_is_found_by_its_id_through_the_bootstrap_peer() {
+    let protocol = Protocol::new("/test/hello/1");
+    let server = peer_on(&[TCP, QUIC], |_| {}).await;
+    let known = server.addresses();
+    let alice = peer_on(&[TCP, QUIC], |config| config.bootstrap = known.clone()).await;
+    let bob = peer_on(&[TCP, QUIC], |config| config.bootstrap = known.clone()).await;
+    alice.wait_bootstrapped(soon()).await.unwrap();
+    bob.wait_bootstrapped(soon()).await.unwrap();
+    let mut incoming = bob.accept(protocol.clone(), 4).unwrap();
+    // Until the bootstrap peer has identified Bob it cannot know him; each refusal is a full lookup, not a poll.
+    let opened = tokio::time::timeout_at(soon(), async {
+        loop {
+            match alice.open(bob.local_peer(), protocol.clone()).await {
+                Ok(stream) => return stream,
+                Err(OpenError::Unreachable { .. }) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+    let stream = opened.await.expect("routing finds Bob");
+    let theirs = incoming.next().await.expect("Bob is told");
+    assert_eq!(theirs.peer(), alice.local_peer());
+    assert_eq!(alice.path(bob.local_peer()), Some(Path::Direct));
+    drop(stream);
+    for peer in [alice, bob, server] {
+        peer.close().await;
+        assert!(peer.connected().is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
+    let protocol = Protocol::new("/test/hello/1");
+    let relay = peer_on(&[TCP], |config| {
+        config.relay_server = true;
+        config.announce = Vec::new();
+    })
+    .await;
+    let hidden = peer_on(&[], |config| config.bootstrap = relay.addresses()).await;
+    let caller = peer_on(&[TCP], |config| config.bootstrap = relay.addresses()).await;
+    let mut incoming = hidden.accept(protocol.clone(), 4).unwrap();
+    let reserved = tokio::time::timeout_at(soon(), async {
+        while !hidden.addresses().iter().any(|address| address.contains("p2p-circuit")) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    reserved.await.expect("the relay grants a reservation");
+    caller.wait_bootstrapped(soon()).await.unwrap();
+    caller.add_addresses(hidden.local_peer(), &hidden.addresses());
+    let mut stream = caller.open(hidden.local_peer(), protocol).await.unwrap();
+    assert_eq!(caller.path(hidden.local_peer()), Some(Path::Relayed));
+    let mut theirs = incoming.next().await.unwrap();
+    stream.send(vec![7; 1 << 20].into()).await.unwrap();
+    stream.finish().await.unwrap();
+    assert_eq!(theirs.recv().await.unwrap().unwrap().len(), 1 << 20);
+    assert_eq!(theirs.recv().await, Ok(None));
+    let traffic = caller.traffic();
+    assert!(traffic.relayed_bytes > 1 << 20, "{traffic:?}");
+    for peer in [hidden, caller, relay] {
+        peer.close().await;
+    }
+}
