@@ -133,6 +133,9 @@ pub enum Refusal {
 /// A value with the time that it has left, by subkey.
 pub type WireItem = (Bytes, Duration);
 
+/// A node and its addresses.
+pub type WireContact = (PeerId, Arc<[String]>);
+
 /// What a node keeps under a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WireEntry {
@@ -154,7 +157,7 @@ pub enum Reply {
         /// What is kept here.
         entry: Option<WireEntry>,
         /// Nodes near the id with their addresses, nearest first.
-        contacts: Vec<(PeerId, Arc<[String]>)>,
+        contacts: Vec<WireContact>,
     },
     /// One verdict per record.
     Stored(Vec<Verdict>),
@@ -443,7 +446,7 @@ impl Reader {
             .collect()
     }
 
-    fn contacts(&mut self) -> Result<Vec<(PeerId, Arc<[String]>)>, WireError> {
+    fn contacts(&mut self) -> Result<Vec<WireContact>, WireError> {
         let count = self.u8("contacts")?;
         limit("contacts", usize::from(count), CONTACTS_MAX)?;
         (0..count)

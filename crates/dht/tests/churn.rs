@@ -28,7 +28,7 @@ impl Swarm {
             len => (0..2).map(|_| self.nodes[self.below(len)].0).collect(),
         };
         let config = DhtConfig { initial_peers: known, ..DhtConfig::default() };
-        let dht = Dht::start(transport, self.net.env(peer), config).await.unwrap();
+        let dht = Dht::start(transport, self.net.env(peer), config).await.expect("the settings are valid");
         self.nodes.push((peer, dht));
     }
 
