@@ -99,7 +99,13 @@ where
         tracing::debug!(target: "potluck::rpc", %peer, protocol = %stream.protocol(), "caller gave up");
         return;
     };
-    let Some(reply) = handler(peer, request).await else { return };
+    let Some(reply) = handler(peer, request).await else {
+        // An end without an answer is a refusal; a drop would look like a broken connection.
+        if !matches!(tokio::time::timeout(ANSWER_TIMEOUT, stream.finish()).await, Ok(Ok(()))) {
+            tracing::debug!(target: "potluck::rpc", %peer, protocol = %stream.protocol(), "refusal was not taken");
+        }
+        return;
+    };
     let sent = tokio::time::timeout(ANSWER_TIMEOUT, async {
         stream.send(reply).await?;
         stream.finish().await
