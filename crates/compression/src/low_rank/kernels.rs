@@ -43,30 +43,23 @@ fn fold(lanes: [f32; LANES]) -> f32 {
     ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-/// Dot products of one row with [`GROUP`] columns of a factor.
+/// Add the products of whole groups of lanes of one row with [`GROUP`] columns of a factor; the tail is the caller's.
 #[inline(always)]
-fn dots(row: &[f32], columns: [&[f32]; GROUP]) -> [f32; GROUP] {
-    let mut lanes = [[0.0_f32; LANES]; GROUP];
-    let (groups, rest) = row.as_chunks::<LANES>();
-    let [a, b, c, d] = columns.map(|column| column.as_chunks::<LANES>());
-    for ((((x, a), b), c), d) in groups.iter().zip(a.0).zip(b.0).zip(c.0).zip(d.0) {
+fn dot_lanes(lanes: &mut [[f32; LANES]; GROUP], row: &[f32], columns: [&[f32]; GROUP]) {
+    let mut sums = *lanes;
+    let [a, b, c, d] = columns.map(|column| column.as_chunks::<LANES>().0);
+    for ((((x, a), b), c), d) in row.as_chunks::<LANES>().0.iter().zip(a).zip(b).zip(c).zip(d) {
         for lane in 0..LANES {
-            lanes[0][lane] += x[lane] * a[lane];
-            lanes[1][lane] += x[lane] * b[lane];
-            lanes[2][lane] += x[lane] * c[lane];
-            lanes[3][lane] += x[lane] * d[lane];
+            sums[0][lane] += x[lane] * a[lane];
+            sums[1][lane] += x[lane] * b[lane];
+            sums[2][lane] += x[lane] * c[lane];
+            sums[3][lane] += x[lane] * d[lane];
         }
     }
-    let mut sums = lanes.map(fold);
-    for (sum, (_, tail)) in sums.iter_mut().zip([a, b, c, d]) {
-        for (x, y) in rest.iter().zip(tail) {
-            *sum += x * y;
-        }
-    }
-    sums
+    *lanes = sums;
 }
 
-/// `target[j] = base(j) + sum over the group of factor[k] * columns[k][j]`, where `base` reads what `target` holds.
+/// `target[j] += sum over the group of factor[k] * columns[k][j]`
 #[inline(always)]
 fn add_columns(target: &mut [f32], factors: [f32; GROUP], columns: [&[f32]; GROUP]) {
     let [a, b, c, d] = columns;
@@ -111,24 +104,49 @@ impl Kernel for Project<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
+        /// Rows and columns of a tile: pieces of eight factor columns stay in the L1 cache while eight rows use them.
+        const TILE_ROWS: usize = 8;
+        const TILE_COLUMNS: usize = 512;
         let Self { base, correction, grad, q, columns, rank, work, p } = self;
         let rows = p.len() / rank;
         let zeros = vec![0.0; columns];
-        let inputs = base.chunks_exact(columns).zip(grad.chunks_exact(columns));
-        for (row, (work, (base, grad))) in work.chunks_exact_mut(columns).zip(inputs).enumerate() {
-            for (value, (old, new)) in work.iter_mut().zip(base.iter().zip(grad)) {
-                *value = old + new;
-            }
-            if let Some(Correction { p, q }) = correction {
-                for at in (0..rank).step_by(GROUP) {
-                    let factors = entries(p, rows, at, row).map(|f| -f);
-                    add_columns(work, factors, group(q, columns, at, &zeros));
+        for first in (0..rows).step_by(TILE_ROWS) {
+            let rows_here = first..rows.min(first + TILE_ROWS);
+            let mut lanes = [[[0.0_f32; LANES]; GROUP]; TILE_ROWS];
+            for start in (0..columns).step_by(TILE_COLUMNS) {
+                let tile = start..columns.min(start + TILE_COLUMNS);
+                for row in rows_here.clone() {
+                    let span = row * columns + tile.start..row * columns + tile.end;
+                    let work = &mut work[span.clone()];
+                    let inputs = base[span.clone()].iter().zip(&grad[span]);
+                    for (value, (old, new)) in work.iter_mut().zip(inputs) {
+                        *value = old + new;
+                    }
+                    if let Some(Correction { p, q }) = correction {
+                        for at in (0..rank).step_by(GROUP) {
+                            let factors = entries(p, rows, at, row).map(|f| -f);
+                            let pieces = group(q, columns, at, &zeros).map(|column| &column[tile.clone()]);
+                            add_columns(work, factors, pieces);
+                        }
+                    }
+                    let pieces = group(q, columns, 0, &zeros).map(|column| &column[tile.clone()]);
+                    dot_lanes(&mut lanes[row - first], work, pieces);
                 }
             }
-            for at in (0..rank).step_by(GROUP) {
-                let sums = dots(work, group(q, columns, at, &zeros));
-                for (k, sum) in sums.into_iter().enumerate().take(rank - at) {
-                    p[(at + k) * rows + row] = sum;
+            for row in rows_here {
+                let work = &work[row * columns..(row + 1) * columns];
+                let tail = columns - columns % LANES;
+                for at in (0..rank).step_by(GROUP) {
+                    let mut lanes = lanes[row - first];
+                    let pieces = group(q, columns, at, &zeros);
+                    if at > 0 {
+                        lanes = [[0.0; LANES]; GROUP];
+                        dot_lanes(&mut lanes, work, pieces);
+                    }
+                    for (k, piece) in pieces.into_iter().enumerate().take(rank - at) {
+                        let rest = work[tail..].iter().zip(&piece[tail..]);
+                        p[(at + k) * rows + row] = rest.fold(fold(lanes[k]), |sum, (x, y)| sum + x * y);
+                    }
                 }
             }
         }
