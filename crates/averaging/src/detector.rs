@@ -1,0 +1,111 @@
+//! Sans-I/O. Is one peer alive? Silence makes it suspect, others are asked, and only then is it given up.
+//!
+//! Any frame from the peer counts as a sign of life, not only heartbeats, so that a saturated link kills nobody.
+
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Time between heartbeats.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence after which a peer is suspect: one heartbeat may be lost with its stream, and the next be late.
+const SUSPECT_AFTER: Duration = Duration::from_millis(1900);
+/// After a broken connection the wait is shorter: something has happened to the peer.
+const SUSPECT_AFTER_BREAK: Duration = Duration::from_millis(300);
+/// Time for others to vouch for it, and for a new connection to it.
+const VERDICT_AFTER: Duration = Duration::from_millis(700);
+/// A report of another peer counts when that peer heard it no longer ago than this.
+const VOUCH_AGE_MAX: Duration = Duration::from_millis(1500);
+
+/// What to do about a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opinion {
+    Fine,
+    /// It has just become suspect: ask others, connect anew.
+    Ask,
+    /// Nobody has heard of it.
+    Dead,
+}
+
+/// The detector for one peer.
+#[derive(Debug, Clone)]
+pub(crate) struct Detector {
+    heard: Instant,
+    broken: Option<Instant>,
+    asked: Option<Instant>,
+}
+
+impl Detector {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self { heard: now, broken: None, asked: None }
+    }
+
+    pub(crate) fn heard(&mut self, now: Instant) {
+        self.heard = self.heard.max(now);
+        self.asked = None;
+        self.broken = None;
+    }
+
+    pub(crate) fn link_broke(&mut self, now: Instant) {
+        self.broken.get_or_insert(now);
+    }
+
+    /// Another peer heard it `age` ago.
+    pub(crate) fn vouched(&mut self, now: Instant, age: Duration) {
+        if age <= VOUCH_AGE_MAX {
+            self.heard = self.heard.max(now.checked_sub(age).unwrap_or(now));
+            self.asked = None;
+            self.broken = None;
+        }
+    }
+
+    /// How long ago it gave a sign of life.
+    pub(crate) fn silence(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.heard)
+    }
+
+    pub(crate) fn judge(&mut self, now: Instant) -> Opinion {
+        if let Some(asked) = self.asked {
+            return if now >= asked + VERDICT_AFTER { Opinion::Dead } else { Opinion::Fine };
+        }
+        if now >= self.suspect_at() {
+            self.asked = Some(now);
+            return Opinion::Ask;
+        }
+        Opinion::Fine
+    }
+
+    fn suspect_at(&self) -> Instant {
+        let silent = self.heard + SUSPECT_AFTER;
+        self.broken.map_or(silent, |broken| silent.min(broken + SUSPECT_AFTER_BREAK))
+    }
+
+    pub(crate) fn next_wakeup(&self) -> Instant {
+        self.asked.map_or_else(|| self.suspect_at(), |asked| asked + VERDICT_AFTER)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_frozen_peer_is_out_within_three_seconds() {
+        let start = Instant::now();
+        let mut detector = Detector::new(start);
+        assert_eq!(detector.judge(start + Duration::from_millis(1800)), Opinion::Fine);
+        assert_eq!(detector.judge(start + Duration::from_millis(1900)), Opinion::Ask);
+        assert_eq!(detector.judge(start + Duration::from_millis(2600)), Opinion::Dead);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_voucher_or_a_frame_clears_the_suspicion() {
+        let start = Instant::now();
+        let mut detector = Detector::new(start);
+        let later = start + Duration::from_secs(2);
+        assert_eq!(detector.judge(later), Opinion::Ask);
+        detector.vouched(later, Duration::from_secs(5));
+        assert_eq!(detector.judge(later + VERDICT_AFTER), Opinion::Dead);
+        detector.vouched(later, Duration::from_millis(200));
+        assert_eq!(detector.judge(later + Duration::from_millis(800)), Opinion::Fine);
+    }
+}

@@ -1,0 +1,578 @@
+//! Membership of one run on one transport: control streams, heartbeats, gossip, and the routing of what arrives.
+//!
+//! Every event is handled synchronously under one short lock by the sans-I/O [`Membership`]; tasks only move frames and
+//! wait for time.
+
+use crate::invite::Invite;
+use crate::link;
+use crate::membership::{Action, Membership, View};
+use crate::rates::Meter;
+use crate::router::Router;
+use crate::wire::{self, Control, Hello, PROTOCOL_VERSION, Progress, Pulse, RoundMessage};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use potluck_net::{AcceptError, Env, PeerId, Protocol, Tasks, Transport};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
+
+/// Live peers up to which everybody keeps a control stream to everybody.
+const MESH_MAX: usize = 64;
+/// Frames that may wait for a control stream.
+const LINK_QUEUE: usize = 256;
+/// Unplanned heartbeats are at least this far apart.
+const BEAT_PAUSE: Duration = Duration::from_millis(20);
+/// Control streams that may wait to be accepted.
+const BACKLOG: usize = 64;
+/// Between look-ups and announcements in the directory.
+const DIRECTORY_PERIOD: Duration = Duration::from_secs(20);
+
+/// Where peers of a run find each other without knowing one; implemented for the DHT.
+pub trait Directory: Send + Sync + 'static {
+    /// Say that we are part of `run`, for `ttl` from now.
+    fn announce<'a>(&'a self, run: &'a str, ttl: Duration) -> BoxFuture<'a, ()>;
+    /// Peers that said so, with addresses if known.
+    fn lookup<'a>(&'a self, run: &'a str) -> BoxFuture<'a, Vec<(PeerId, Vec<String>)>>;
+}
+
+/// What must be equal among all peers of a run: field by field, as text.
+pub type Manifest = BTreeMap<String, String>;
+
+/// How to take part in a run.
+#[derive(Clone)]
+pub struct SwarmConfig {
+    /// The run's id.
+    pub run: String,
+    /// Peers to contact first; their addresses must be known to the transport. Empty for the first peer of a run.
+    pub bootstrap: Vec<PeerId>,
+    /// Where to find more peers.
+    pub directory: Option<Arc<dyn Directory>>,
+    /// Compared at joining; differing fields are told to both sides.
+    pub manifest: Manifest,
+    /// This peer dials out only.
+    pub client_mode: bool,
+    /// This peer has no vector and only helps reducing.
+    pub auxiliary: bool,
+    /// The owner of a closed run: peers without an invite signed by it are refused.
+    pub owner: Option<PeerId>,
+    /// Our invite to a closed run.
+    pub invite: Option<Invite>,
+    /// How long [`Swarm::join`] may take.
+    pub join_timeout: Duration,
+}
+
+impl SwarmConfig {
+    /// A configuration for an open run.
+    pub fn new(run: impl Into<String>, bootstrap: Vec<PeerId>) -> Self {
+        Self {
+            run: run.into(),
+            bootstrap,
+            directory: None,
+            manifest: Manifest::new(),
+            client_mode: false,
+            auxiliary: false,
+            owner: None,
+            invite: None,
+            join_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Why a run could not be joined.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// A peer of the run said no: wrong manifest, version, run or invite. Correct the configuration.
+    #[error("peer {} refused us: {reason}", peer.short())]
+    Refused {
+        /// Who.
+        peer: PeerId,
+        /// The differing fields.
+        reason: String,
+    },
+    /// No bootstrap peer answered; one line for each. Check addresses and firewall, then try again.
+    #[error("no bootstrap peer could be reached:\n{}", attempts.join("\n"))]
+    Unreachable {
+        /// One line per peer.
+        attempts: Vec<String>,
+    },
+    /// This process takes part in the run already.
+    #[error(transparent)]
+    Accept(#[from] AcceptError),
+    /// The configuration is wrong.
+    #[error("{field}: {reason}")]
+    Config {
+        /// Which field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// Receives what concerns one channel.
+pub(crate) trait ChannelHandler: Send + Sync {
+    fn message(&self, now: Instant, from: PeerId, message: RoundMessage);
+    fn view_changed(&self, now: Instant);
+}
+
+/// Our membership of a run. Clones share it; the last one dropped ends it.
+#[derive(Clone)]
+pub struct Swarm {
+    pub(crate) inner: Arc<Inner>,
+    _tasks: Tasks,
+}
+
+pub(crate) struct Link {
+    pub(crate) id: u64,
+    pub(crate) sender: mpsc::Sender<Bytes>,
+}
+
+pub(crate) struct State {
+    pub(crate) membership: Membership,
+    pub(crate) links: BTreeMap<PeerId, Vec<Link>>,
+    next_link: u64,
+    connecting: BTreeSet<PeerId>,
+    channels: BTreeMap<String, Weak<dyn ChannelHandler>>,
+    up: Meter,
+    down: Meter,
+    beat_due: Option<Instant>,
+    last_beat: Instant,
+    view_dirty: bool,
+}
+
+pub(crate) struct Inner {
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) env: Env,
+    pub(crate) config: SwarmConfig,
+    pub(crate) me: PeerId,
+    pub(crate) router: Router,
+    state: Mutex<State>,
+    view: watch::Sender<View>,
+    wake: Notify,
+    /// A handle that does not keep the tasks alive: they hold `Inner`, the public `Swarm` holds them.
+    spawner: mpsc::Sender<BoxFuture<'static, ()>>,
+    pub(crate) left: std::sync::atomic::AtomicBool,
+}
+
+impl Swarm {
+    /// Join a run: contact the bootstrap peers in parallel and start heartbeats. Resolves with the first peer that
+    /// accepts us, or at once if there is nobody to ask.
+    ///
+    /// # Errors
+    /// [`JoinError`]; nothing stays behind.
+    pub async fn join(
+        transport: Arc<dyn Transport>,
+        env: Env,
+        config: SwarmConfig,
+    ) -> Result<Self, JoinError> {
+        check_config(&config)?;
+        let tasks = Tasks::new();
+        let now = env.now();
+        let me = transport.local_peer();
+        let incoming = transport.accept(link::protocol(&config.run), BACKLOG)?;
+        let round_streams = transport.accept(crate::router::protocol(&config.run), BACKLOG)?;
+        let pulse = Pulse { client: config.client_mode, auxiliary: config.auxiliary, ..Pulse::default() };
+        let (spawner, spawned) = mpsc::channel(1024);
+        let inner = Arc::new(Inner {
+            me,
+            router: Router::default(),
+            state: Mutex::new(State {
+                membership: Membership::new(me, pulse, MESH_MAX, now),
+                links: BTreeMap::new(),
+                next_link: 0,
+                connecting: BTreeSet::new(),
+                channels: BTreeMap::new(),
+                up: Meter::new(),
+                down: Meter::new(),
+                beat_due: None,
+                last_beat: now,
+                view_dirty: true,
+            }),
+            view: watch::Sender::new(View::default()),
+            wake: Notify::new(),
+            spawner,
+            left: false.into(),
+            transport,
+            env,
+            config,
+        });
+        inner.refresh_view();
+        start_tasks(&inner, &tasks, spawned, incoming, round_streams);
+        let swarm = Self { inner, _tasks: tasks };
+        swarm.contact().await?;
+        Ok(swarm)
+    }
+
+    async fn contact(&self) -> Result<(), JoinError> {
+        let inner = &self.inner;
+        let mut known: BTreeSet<PeerId> = inner.config.bootstrap.iter().copied().collect();
+        known.remove(&inner.me);
+        let deadline = inner.env.now() + inner.config.join_timeout;
+        let must_answer = !known.is_empty();
+        if let Some(directory) = &inner.config.directory {
+            let found =
+                tokio::time::timeout(Duration::from_secs(5), directory.lookup(&inner.config.run)).await;
+            for (peer, addresses) in found.unwrap_or_default() {
+                inner.transport.add_addresses(peer, &addresses);
+                known.insert(peer);
+            }
+            known.remove(&inner.me);
+        }
+        let mut attempts: futures::stream::FuturesUnordered<_> =
+            known.iter().map(|peer| link::connect(inner, *peer, deadline)).collect();
+        let mut lines = Vec::new();
+        while let Some((peer, result)) = futures::StreamExt::next(&mut attempts).await {
+            match result {
+                Ok(()) => return Ok(()),
+                Err(link::LinkError::Refused(reason)) => return Err(JoinError::Refused { peer, reason }),
+                Err(link::LinkError::Failed(fault)) => lines.push(fault.to_string()),
+            }
+        }
+        if must_answer { Err(JoinError::Unreachable { attempts: lines }) } else { Ok(()) }
+    }
+
+    /// Who is here, as it changes; ourselves included.
+    pub fn members(&self) -> watch::Receiver<View> {
+        self.inner.view.subscribe()
+    }
+
+    /// Who is here now.
+    pub fn view(&self) -> View {
+        self.inner.view.borrow().clone()
+    }
+
+    /// Who we are.
+    pub fn local_peer(&self) -> PeerId {
+        self.inner.me
+    }
+
+    /// What our next heartbeats say.
+    pub fn report(&self, progress: Progress) {
+        let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
+        let progress = Progress { app, ..progress };
+        self.inner.with(|state, actions| state.membership.report(progress, actions));
+    }
+
+    /// The transport below.
+    pub fn transport(&self) -> Arc<dyn Transport> {
+        self.inner.transport.clone()
+    }
+
+    /// Clock, randomness, CPU work.
+    pub fn env(&self) -> Env {
+        self.inner.env.clone()
+    }
+
+    /// The run's id.
+    pub fn run(&self) -> &str {
+        &self.inner.config.run
+    }
+
+    /// Tell everybody that we leave, and stop.
+    pub async fn leave(&self) {
+        self.inner.left.store(true, std::sync::atomic::Ordering::Relaxed);
+        let frame = wire::encode_control(&Control::Leave);
+        let senders: Vec<_> = self.inner.lock().links.values().flatten().map(|l| l.sender.clone()).collect();
+        for sender in senders {
+            let _full_or_gone = sender.try_send(frame.clone());
+        }
+        // The writers need one turn to pass the farewell on; a peer that misses it notices the closed stream.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        self._tasks.shutdown().await;
+    }
+}
+
+fn check_config(config: &SwarmConfig) -> Result<(), JoinError> {
+    if config.run.is_empty() || config.run.len() > 256 {
+        let reason = format!("{} bytes, 1 to 256 allowed", config.run.len());
+        return Err(JoinError::Config { field: "run", reason });
+    }
+    if config.manifest.len() > 1024 {
+        let reason = format!("{} fields, at most 1024 allowed", config.manifest.len());
+        return Err(JoinError::Config { field: "manifest", reason });
+    }
+    Ok(())
+}
+
+fn start_tasks(
+    inner: &Arc<Inner>,
+    tasks: &Tasks,
+    mut spawned: mpsc::Receiver<BoxFuture<'static, ()>>,
+    incoming: potluck_net::Incoming,
+    round_streams: potluck_net::Incoming,
+) {
+    let children = Tasks::new();
+    tasks.spawn(async move {
+        while let Some(task) = spawned.recv().await {
+            children.spawn(task);
+        }
+    });
+    tasks.spawn(link::accept(inner.clone(), incoming));
+    tasks.spawn(crate::router::accept(inner.clone(), round_streams));
+    let ticker = inner.clone();
+    tasks.spawn(async move {
+        loop {
+            let wakeup = ticker.next_wakeup();
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(wakeup) => ticker.tick(),
+                () = ticker.wake.notified() => {}
+            }
+        }
+    });
+    if let Some(directory) = inner.config.directory.clone() {
+        let inner = inner.clone();
+        tasks.spawn(async move {
+            loop {
+                let both = async {
+                    directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
+                    directory.lookup(&inner.config.run).await
+                };
+                let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
+                for (peer, addresses) in found {
+                    inner.transport.add_addresses(peer, &addresses);
+                    if peer != inner.me && !inner.lock().links.contains_key(&peer) {
+                        inner.connect_soon(peer);
+                    }
+                }
+                tokio::time::sleep(DIRECTORY_PERIOD).await;
+            }
+        });
+    }
+}
+
+impl Inner {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Handle one event and do what follows from it.
+    pub(crate) fn with(self: &Arc<Self>, event: impl FnOnce(&mut State, &mut Vec<Action>)) {
+        let mut actions = Vec::new();
+        let now = self.env.now();
+        let mut connect = Vec::new();
+        {
+            let mut state = self.lock();
+            event(&mut state, &mut actions);
+            for action in actions {
+                match action {
+                    Action::Connect(peer) => connect.push(peer),
+                    Action::Ask { of, about } => state.send(of, &Control::Ask(about)),
+                    Action::Beat => {
+                        let due = now.max(state.last_beat + BEAT_PAUSE);
+                        state.beat_due = Some(state.beat_due.map_or(due, |other| other.min(due)));
+                    }
+                    Action::Changed => state.view_dirty = true,
+                    Action::AddAddresses(peer, addresses) => self.transport.add_addresses(peer, &addresses),
+                }
+            }
+            if state.beat_due.is_some_and(|due| due <= now) {
+                state.send_beats(now);
+            }
+        }
+        for peer in connect {
+            self.connect_soon(peer);
+        }
+        self.wake.notify_one();
+        self.refresh_view();
+    }
+
+    fn refresh_view(&self) {
+        let handlers: Vec<Arc<dyn ChannelHandler>> = {
+            let mut state = self.lock();
+            if !std::mem::take(&mut state.view_dirty) {
+                return;
+            }
+            let view = state.membership.view(|peer| self.transport.path(peer));
+            let changed = self.view.send_if_modified(|old| {
+                let differs = *old != view;
+                *old = view;
+                differs
+            });
+            if !changed {
+                return;
+            }
+            state.channels.retain(|_, handler| handler.strong_count() > 0);
+            state.channels.values().filter_map(Weak::upgrade).collect()
+        };
+        for handler in handlers {
+            handler.view_changed(self.env.now());
+        }
+    }
+
+    fn next_wakeup(&self) -> Instant {
+        let state = self.lock();
+        let wakeup = state.membership.next_wakeup();
+        state.beat_due.map_or(wakeup, |due| due.min(wakeup))
+    }
+
+    fn tick(self: &Arc<Self>) {
+        let now = self.env.now();
+        let (reachability, addresses) = (self.transport.reachability(), self.transport.addresses());
+        self.with(|state, actions| {
+            let (up, down) = (state.up.bytes_per_second(), state.down.bytes_per_second());
+            state.membership.measured(up, down, reachability, addresses);
+            state.membership.tick(now, actions);
+        });
+    }
+
+    /// Start a connection unless one is under way.
+    pub(crate) fn connect_soon(self: &Arc<Self>, peer: PeerId) {
+        if self.left.load(std::sync::atomic::Ordering::Relaxed) || !self.lock().connecting.insert(peer) {
+            return;
+        }
+        let inner = self.clone();
+        let deadline = self.env.now() + Duration::from_secs(10);
+        self.spawn(async move {
+            let (_, result) = link::connect(&inner, peer, deadline).await;
+            inner.lock().connecting.remove(&peer);
+            if let Err(error) = result {
+                tracing::debug!(target: "potluck::swarm", peer = %peer.short(), %error, "no control stream");
+            }
+        });
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let _full_only_while_shutting_down = self.spawner.try_send(Box::pin(task));
+    }
+
+    /// Send a message to a peer over its control stream, if there is one. What must arrive is repeated by its sender.
+    pub(crate) fn send(&self, peer: PeerId, message: &Control) {
+        self.lock().send(peer, message);
+    }
+
+    pub(crate) fn send_round(&self, peer: PeerId, channel: &str, message: RoundMessage) {
+        self.send(peer, &Control::Round { channel: channel.to_owned(), message });
+    }
+
+    pub(crate) fn heard(&self, peer: PeerId) {
+        self.lock().membership.heard(self.env.now(), peer);
+    }
+
+    pub(crate) fn count(&self, up: usize, down: usize) {
+        let now = self.env.now();
+        let mut state = self.lock();
+        if up > 0 {
+            state.up.add(now, up);
+        }
+        if down > 0 {
+            state.down.add(now, down);
+        }
+    }
+
+    /// Upload and download rates measured so far, bytes per second.
+    pub(crate) fn rates(&self) -> (f64, f64) {
+        let state = self.lock();
+        (state.up.bytes_per_second(), state.down.bytes_per_second())
+    }
+
+    pub(crate) fn register(&self, channel: &str, handler: Weak<dyn ChannelHandler>) {
+        self.lock().channels.insert(channel.to_owned(), handler);
+    }
+
+    pub(crate) fn current_view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    pub(crate) fn hello(&self) -> Hello {
+        let state = self.lock();
+        Hello {
+            version: PROTOCOL_VERSION,
+            run: self.config.run.clone(),
+            manifest: self.config.manifest.clone(),
+            invite: self.config.invite.as_ref().map(|invite| invite.to_bytes().to_vec()),
+            incarnation: state.membership.incarnation(),
+            addresses: self.transport.addresses(),
+            pulse: state.membership.pulse().clone(),
+        }
+    }
+
+    /// Add a link; the number names it.
+    pub(crate) fn add_link(self: &Arc<Self>, peer: PeerId, hello: Hello) -> (u64, mpsc::Receiver<Bytes>) {
+        let (sender, receiver) = mpsc::channel(LINK_QUEUE);
+        let mut id = 0;
+        let now = self.env.now();
+        self.with(|state, actions| {
+            state.next_link += 1;
+            id = state.next_link;
+            let links = state.links.entry(peer).or_default();
+            // The newest is used for sending; an older one may be dead without knowing it. Two suffice.
+            links.insert(0, Link { id, sender });
+            links.truncate(2);
+            state.membership.linked(now, peer, hello.incarnation, hello.pulse, hello.addresses, actions);
+        });
+        (id, receiver)
+    }
+
+    pub(crate) fn remove_link(self: &Arc<Self>, peer: PeerId, id: u64) {
+        let now = self.env.now();
+        self.with(|state, actions| {
+            let Some(links) = state.links.get_mut(&peer) else { return };
+            links.retain(|link| link.id != id);
+            if links.is_empty() {
+                state.links.remove(&peer);
+                state.membership.unlinked(now, peer, actions);
+            }
+        });
+    }
+
+    pub(crate) fn on_control(self: &Arc<Self>, from: PeerId, message: Control) {
+        let now = self.env.now();
+        let mut deliver = None;
+        self.with(|state, actions| {
+            state.membership.heard(now, from);
+            match message {
+                Control::Beat { incarnation, pulse, news } => {
+                    state.membership.beat(now, from, incarnation, pulse, actions);
+                    for item in news {
+                        state.membership.news(now, item, actions);
+                    }
+                }
+                Control::Ask(peer) => {
+                    if let Some((incarnation, silence)) = state.membership.last_heard(now, peer) {
+                        let heard_ms = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
+                        state.send(from, &Control::Vouch { peer, incarnation, heard_ms });
+                    }
+                }
+                Control::Vouch { peer, incarnation, heard_ms } => {
+                    let age = Duration::from_millis(heard_ms.into());
+                    state.membership.vouched(now, peer, incarnation, age);
+                }
+                Control::Leave => state.membership.left(now, from, actions),
+                Control::Round { channel, message } => {
+                    deliver = state.channels.get(&channel).and_then(Weak::upgrade).map(|h| (h, message));
+                }
+                Control::Hello(_) | Control::Refuse(_) => {}
+            }
+        });
+        if let Some((handler, message)) = deliver {
+            handler.message(now, from, message);
+        }
+    }
+}
+
+impl State {
+    fn send(&mut self, peer: PeerId, message: &Control) {
+        if let Some(link) = self.links.get(&peer).and_then(|links| links.first()) {
+            let _full_or_gone = link.sender.try_send(wire::encode_control(message));
+        }
+    }
+
+    fn send_beats(&mut self, now: Instant) {
+        self.beat_due = None;
+        self.last_beat = now;
+        let (incarnation, pulse, news) = self.membership.next_beat();
+        let frame = wire::encode_control(&Control::Beat { incarnation, pulse, news });
+        for link in self.links.values().filter_map(|links| links.first()) {
+            let _full_or_gone = link.sender.try_send(frame.clone());
+        }
+    }
+}
+
+/// The name of one of the run's protocols: the run's hash keeps runs on one host apart.
+pub(crate) fn run_protocol(name: &str, run: &str) -> Protocol {
+    let hash = blake3::hash(run.as_bytes()).to_hex();
+    Protocol::new(format!("/potluck/{name}/{PROTOCOL_VERSION}/{}", &hash.as_str()[..16]))
+}

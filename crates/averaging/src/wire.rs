@@ -1,0 +1,421 @@
+//! What peers say on control streams and on the streams of a round, as bytes. Limits are checked before anything is
+//! allocated or believed. `docs/protocol.md` describes every field.
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use bytes::{BufMut, Bytes, BytesMut};
+use potluck_net::{PeerId, Reachability};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of everything in this file; a different one is refused at the first message.
+pub(crate) const PROTOCOL_VERSION: u32 = 1;
+/// Largest control message that is decoded, in bytes.
+const CONTROL_BYTES_MAX: usize = 2 << 20;
+/// Longest list in any control message: members, news, parts.
+const LIST_MAX: usize = 1024;
+/// Longest application payload in a heartbeat, in bytes.
+pub const APP_BYTES_MAX: usize = 256;
+/// Longest user payload that a member of a round may hand to the others, in bytes.
+pub const GATHER_BYTES_MAX: usize = 16 << 10;
+
+/// Bytes of a peer that are not what the protocol allows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("malformed message: {0}")]
+pub(crate) struct WireError(pub(crate) String);
+
+/// What a peer reports of its training, in every heartbeat.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The epoch that it is working on.
+    pub epoch: u64,
+    /// Samples that it has accumulated in this epoch.
+    pub samples: u64,
+    /// Its speed.
+    pub samples_per_second: f64,
+    /// Whether it could take part in a round now (it is caught up).
+    pub ready: bool,
+    /// Anything small that the layer above wants everybody to know, at most [`APP_BYTES_MAX`] bytes.
+    pub app: Bytes,
+}
+
+/// One peer as another one knows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct News {
+    pub(crate) peer: PeerId,
+    pub(crate) incarnation: u64,
+    pub(crate) standing: Standing,
+    pub(crate) addresses: Vec<String>,
+    /// The newest heartbeat known of it, without its news; lets peers without a link to it see its progress.
+    pub(crate) beat: Option<Pulse>,
+}
+
+/// Whether a peer is part of the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Standing {
+    Alive,
+    Dead,
+    Left,
+}
+
+/// One heartbeat's content.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Pulse {
+    pub(crate) sequence: u64,
+    pub(crate) progress: Progress,
+    pub(crate) up: f64,
+    pub(crate) down: f64,
+    pub(crate) reachability: Reachability,
+    pub(crate) client: bool,
+    pub(crate) auxiliary: bool,
+}
+
+/// First message in both directions of a control stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    pub(crate) version: u32,
+    pub(crate) run: String,
+    pub(crate) manifest: BTreeMap<String, String>,
+    pub(crate) invite: Option<Vec<u8>>,
+    pub(crate) incarnation: u64,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) pulse: Pulse,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Control {
+    Hello(Box<Hello>),
+    /// The other side may not join; for people.
+    Refuse(String),
+    Beat {
+        incarnation: u64,
+        pulse: Pulse,
+        news: Vec<News>,
+    },
+    /// "Have you heard of this peer lately?"
+    Ask(PeerId),
+    /// "I heard it this many milliseconds ago."
+    Vouch {
+        peer: PeerId,
+        incarnation: u64,
+        heard_ms: u32,
+    },
+    Leave,
+    Round {
+        channel: String,
+        message: RoundMessage,
+    },
+}
+
+/// A member's wish to average.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ready {
+    /// Epoch of the round; `None` mixes with every other `None`.
+    pub(crate) epoch: Option<u64>,
+    /// Distinguishes this peer's steps.
+    pub(crate) nonce: u64,
+    /// Lowest attempt that it accepts.
+    pub(crate) attempt: u32,
+    pub(crate) weight: f64,
+    /// Euclidean norm of its vector.
+    pub(crate) norm: f64,
+    pub(crate) gathered: Bytes,
+    /// The slower of its measured directions.
+    pub(crate) rate: f64,
+    pub(crate) private: bool,
+    /// Reduces only, has no vector.
+    pub(crate) auxiliary: bool,
+    /// What must be equal: tensors and compression.
+    pub(crate) layout: [u8; 32],
+}
+
+/// One member in a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PlanMember {
+    pub(crate) peer: PeerId,
+    pub(crate) nonce: u64,
+    pub(crate) weight: f64,
+    pub(crate) norm: f64,
+    pub(crate) gathered: Bytes,
+    pub(crate) share: u32,
+    pub(crate) private: bool,
+    pub(crate) auxiliary: bool,
+}
+
+/// What a round does, decided by its coordinator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    pub(crate) run: String,
+    pub(crate) channel: String,
+    pub(crate) epoch: Option<u64>,
+    pub(crate) attempt: u32,
+    pub(crate) coordinator: PeerId,
+    pub(crate) members: Vec<PlanMember>,
+    /// Members whose norm was implausible; their weight is 0.
+    pub(crate) implausible: Vec<PeerId>,
+}
+
+/// Messages of one channel's rounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) enum RoundMessage {
+    Ready(Ready),
+    Begin(Box<Plan>),
+    /// This round goes on without you.
+    LeftOut {
+        nonce: u64,
+        epoch: Option<u64>,
+        attempt: u32,
+    },
+    /// I gave this round up.
+    Withdraw {
+        plan: [u8; 32],
+    },
+    /// I hold every part; these are their digests.
+    Done {
+        plan: [u8; 32],
+        digests: Vec<[u8; 32]>,
+    },
+    /// What was agreed: digests, and who holds the bytes of each part.
+    Verdict {
+        plan: [u8; 32],
+        digests: Vec<[u8; 32]>,
+        holders: Vec<PeerId>,
+    },
+    /// The coordinator is gone: how far are you?
+    Query {
+        plan: [u8; 32],
+    },
+}
+
+pub(crate) fn encode_control(message: &Control) -> Bytes {
+    rmp_serde::to_vec(message).expect("plain data always encodes").into()
+}
+
+pub(crate) fn decode_control(frame: &[u8]) -> Result<Control, WireError> {
+    if frame.len() > CONTROL_BYTES_MAX {
+        return Err(WireError(format!("{} bytes, at most {CONTROL_BYTES_MAX} expected", frame.len())));
+    }
+    let message: Control = rmp_serde::from_slice(frame).map_err(|error| WireError(error.to_string()))?;
+    check(&message)?;
+    Ok(message)
+}
+
+fn check(message: &Control) -> Result<(), WireError> {
+    let sound = match message {
+        Control::Hello(hello) => {
+            hello.manifest.len() <= LIST_MAX && hello.addresses.len() <= 32 && pulse_is_sound(&hello.pulse)
+        }
+        Control::Beat { pulse, news, .. } => {
+            news.len() <= LIST_MAX
+                && pulse_is_sound(pulse)
+                && news.iter().all(|n| n.addresses.len() <= 32 && n.beat.as_ref().is_none_or(pulse_is_sound))
+        }
+        Control::Round { message, .. } => round_is_sound(message),
+        _ => true,
+    };
+    if sound { Ok(()) } else { Err(WireError("a field is out of its limits".into())) }
+}
+
+fn pulse_is_sound(pulse: &Pulse) -> bool {
+    let positive = |x: f64| x.is_finite() && x >= 0.0;
+    pulse.progress.app.len() <= APP_BYTES_MAX
+        && positive(pulse.progress.samples_per_second)
+        && positive(pulse.up)
+        && positive(pulse.down)
+}
+
+fn round_is_sound(message: &RoundMessage) -> bool {
+    let weight = |w: f64| w.is_finite() && w >= 0.0;
+    match message {
+        RoundMessage::Ready(ready) => {
+            weight(ready.weight) && ready.rate.is_finite() && ready.gathered.len() <= GATHER_BYTES_MAX
+        }
+        RoundMessage::Begin(plan) => {
+            plan.members.len() <= crate::plan::GROUP_MAX
+                && plan.members.iter().all(|m| weight(m.weight) && m.gathered.len() <= GATHER_BYTES_MAX)
+        }
+        RoundMessage::Done { digests, .. } => digests.len() <= LIST_MAX,
+        RoundMessage::Verdict { digests, holders, .. } => {
+            digests.len() <= LIST_MAX && holders.len() == digests.len()
+        }
+        _ => true,
+    }
+}
+
+/// A frame on the stream of a pair of members in a round: one byte of kind, then fixed little-endian fields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PairFrame {
+    /// First frame, both directions: the plan, and where each of the other's parts shall start: `contributions` that
+    /// I need as reducer, `averages` that I need as receiver, as `(part, first chunk)`.
+    Hello { plan: [u8; 32], phase: u8, contributions: Vec<(u16, u32)>, averages: Vec<(u16, u32)> },
+    /// My encoded values of a chunk that you reduce.
+    Contribution { part: u16, chunk: u32, bytes: Bytes },
+    /// The average of a chunk; bit i of `mask` says that member i is in it.
+    Average { part: u16, generation: u16, chunk: u32, mask: u64, bytes: Bytes },
+    /// I reduce this part from now on; how many of its averages do you hold?
+    Adopt { part: u16, generation: u16 },
+    /// So many, from its beginning.
+    Prefix { part: u16, generation: u16, chunks: u32 },
+    /// Send me your contributions to this part, from this chunk.
+    Pull { part: u16, generation: u16, chunk: u32 },
+    /// Send me the averages of this part that you hold, from this chunk.
+    Copy { part: u16, generation: u16, chunk: u32 },
+    /// This part's reducer is lost to me; you are next.
+    Complain { part: u16, generation: u16 },
+}
+
+impl PairFrame {
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut out = BytesMut::with_capacity(64);
+        match self {
+            Self::Hello { plan, phase, contributions, averages } => {
+                out.put_u8(0);
+                out.put_slice(plan);
+                out.put_u8(*phase);
+                for list in [contributions, averages] {
+                    out.put_u16_le(u16::try_from(list.len()).unwrap_or(u16::MAX));
+                    for (part, chunk) in list.iter().take(usize::from(u16::MAX)) {
+                        out.put_u16_le(*part);
+                        out.put_u32_le(*chunk);
+                    }
+                }
+            }
+            Self::Contribution { part, chunk, bytes } => {
+                out.reserve(bytes.len());
+                out.put_u8(1);
+                out.put_u16_le(*part);
+                out.put_u32_le(*chunk);
+                out.put_slice(bytes);
+            }
+            Self::Average { part, generation, chunk, mask, bytes } => {
+                out.reserve(bytes.len());
+                out.put_u8(2);
+                out.put_u16_le(*part);
+                out.put_u16_le(*generation);
+                out.put_u32_le(*chunk);
+                out.put_u64_le(*mask);
+                out.put_slice(bytes);
+            }
+            Self::Adopt { part, generation } => short(&mut out, 3, *part, *generation, 0),
+            Self::Prefix { part, generation, chunks } => short(&mut out, 4, *part, *generation, *chunks),
+            Self::Pull { part, generation, chunk } => short(&mut out, 5, *part, *generation, *chunk),
+            Self::Copy { part, generation, chunk } => short(&mut out, 6, *part, *generation, *chunk),
+            Self::Complain { part, generation } => short(&mut out, 7, *part, *generation, 0),
+        }
+        out.freeze()
+    }
+
+    pub(crate) fn decode(mut frame: Bytes) -> Result<Self, WireError> {
+        let at = &mut frame;
+        Ok(match u8_of(at)? {
+            0 => Self::Hello {
+                plan: hash_of(at)?,
+                phase: u8_of(at)?,
+                contributions: list(at)?,
+                averages: list(at)?,
+            },
+            1 => Self::Contribution { part: u16_of(at)?, chunk: u32_of(at)?, bytes: frame },
+            2 => Self::Average {
+                part: u16_of(at)?,
+                generation: u16_of(at)?,
+                chunk: u32_of(at)?,
+                mask: u64::from_le_bytes(take(at)?),
+                bytes: frame,
+            },
+            kind @ 3..=7 => {
+                let (part, generation, chunk) = (u16_of(at)?, u16_of(at)?, u32_of(at)?);
+                match kind {
+                    3 => Self::Adopt { part, generation },
+                    4 => Self::Prefix { part, generation, chunks: chunk },
+                    5 => Self::Pull { part, generation, chunk },
+                    6 => Self::Copy { part, generation, chunk },
+                    _ => Self::Complain { part, generation },
+                }
+            }
+            kind => return Err(WireError(format!("frame kind {kind}"))),
+        })
+    }
+}
+
+fn short(out: &mut BytesMut, kind: u8, part: u16, generation: u16, chunk: u32) {
+    out.put_u8(kind);
+    out.put_u16_le(part);
+    out.put_u16_le(generation);
+    out.put_u32_le(chunk);
+}
+
+fn take<const N: usize>(frame: &mut Bytes) -> Result<[u8; N], WireError> {
+    let head = frame.split_to_checked(N).ok_or_else(|| WireError("frame is cut short".into()))?;
+    <[u8; N]>::try_from(head.as_ref()).map_err(|_| WireError("frame is cut short".into()))
+}
+
+trait SplitChecked {
+    fn split_to_checked(&mut self, len: usize) -> Option<Bytes>;
+}
+
+impl SplitChecked for Bytes {
+    fn split_to_checked(&mut self, len: usize) -> Option<Bytes> {
+        (len <= self.len()).then(|| self.split_to(len))
+    }
+}
+
+fn u8_of(frame: &mut Bytes) -> Result<u8, WireError> {
+    take::<1>(frame).map(u8::from_le_bytes)
+}
+
+fn u16_of(frame: &mut Bytes) -> Result<u16, WireError> {
+    take(frame).map(u16::from_le_bytes)
+}
+
+fn u32_of(frame: &mut Bytes) -> Result<u32, WireError> {
+    take(frame).map(u32::from_le_bytes)
+}
+
+fn hash_of(frame: &mut Bytes) -> Result<[u8; 32], WireError> {
+    take(frame)
+}
+
+fn list(frame: &mut Bytes) -> Result<Vec<(u16, u32)>, WireError> {
+    let len = u16_of(frame)?;
+    if usize::from(len) > LIST_MAX {
+        return Err(WireError(format!("list of {len}")));
+    }
+    (0..len).map(|_| Ok((u16_of(frame)?, u32_of(frame)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn pair_frames_survive_the_wire() {
+        let frames = [
+            PairFrame::Hello {
+                plan: [7; 32],
+                phase: 1,
+                contributions: vec![(1, 2)],
+                averages: vec![(3, 4), (5, 6)],
+            },
+            PairFrame::Contribution { part: 3, chunk: 9, bytes: Bytes::from_static(b"abc") },
+            PairFrame::Average {
+                part: 1,
+                generation: 2,
+                chunk: 3,
+                mask: 1 << 63,
+                bytes: Bytes::from_static(b"x"),
+            },
+            PairFrame::Copy { part: 1, generation: 2, chunk: 77 },
+        ];
+        for frame in frames {
+            assert_eq!(PairFrame::decode(frame.encode()), Ok(frame));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_strangers_bytes_never_panic(bytes: Vec<u8>) {
+            let _refused_or_not = decode_control(&bytes);
+            let _refused_or_not = PairFrame::decode(bytes.into());
+        }
+    }
+}
