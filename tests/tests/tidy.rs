@@ -18,9 +18,10 @@ const LAYERS: &[(&str, u8)] = &[
     ("potluck-dht", 1),
     ("potluck-averaging", 2),
     ("potluck-collab", 3),
-    ("potluck-cli", 4),
-    ("potluck-python", 4),
-    ("potluck-tests", 5),
+    ("potluck-dashboard", 4),
+    ("potluck-cli", 5),
+    ("potluck-python", 5),
+    ("potluck-tests", 6),
 ];
 
 fn root() -> PathBuf {

@@ -1,0 +1,108 @@
+// Shows the status that the peer sends. Every figure comes from it; nothing is counted here.
+
+import { curve, swarm } from "./charts.js";
+
+const $ = id => document.getElementById(id);
+const points = [];
+let last = null;
+
+function bytes(value) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (value >= 1000 && unit < units.length - 1) { value /= 1000; unit++; }
+  return `${unit ? value.toFixed(1) : value} ${units[unit]}`;
+}
+
+const rounded = (value, digits = 3) => value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toString();
+
+function cell(row, text) {
+  const td = document.createElement("td");
+  td.textContent = text;
+  row.append(td);
+}
+
+function board(peers) {
+  const sorted = [...peers].sort((a, b) => b.contributed - a.contributed || (a.peer < b.peer ? -1 : 1));
+  $("board").replaceChildren(...sorted.map((peer, index) => {
+    const row = document.createElement("tr");
+    if (peer.is_me) row.className = "me";
+    cell(row, index + 1);
+    cell(row, `…${peer.peer.slice(-6)}${peer.is_me ? " (this peer)" : ""}${peer.auxiliary ? " (auxiliary)" : ""}`);
+    cell(row, peer.contributed);
+    cell(row, `${(100 * peer.share).toFixed(0)} %`);
+    cell(row, rounded(peer.samples_per_second));
+    cell(row, peer.epoch);
+    cell(row, peer.is_me ? "–" : (peer.path ?? "not connected").replace("_", "-"));
+    return row;
+  }));
+}
+
+function round(found) {
+  const rows = found === null ? [["", "no round yet"]] : [
+    ["epoch", found.epoch], ["averaged", found.channel], ["members", found.members.length],
+    ["samples", rounded(found.weight_total, 6)], ["seconds", rounded(found.seconds)],
+    ["sent", bytes(found.bytes_sent)], ["received", bytes(found.bytes_received)],
+    ["faults", found.faults.length ? found.faults.map(f => `…${f.peer.slice(-6)} ${f.kind}`).join(", ") : "none"],
+  ];
+  $("round").replaceChildren(...rows.flatMap(([name, value]) => {
+    const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
+    dt.textContent = name;
+    dd.textContent = value;
+    return [dt, dd];
+  }));
+}
+
+function show(status) {
+  last = status;
+  document.title = `potluck ${status.run_id}: epoch ${status.epoch}`;
+  $("run").textContent = status.run_id;
+  $("epoch").textContent = status.epoch;
+  $("peers").textContent = Math.max(status.peers.length, 1);
+  $("loss").textContent = rounded(status.loss, 4);
+  $("speed").textContent = rounded(status.samples_per_second);
+  $("sent").textContent = bytes(status.bytes_sent);
+  $("ratio").textContent = `${rounded(status.compression_ratio)} : 1`;
+  const target = Math.max(status.target_batch_size, 1);
+  $("progress").value = Math.min(1, status.samples / target);
+  const eta = status.eta_seconds === null ? "" : `, about ${rounded(status.eta_seconds, 2)} s left`;
+  $("progress-text").textContent = `${status.samples} of ${status.target_batch_size} samples${eta}`;
+  $("alert").hidden = !status.alone;
+  $("alert").textContent = status.alone ? "You are training alone: no other peer is here." : "";
+  board(status.peers);
+  round(status.last_round);
+  swarm($("swarm"), status.peers);
+}
+
+function curves() {
+  const withLoss = points.filter(p => p.loss !== null);
+  curve($("loss-chart"), withLoss.map(p => [p.epoch, p.loss]), "loss", "epochs");
+  curve($("speed-chart"), points.map(p => [p.seconds, p.samples_per_second]), "samples per second", "s");
+}
+
+function happened(event) {
+  const item = document.createElement("li");
+  item.textContent = event.text;
+  if (["alone", "lost", "round_failed", "state_failed", "lineage_lost"].includes(event.what.event)) item.className = "bad";
+  $("events").prepend(item);
+  while ($("events").children.length > 200) $("events").lastChild.remove();
+}
+
+async function history() {
+  const answer = await (await fetch("api/history")).json();
+  points.splice(0, points.length, ...answer.points);
+  return answer.events;
+}
+
+async function start() {
+  (await history()).forEach(happened);
+  curves();
+  const live = new EventSource("api/live");
+  live.addEventListener("open", () => { $("connection").textContent = "live"; });
+  live.addEventListener("error", () => { $("connection").textContent = "the peer does not answer; trying again"; });
+  live.addEventListener("status", message => show(JSON.parse(message.data)));
+  live.addEventListener("event", message => happened(JSON.parse(message.data)));
+  setInterval(() => history().then(curves, () => {}), 2000);
+  addEventListener("resize", () => { curves(); if (last) swarm($("swarm"), last.peers); });
+}
+
+start();

@@ -1,0 +1,72 @@
+// Draws curves and the swarm as SVG. No library: two shapes do not need one.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function element(name, attributes, text) {
+  const node = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function number(value) {
+  if (Math.abs(value) >= 1000) return value.toFixed(0);
+  return Number(value.toPrecision(3)).toString();
+}
+
+function canvas(box) {
+  const width = Math.max(box.clientWidth, 120), height = Math.max(box.clientHeight, 80);
+  const svg = element("svg", { viewBox: `0 0 ${width} ${height}` });
+  box.replaceChildren(svg);
+  return { svg, width, height };
+}
+
+/** One curve: points are [x, y] pairs in order of x. */
+export function curve(box, points, what, xName) {
+  const { svg, width, height } = canvas(box);
+  if (points.length < 2) {
+    svg.append(element("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing to show yet"));
+    box.setAttribute("aria-label", `${what}: nothing to show yet`);
+    return;
+  }
+  const left = 46, right = 8, top = 8, bottom = 22;
+  const xs = points.map(p => p[0]), ys = points.map(p => p[1]);
+  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
+  let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
+  if (y1 - y0 < 1e-9 * Math.max(1, Math.abs(y1))) { y0 -= 0.5; y1 += 0.5; }
+  const px = x => left + (x - x0) / (x1 - x0 || 1) * (width - left - right);
+  const py = y => top + (y1 - y) / (y1 - y0) * (height - top - bottom);
+  for (let step = 0; step <= 3; step++) {
+    const y = y0 + (y1 - y0) * step / 3;
+    svg.append(element("line", { class: "grid", x1: left, x2: width - right, y1: py(y), y2: py(y) }));
+    svg.append(element("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, number(y)));
+  }
+  svg.append(element("text", { x: left, y: height - 6 }, number(x0)));
+  svg.append(element("text", { x: width - right, y: height - 6, "text-anchor": "end" }, `${number(x1)} ${xName}`));
+  svg.append(element("polyline", { class: "curve", points: points.map(p => `${px(p[0])},${py(p[1])}`).join(" ") }));
+  box.setAttribute("aria-label", `${what}: from ${number(ys[0])} to ${number(ys[ys.length - 1])} over ${number(x1 - x0)} ${xName}`);
+}
+
+/** Who is here and how this peer is connected to them; this peer in the middle. */
+export function swarm(box, peers) {
+  const { svg, width, height } = canvas(box);
+  const others = peers.filter(peer => !peer.is_me);
+  const cx = width / 2, cy = height / 2, radius = Math.min(width * 0.36, height / 2 - 34);
+  const place = index => {
+    const angle = 2 * Math.PI * index / Math.max(others.length, 1) - Math.PI / 2;
+    return [cx + radius * Math.cos(angle) * Math.min(1.6, width / height / 1.2), cy + radius * Math.sin(angle)];
+  };
+  others.forEach((peer, index) => {
+    const [x, y] = place(index);
+    svg.append(element("line", { class: `edge ${peer.path ?? "unknown"}`, x1: cx, y1: cy, x2: x, y2: y }));
+  });
+  others.forEach((peer, index) => {
+    const [x, y] = place(index);
+    svg.append(element("circle", { class: "node", cx: x, cy: y, r: 9 + 8 * peer.share }));
+    svg.append(element("text", { x, y: y + 26, "text-anchor": "middle" }, peer.peer.slice(-6)));
+  });
+  svg.append(element("circle", { class: "node me", cx, cy, r: 12 }));
+  svg.append(element("text", { x: cx, y: cy + 27, "text-anchor": "middle" }, "this peer"));
+  const paths = others.map(peer => `${peer.peer.slice(-6)} ${(peer.path ?? "not connected").replace("_", "-")}`);
+  box.setAttribute("aria-label", others.length ? `${others.length} other peers: ${paths.join(", ")}` : "nobody else is here");
+}
