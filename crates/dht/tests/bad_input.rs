@@ -61,7 +61,7 @@ fn damage(bytes: &Bytes, at: usize, value: u8, cut: bool) -> Bytes {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
 
     #[test]
     fn noise_is_survived_by_every_decoder(noise in bytes(400)) {
