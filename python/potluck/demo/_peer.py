@@ -110,6 +110,19 @@ def _epoch(trainer: Any) -> int:
     return strategy.local_epoch if isinstance(strategy, HivemindStrategy) else trainer.global_step
 
 
+def _network(strategy: Any) -> dict[str, Any]:
+    """Peers and bytes, as this peer knows them."""
+    status = strategy.status if isinstance(strategy, HivemindStrategy) else None
+    if status is None:
+        return {"peers": 1}
+    sent = status["bytes_sent"]
+    return {
+        "peers": sum(not peer["auxiliary"] for peer in status["peers"]),
+        "bytes_sent": sent,
+        "bytes_uncompressed": round(sent * status["compression_ratio"]),
+    }
+
+
 def digest(module: torch.nn.Module) -> str:
     """A hash over every bit of every weight."""
     total = hashlib.sha256()

@@ -26,15 +26,12 @@ class EpochSchedulers:
     def __init__(self, schedulers: list[Any], step_one: Callable[[Any], None]) -> None:
         self._schedulers = schedulers
         self._step_one = step_one
-        # Named as in torch, whose schedulers have made their first step when constructed.
-        self._step_count = 1
         self.optimizer: Optimizer = schedulers[0].optimizer
 
     def step(self) -> None:
         """Advance every scheduler by one shared epoch."""
         for scheduler in self._schedulers:
             self._step_one(scheduler)
-        self._step_count += 1
 
     def get_last_lr(self) -> list[float]:
         """The learning rates now in force."""
@@ -42,16 +39,18 @@ class EpochSchedulers:
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every scheduler."""
+        # Flat, because what cannot travel (a function, say) is left out entry by entry.
         return {
-            "_step_count": self._step_count,
-            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+            f"{index}.{name}": value
+            for index, scheduler in enumerate(self._schedulers)
+            for name, value in scheduler.state_dict().items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``."""
-        self._step_count = int(state["_step_count"])
-        for scheduler, scheduler_state in zip(self._schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(scheduler_state)
+        for index, scheduler in enumerate(self._schedulers):
+            mine = {f"{index}.{name}": name for name in scheduler.state_dict()}
+            scheduler.load_state_dict({name: state[key] for key, name in mine.items()})
 
 
 def split(configs: list[Any]) -> tuple[list[Any], list[ReduceLROnPlateau]]:

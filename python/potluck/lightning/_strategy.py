@@ -167,14 +167,18 @@ class HivemindStrategy(_StrategyBase):
     @property
     def num_peers(self) -> int:
         """Peers now in the run, this one included; 1 before training starts."""
-        if self._optimizer is None:
-            return 1
-        return max(1, int(self._optimizer.tracker.global_progress.num_peers))
+        status = self.status
+        return 1 if status is None else max(1, sum(not peer["auxiliary"] for peer in status["peers"]))
 
     @property
     def local_epoch(self) -> int:
         """Optimizer steps of the whole run so far, as far as this peer has come."""
         return 0 if self._optimizer is None else int(self._optimizer.local_epoch)
+
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """Everything known about the run, as plain data (see ``potluck.Optimizer.status``); None outside training."""
+        return None if self._optimizer is None or not self._optimizer.is_alive() else self._optimizer.status()
 
     @property
     def joining_text(self) -> str:
@@ -368,9 +372,7 @@ class HivemindStrategy(_StrategyBase):
             return None
         module = self.lightning_module
         hook = type(module).lr_scheduler_step
-        plain_hook = hook is self._lightning.LightningModule.lr_scheduler_step
-        # SequentialLR and ChainedScheduler do not count their steps.
-        if len(counting) == 1 and plain_hook and hasattr(counting[0], "_step_count"):
+        if len(counting) == 1 and hook is self._lightning.LightningModule.lr_scheduler_step:
             return counting[0]
         return _schedulers.EpochSchedulers(
             counting, lambda scheduler: module.lr_scheduler_step(scheduler, None)
@@ -454,7 +456,14 @@ class HivemindStrategy(_StrategyBase):
         # Several steps in one batch happen only in manual optimization; each then stands for the batch.
         kwargs.setdefault("batch_size", self._samples or self._last_batch_samples)
         self._samples = 0
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        # The loss is reported here, because with a gradient scaler the optimizer does not see the closure.
+        return super().optimizer_step(optimizer, partial(self._reporting, closure), model, **kwargs)
+
+    def _reporting(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        if isinstance(loss, Tensor) and self._optimizer is not None:
+            self._optimizer.report_loss(loss.detach())
+        return loss
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 

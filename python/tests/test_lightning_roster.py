@@ -1,0 +1,172 @@
+"""Exactly one Lightning peer writes shared artefacts, and a plateau's learning rate is one for the whole run."""
+
+from __future__ import annotations
+
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from potluck.lightning import _roster, _schedulers
+from potluck.lightning._roster import Plan, Roster
+
+_Value = namedtuple("_Value", "value expiration_time")
+_PATIENCE_SECONDS = 20.0
+
+
+class Network:
+    """A DHT in memory: the later expiry wins, expired records are gone."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, _Value]] = {}
+
+    def peer(self, peer_id: str) -> Any:
+        return _Door(self, peer_id)
+
+
+class _Door:
+    def __init__(self, network: Network, peer_id: str) -> None:
+        self.peer_id, self._network, self.broken = peer_id, network, False
+
+    def store(self, key: str, value: Any, expiration_time: float, subkey: str) -> bool:
+        if self.broken:
+            raise RuntimeError("shut down")
+        entries = self._network.records.setdefault(key, {})
+        if subkey in entries and entries[subkey].expiration_time >= expiration_time:
+            return False
+        entries[subkey] = _Value(value, expiration_time)
+        return True
+
+    def get(self, key: str, latest: bool = False) -> Any:
+        if self.broken:
+            raise RuntimeError("shut down")
+        entries = self._network.records.get(key, {})
+        live = {name: entry for name, entry in entries.items() if entry.expiration_time > time.time()}
+        return _Value(live, 0.0) if live else None
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_roster, "_REFRESH_SECONDS", 0.02)
+
+
+@pytest.fixture
+def enter() -> Any:
+    network, entered = Network(), []
+
+    def make(peer_id: str, writer: bool | None = None) -> Roster:
+        entered.append(Roster(network.peer(peer_id), "run", writer))
+        return entered[-1]
+
+    make.network = network
+    yield make
+    for roster in entered:
+        roster.close()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.005)
+
+
+def test_the_first_peer_writes_whatever_its_name(enter: Any) -> None:
+    first, second, third = enter("z"), enter("m"), enter("a")
+    assert first.alone or first.is_writer
+    eventually(lambda: not first.alone and not third.alone)
+    assert [peer.is_writer for peer in (first, second, third)] == [True, False, False]
+
+
+def test_the_next_takes_over_when_the_writer_leaves(enter: Any) -> None:
+    first, second, third = enter("a"), enter("b"), enter("c")
+    first.close()
+    eventually(lambda: second.is_writer)
+    eventually(lambda: not third.is_writer)
+
+
+def test_the_next_takes_over_when_the_writer_dies(enter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_roster, "_LIFETIME_SECONDS", 0.3)
+    first, second = enter("a"), enter("b")
+    assert not second.is_writer
+    first._dht.broken = True
+    eventually(lambda: second.is_writer)
+
+
+def test_a_tie_goes_to_the_lower_id(enter: Any) -> None:
+    one, other = enter("b"), enter("a")
+    other._number = one._number = 0
+    other._changed.set()
+    one._changed.set()
+    eventually(lambda: other.is_writer and not one.is_writer)
+
+
+def test_told_otherwise(enter: Any) -> None:
+    quiet, automatic = enter("a", writer=False), enter("b")
+    assert not quiet.is_writer
+    eventually(lambda: automatic.is_writer)
+    forced = enter("c", writer=True)
+    assert forced.is_writer
+    eventually(lambda: not automatic.is_writer)
+
+
+def test_foreign_records_are_passed_over(enter: Any) -> None:
+    first = enter("a")
+    door = enter.network.peer("x")
+    for subkey, value in (("x", "hello"), ("y", [1]), ("w", [1, 0, ["?", None]]), ("v", None)):
+        door.store("run_lightning", value, time.time() + 60, subkey)
+    second = enter("b")
+    assert not second.is_writer
+    eventually(lambda: first.is_writer)
+
+
+def plateau(roster: Roster, epoch: list[int]) -> tuple[Any, _schedulers.SharedPlateau]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    return scheduler, _schedulers.SharedPlateau(scheduler, roster, lambda: epoch[0])
+
+
+def rate(scheduler: Any) -> float:
+    return scheduler.optimizer.param_groups[0]["lr"]
+
+
+def test_a_plateau_alone_is_plain_torch(enter: Any) -> None:
+    roster, epoch = enter("a"), [3]
+    scheduler, shared = plateau(roster, epoch)
+    plain = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), factor=0.5, patience=0
+    )
+    for metric in (1.0, 2.0, 0.5, 0.6, 0.7):
+        scheduler.step(metric)
+        plain.step(metric)
+        shared.follow()
+        assert rate(scheduler) == rate(plain)
+    state = scheduler.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    shared.release()
+    assert type(scheduler) is torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+def test_all_peers_take_the_writers_rate_at_the_same_epoch(enter: Any) -> None:
+    writer, follower = enter("a"), enter("b")
+    eventually(lambda: not writer.alone)
+    at, behind = [5], [5]
+    mine, my_share = plateau(writer, at)
+    theirs, their_share = plateau(follower, behind)
+    mine.step(1.0)
+    mine.step(2.0)
+    for _ in range(9):
+        theirs.step(100.0)  # the follower's own metric decides nothing
+    eventually(lambda: follower.plan() is not None)
+    plan = follower.plan()
+    assert plan == Plan(plan.epoch, (0.5,)) and plan.epoch > at[0]
+    for share in (my_share, their_share):
+        share.follow()
+    assert (rate(mine), rate(theirs)) == (1.0, 1.0)
+    at[0] = behind[0] = plan.epoch
+    for share in (my_share, their_share):
+        share.follow()
+    assert (rate(mine), rate(theirs)) == (0.5, 0.5)
