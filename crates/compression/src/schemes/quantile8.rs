@@ -1,8 +1,7 @@
 //! hivemind's `QUANTILE_8BIT`: 256 buckets of equal population, each decoded to the mean of its values.
 //!
 //! Up to [`EXACT_MAX`] values the borders are the exact quantiles (linear interpolation). Above, they are the quantiles
-//! of a fixed, jittered sample of that size: bucket populations then vary by about 256 / sqrt(sample) (relative), less
-//! than the quantile-of-quantiles that hivemind takes over chunks differs from the truth for data with drift.
+//! of a fixed, jittered sample of that size: bucket populations then vary by about 256 / sqrt(sample) (relative).
 //!
 //! Error: every value decodes into the range of its own bucket, so by less than the distance of the two borders around
 //! it; order is preserved. NaN and infinity are refused with the index of the first.
@@ -91,7 +90,7 @@ fn from_key(key: u32) -> f32 {
     f32::from_bits(if key >> 31 == 1 { key & 0x7fff_ffff } else { !key })
 }
 
-/// Sort by three passes of 11 bits; a comparison sort takes four times as long for a sample of this size.
+/// Sort by three passes of 11 bits: the keys are 32 bits wide, so the number of passes does not grow with the sample.
 fn radix_sort(keys: &mut Vec<u32>, spare: &mut Vec<u32>) {
     const BITS: usize = 11;
     const MASK: usize = (1 << BITS) - 1;
