@@ -62,7 +62,7 @@ def test_two_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_malformed_value_is_an_error_that_names_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INITIAL_PEERS", value)
-    with pytest.raises(ValueError, match="INITIAL_PEERS (is empty|holds)"):
+    with pytest.raises(ValueError, match=r"INITIAL_PEERS (is empty|holds)"):
         _joining.whom_to_join(None, None)
 
 

@@ -106,7 +106,7 @@ def test_a_scheduler_stands_still_between_shared_epochs(lightning: Any) -> None:
 
 
 def test_scheduler_fn(lightning: Any) -> None:
-    together, driver = fit(lightning, strategy(scheduler_fn=step_lr))
+    together, _driver = fit(lightning, strategy(scheduler_fn=step_lr))
     alone, _ = fit(lightning, "auto", {"make_scheduler": step_lr})
     assert together.rates == alone.rates
     with pytest.raises(ValueError, match="either scheduler_fn= or a scheduler"):
@@ -193,7 +193,7 @@ def test_batch_size_can_be_given(lightning: Any) -> None:
 
 
 def test_reusing_gradient_buffers(lightning: Any) -> None:
-    together, driver = fit(lightning, strategy(target_batch_size=32, reuse_grad_buffers=True))
+    together, _driver = fit(lightning, strategy(target_batch_size=32, reuse_grad_buffers=True))
     alone, _ = fit(lightning, "auto", accumulate_grad_batches=4)
     torch.testing.assert_close(weights(together), weights(alone), rtol=1e-5, atol=1e-6)
     assert "optimizer_zero_grad" not in vars(together)
@@ -300,7 +300,7 @@ def test_either_package_when_both_are_imported() -> None:
 
 def test_nothing_is_left_behind(lightning: Any) -> None:
     before = {thread.name for thread in threading.enumerate()}
-    module, driver = fit(lightning, strategy(), gradient_clip_val=0.1)
+    _module, driver = fit(lightning, strategy(), gradient_clip_val=0.1)
     after = {thread.name for thread in threading.enumerate()}
     assert after <= before
     assert "_clip_gradients" not in vars(driver.strategy.precision_plugin)

@@ -90,7 +90,8 @@ class Story:
         problems = []
         curve = self.curve()
         first, last = _ends(curve)
-        if not curve or last > 0.9 * first:
+        # Not-a-number is no fall either, so the comparison is the positive one.
+        if not (curve and last <= 0.9 * first):
             problems.append(f"the loss did not fall: {first:.3f} at the start, {last:.3f} at the end")
         digests = {peer.name: peer.digest for peer in self.survivors}
         if None in digests.values():
