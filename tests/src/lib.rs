@@ -1,1 +1,11 @@
-//! Whole-system checks.
+//! Whole-system checks: toy models, a harness for simulated runs, the invariants that every run is checked against,
+//! named scenarios, and the exploration of random faults.
+
+pub mod explore;
+pub mod harness;
+pub mod hub;
+pub mod invariants;
+pub mod models;
+pub mod record;
+pub mod reference;
+pub mod trainer;

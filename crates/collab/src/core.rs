@@ -25,13 +25,23 @@ pub(crate) struct Core {
     pub(crate) lineage: Lineage,
     pub(crate) own: Own,
     pub(crate) background: Background,
+    /// The epoch in which background work was started.
+    background_epoch: u64,
+    /// The plan of a state average that is ready but not applied.
+    state_plan: Option<[u8; 32]>,
     /// The round whose average the next `epoch_done` applies: plan hash and samples.
     applied: Option<([u8; 32], u64)>,
+    /// The round failed although others were here: what this peer applies alone ends no epoch.
+    void: bool,
     behind: Behind,
     /// The last state that all peers of this lineage agreed on.
     agreed: Option<Vec<f32>>,
+    /// What will be agreed on when the state that was averaged in the background is applied.
+    agreed_next: Option<Vec<f32>>,
     outer: Option<Outer>,
     state_due: bool,
+    /// The epoch at whose start the state was averaged last: once is enough, whoever calls.
+    state_averaged_at: Option<u64>,
     state_due_from: Option<u64>,
     sketch: Option<Sketch>,
     contributed: u64,
@@ -60,11 +70,16 @@ impl Core {
             lineage: genesis,
             own: Own::new(now),
             background: Background::Idle,
+            background_epoch: 0,
+            state_plan: None,
             applied: None,
+            void: false,
             behind,
             agreed: None,
+            agreed_next: None,
             outer,
             state_due: false,
+            state_averaged_at: None,
             state_due_from: None,
             sketch: None,
             contributed: 0,
@@ -121,9 +136,10 @@ impl Core {
             target: self.config.target_batch_size,
             local_steps: self.own.steps,
             gradients_open: open(Channel::Gradients),
-            state_open: open(Channel::State),
+            state_open: self.state_averaged_at != Some(self.lineage.epoch) && open(Channel::State),
             state_due: self.state_due,
             background: self.background,
+            background_due: self.lineage.epoch > self.background_epoch,
         };
         policy::next(self.config.policy, &situation)
     }
@@ -179,9 +195,14 @@ impl Core {
         if channel == Channel::Gradients || self.epoch_ends_with_state() {
             self.applied = Some((result.plan_hash, samples));
         } else {
-            self.lineage = self.lineage.state_averaged(&result.plan_hash);
-            self.state_due = false;
+            self.state_is_done();
+            if self.background == Background::Idle {
+                self.lineage = self.lineage.state_averaged(&result.plan_hash);
+            } else {
+                self.state_plan = Some(result.plan_hash);
+            }
         }
+        self.void = false;
         self.behind.trust();
         let round = RoundStatus {
             epoch: self.lineage.epoch,
@@ -200,12 +221,40 @@ impl Core {
         self.count(faults);
         self.rounds_failed += u64::from(in_company);
         if channel == Channel::State {
-            self.state_due = false;
+            self.state_is_done();
         }
         self.applied = None;
+        self.void = in_company && (channel == Channel::Gradients || self.epoch_ends_with_state());
         if in_company {
             self.behind.suspect();
         }
+    }
+
+    /// Background work begins.
+    pub(crate) fn begin_background(&mut self, channel: Channel) {
+        self.background = Background::Running;
+        self.background_epoch = self.lineage.epoch;
+        if channel == Channel::Gradients {
+            self.own.samples_under_way = self.own.samples;
+        } else {
+            self.state_is_done();
+        }
+    }
+
+    /// A state that was averaged in the background is applied now.
+    pub(crate) fn apply_state(&mut self) {
+        self.background = Background::Idle;
+        if let Some(agreed) = self.agreed_next.take() {
+            self.agreed = Some(agreed);
+        }
+        if let Some(plan_hash) = self.state_plan.take() {
+            self.lineage = self.lineage.state_averaged(&plan_hash);
+        }
+    }
+
+    fn state_is_done(&mut self) {
+        self.state_due = false;
+        self.state_averaged_at = Some(self.lineage.epoch);
     }
 
     fn count(&mut self, faults: &[PeerFault]) {
@@ -228,24 +277,42 @@ impl Core {
 
     /// The new agreed state, from the averaged movement.
     pub(crate) fn agree(&mut self, movement: Vec<f32>) -> Vec<f32> {
-        let agreed = match self.agreed.take().filter(|agreed| agreed.len() == movement.len()) {
+        let agreed = match self.agreed.as_ref().filter(|agreed| agreed.len() == movement.len()) {
             None => movement,
             Some(agreed) => match &mut self.outer {
-                Some(outer) => outer.step(&agreed, &movement),
+                Some(outer) => outer.step(agreed, &movement),
                 None => agreed.iter().zip(&movement).map(|(agreed, movement)| agreed + movement).collect(),
             },
         };
-        self.agreed = Some(agreed.clone());
+        if self.background == Background::Idle {
+            self.agreed = Some(agreed.clone());
+        } else {
+            self.agreed_next = Some(agreed.clone());
+        }
         agreed
+    }
+
+    /// Whether a state that was averaged with nobody is one that newcomers will agree with: only where it ends an
+    /// epoch and so becomes part of the history.
+    pub(crate) fn agrees_alone(&self) -> bool {
+        self.epoch_ends_with_state()
     }
 
     /// The epoch is over: one epoch further, history extended, counters on.
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
+        if std::mem::take(&mut self.void) {
+            // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state.
+            self.lineage = self.lineage.state_averaged(&self.alone_hash());
+            self.background = Background::Idle;
+            return;
+        }
         let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
         self.lineage = self.lineage.next_epoch(&plan_hash, samples);
         self.contributed = self.contributed.saturating_add(used);
-        self.background = Background::Idle;
+        if self.config.policy != PolicyKind::DelayedState {
+            self.background = Background::Idle;
+        }
         let epoch = self.lineage.epoch;
         self.state_due = match self.config.average_state_every {
             StateEvery::Epochs(every) => epoch.is_multiple_of(u64::from(every.max(1))),
@@ -321,7 +388,11 @@ impl Core {
         self.own.discard();
         self.own.restart_clock(now);
         self.applied = None;
+        self.void = false;
         self.state_due = false;
+        self.state_averaged_at = None;
+        self.state_plan = None;
+        self.agreed_next = None;
         self.sketch = None;
         self.behind = Behind::default();
     }

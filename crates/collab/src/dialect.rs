@@ -178,9 +178,10 @@ pub trait Dialect: Send + Sync + 'static {
     /// Offer a state to newcomers; replaces older ones. Never waits for anybody.
     fn publish(&self, snapshot: Snapshot);
 
-    /// Download the newest state of at least this epoch.
+    /// Download a state: of exactly this history if somebody offers it, else the newest of at least this epoch.
     fn download(
         &self,
+        lineage: [u8; 32],
         epoch_min: u64,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>>;

@@ -48,7 +48,12 @@ impl Dialect for Native {
     fn publish(&self, _: Snapshot) {
         match self.0 {}
     }
-    fn download(&self, _: u64, _: Duration) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
+    fn download(
+        &self,
+        _: [u8; 32],
+        _: u64,
+        _: Duration,
+    ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
         match self.0 {}
     }
     fn traffic(&self) -> Traffic {

@@ -105,7 +105,7 @@ pub(crate) fn eta_seconds(swarm: &Swarm, target: u64) -> Option<f32> {
 /// Notices that others are ahead or that another history has won.
 #[derive(Debug, Default)]
 pub(crate) struct Behind {
-    fork_seen: Option<(Lineage, Instant)>,
+    fork_since: Option<Instant>,
     /// This peer has reason to think that its own history is the odd one: it has just joined, or its round failed.
     suspects_itself: bool,
 }
@@ -130,26 +130,32 @@ impl Behind {
 
     /// The best history that replaces ours, if it must be loaded now.
     pub(crate) fn check(&mut self, now: Instant, ours: &Lineage, peers: &[PeerView]) -> Option<Winner> {
-        let winner = peers
-            .iter()
-            .filter_map(|peer| Some((peer.peer, Note::decode(&peer.note)?.lineage)))
+        let others: Vec<(PeerId, Lineage)> =
+            peers.iter().filter_map(|peer| Some((peer.peer, Note::decode(&peer.note)?.lineage))).collect();
+        self.notice_fork(now, ours, &others);
+        let (peer, lineage) = others
+            .into_iter()
             .filter(|(_, lineage)| lineage.beats(ours))
-            .reduce(|best, next| if next.1.beats(&best.1) { next } else { best });
-        let Some((peer, lineage)) = winner else {
-            self.fork_seen = None;
-            return None;
-        };
+            .reduce(|best, next| if next.1.beats(&best.1) { next } else { best })?;
         if lineage.epoch > ours.epoch {
-            self.fork_seen = None;
             return Some(Winner { peer, lineage, fork: false });
         }
-        let since = match self.fork_seen {
-            Some((seen, since)) if seen == lineage => since,
-            _ => now,
-        };
-        self.fork_seen = Some((lineage, since));
+        let since = self.fork_since.unwrap_or(now);
         let sure = self.suspects_itself || now.duration_since(since) >= FORK_GRACE;
         sure.then_some(Winner { peer, lineage, fork: true })
+    }
+
+    /// Only peers at our epoch are evidence: whoever is a round ahead or behind may well share our history.
+    fn notice_fork(&mut self, now: Instant, ours: &Lineage, others: &[(PeerId, Lineage)]) {
+        let mut level = others.iter().filter(|(_, lineage)| lineage.epoch == ours.epoch).peekable();
+        if level.peek().is_none() {
+            return;
+        }
+        if level.all(|(_, lineage)| lineage == ours) {
+            self.fork_since = None;
+        } else {
+            self.fork_since.get_or_insert(now);
+        }
     }
 }
 

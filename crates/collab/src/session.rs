@@ -132,8 +132,7 @@ impl Session {
         let mut core = self.inner.core();
         core.own.restart_clock(self.inner.env.now());
         if self.inner.config.policy == PolicyKind::DelayedOptimizer {
-            core.own.samples_under_way = core.own.samples;
-            core.background = Background::Running;
+            core.begin_background(Channel::Gradients);
         }
         averaged
     }
@@ -148,7 +147,7 @@ impl Session {
 
     /// Start averaging gradients beside the next samples; `step` answers `Apply` when it is ready.
     pub fn start_gradients(&self, vector: Vec<f32>, weight: f64) {
-        self.inner.begin_background();
+        self.inner.core().begin_background(Channel::Gradients);
         let inner = self.inner.clone();
         self.tasks.spawn(async move {
             let averaged = inner.round(Channel::Gradients, vector, weight).await;
@@ -159,7 +158,7 @@ impl Session {
     /// Start averaging parameters beside the next samples; when `step` answers `Apply`, add what the average differs
     /// from the vector given here to the parameters of then.
     pub fn start_state(&self, vector: Vec<f32>) {
-        self.inner.core().background = Background::Running;
+        self.inner.core().begin_background(Channel::State);
         let inner = self.inner.clone();
         self.tasks.spawn(async move {
             let averaged = inner.state_round(vector).await;
@@ -171,7 +170,7 @@ impl Session {
     pub fn take_started(&self) -> Option<Started> {
         let started = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).take();
         if started.as_ref().is_some_and(|started| started.channel == Channel::State) {
-            self.inner.core().background = Background::Idle;
+            self.inner.core().apply_state();
         }
         started
     }
@@ -184,7 +183,8 @@ impl Session {
         }
     }
 
-    /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers.
+    /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers. When the round
+    /// failed although others were here, what was applied alone ends no epoch: `epoch` stays, and the history changes.
     pub fn epoch_done(&self, snapshot: Option<Snapshot>) {
         self.inner.core().epoch_done();
         match snapshot {
@@ -294,12 +294,6 @@ impl Inner {
         self.status.send_replace(status);
     }
 
-    fn begin_background(&self) {
-        let mut core = self.core();
-        core.background = Background::Running;
-        core.own.samples_under_way = core.own.samples;
-    }
-
     fn finish_background(&self, channel: Channel, averaged: Outcome<Averaged>) {
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(Started { channel, averaged });
         self.core().background = Background::Ready;
@@ -315,11 +309,10 @@ impl Inner {
         let mut outcome = self.round(Channel::State, movement, weight).await;
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
-        outcome.value.vector = if outcome.value.alone && !self.dialect.peers().is_empty() {
-            vector
-        } else {
-            self.core().agree(movement)
-        };
+        let mut core = self.core();
+        let keeps = outcome.value.alone && (!self.dialect.peers().is_empty() || !core.agrees_alone());
+        outcome.value.vector = if keeps { vector } else { core.agree(movement) };
+        drop(core);
         outcome
     }
 
@@ -419,7 +412,7 @@ impl Inner {
                 return Outcome { value: None, faults };
             }
             let left = deadline.saturating_duration_since(self.env.now());
-            let reason = match self.dialect.download(winner.lineage.epoch, left).await {
+            let reason = match self.dialect.download(winner.lineage.hash, winner.lineage.epoch, left).await {
                 Ok(outcome) => {
                     faults.extend(outcome.faults);
                     let mut snapshot = outcome.value;

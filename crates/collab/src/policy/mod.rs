@@ -52,6 +52,8 @@ pub(crate) struct Situation {
     /// Parameters are to be averaged before this epoch goes on.
     pub(crate) state_due: bool,
     pub(crate) background: Background,
+    /// An epoch has ended since the background work was started.
+    pub(crate) background_due: bool,
 }
 
 impl Situation {
@@ -84,6 +86,7 @@ pub(crate) mod tests {
         state_open: false,
         state_due: false,
         background: Background::Idle,
+        background_due: false,
     };
 
     const KINDS: [PolicyKind; 6] = [

@@ -1,0 +1,42 @@
+//! Invariant 3. In one round of an epoch a peer is in at most one group, and the members agree on who the members are.
+
+use crate::record::Entry;
+use potluck_net::PeerId;
+use std::collections::BTreeMap;
+
+pub(super) fn check(entries: &[Entry]) -> Vec<String> {
+    // A peer may reload an epoch after a split and average it again with others: what counts is the group in which it
+    // got a result, and that nobody else's list for the same sum names it beside other peers.
+    let mut results: BTreeMap<(u64, PeerId), &[PeerId]> = BTreeMap::new();
+    let mut found = Vec::new();
+    for entry in entries {
+        let Entry::Round { peer, epoch, averaged, .. } = entry else { continue };
+        if averaged.alone {
+            continue;
+        }
+        if !averaged.members.contains(peer) {
+            found.push(format!("epoch {epoch}: peer {} got the average of a group without it", peer.short()));
+        }
+        let mut sorted = averaged.members.clone();
+        sorted.sort();
+        sorted.dedup();
+        if sorted.len() != averaged.members.len() {
+            found.push(format!("epoch {epoch}: a member is listed twice: {:?}", averaged.members));
+        }
+        results.insert((*epoch, *peer), &averaged.members);
+    }
+    for ((epoch, peer), members) in &results {
+        for other in members.iter().filter(|other| *other != peer) {
+            if let Some(theirs) = results.get(&(*epoch, *other)).filter(|theirs| theirs != &members)
+                && theirs.contains(peer)
+            {
+                found.push(format!(
+                    "epoch {epoch}: peer {} counts {members:?}, peer {} counts {theirs:?}",
+                    peer.short(),
+                    other.short()
+                ));
+            }
+        }
+    }
+    found
+}

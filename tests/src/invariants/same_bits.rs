@@ -1,0 +1,40 @@
+//! Invariant 2. Peers with the same history hold the same parameters, and members of one round got the same average, bit
+//! for bit, under every compression.
+
+use crate::record::{Entry, hash_of};
+use potluck_net::PeerId;
+use std::collections::BTreeMap;
+
+pub(super) fn check(entries: &[Entry]) -> Vec<String> {
+    let mut params: BTreeMap<(u64, [u8; 32]), (PeerId, u64)> = BTreeMap::new();
+    let mut averages: BTreeMap<(u64, &[PeerId], u64), (PeerId, u64)> = BTreeMap::new();
+    let mut found = Vec::new();
+    for entry in entries {
+        match entry {
+            Entry::Epoch { peer, lineage, params: hash, .. } => {
+                let (first, expected) = params.entry((lineage.epoch, lineage.hash)).or_insert((*peer, *hash));
+                if expected != hash {
+                    found.push(format!(
+                        "parameters of {lineage}: peer {} has {hash:016x}, peer {} {expected:016x}",
+                        peer.short(),
+                        first.short()
+                    ));
+                }
+            }
+            Entry::Round { peer, epoch, averaged, .. } if !averaged.alone => {
+                let hash = hash_of(&averaged.vector);
+                let key = (*epoch, &averaged.members[..], averaged.weight_total.to_bits());
+                let (first, expected) = averages.entry(key).or_insert((*peer, hash));
+                if *expected != hash {
+                    found.push(format!(
+                        "average of epoch {epoch}: peer {} has {hash:016x}, peer {} {expected:016x}",
+                        peer.short(),
+                        first.short()
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
