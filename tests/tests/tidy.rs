@@ -17,6 +17,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("potluck-net-sim", 1),
     ("potluck-dht", 1),
     ("potluck-averaging", 2),
+    ("potluck-transfer", 2),
     ("potluck-collab", 3),
     ("potluck-dashboard", 4),
     ("potluck-cli", 5),

@@ -1,0 +1,339 @@
+//! The newcomer's side: agree on one snapshot, then fetch its chunks from everybody who has them.
+
+use crate::exchange::{CHUNK_COST, DownloadError, Inner};
+use crate::wire::{Index, Request, decode_bits};
+use crate::{CHUNK_BYTES, Snapshot};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, rpc};
+use rand::seq::SliceRandom;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long an answer without data may take. A peer that needs longer is no good donor.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Chunks that are asked of one donor at the same time, at most: enough to fill a link of 100 ms at 100 MB/s.
+const WINDOW_MAX: usize = 12;
+/// A donor starts with this window: twenty newcomers at once must not ask it for everything twice over.
+const WINDOW_START: usize = 2;
+/// A chunk that takes less than this opens the donor's window by one; one that takes more than `SLOW` halves it.
+const FAST: Duration = Duration::from_millis(400);
+const SLOW: Duration = Duration::from_millis(1500);
+/// Slowest donor that is still worth waiting for, in bytes per second.
+const RATE_MIN: f64 = 50_000.0;
+/// How often joiners are asked which chunks they have got meanwhile.
+const REFRESH: Duration = Duration::from_millis(500);
+/// A donor that failed this often in a row is given up for this download.
+const FAILURES_MAX: u32 = 3;
+
+pub(crate) struct Download {
+    inner: Arc<Inner>,
+    peers: Vec<PeerId>,
+    start: Instant,
+    deadline: Instant,
+    faults: Vec<PeerFault>,
+}
+
+/// What a donor has and how it does.
+struct Donor {
+    peer: PeerId,
+    has: Vec<bool>,
+    in_flight: usize,
+    window: usize,
+    failures: u32,
+    asking: bool,
+    asked: Instant,
+}
+
+enum Done {
+    Chunk { peer: PeerId, index: usize, took: Duration, result: Result<Bytes, PeerFault> },
+    Have { peer: PeerId, result: Result<Bytes, PeerFault> },
+}
+
+impl Download {
+    pub(crate) fn new(inner: Arc<Inner>, peers: &[PeerId], timeout: Duration) -> Self {
+        let me = inner.transport.local_peer();
+        let start = inner.env.now();
+        let peers = peers.iter().copied().filter(|peer| *peer != me).collect();
+        Self { inner, peers, start, deadline: start + timeout, faults: Vec::new() }
+    }
+
+    pub(crate) async fn run(mut self, epoch_min: u64) -> Result<Outcome<Snapshot>, DownloadError> {
+        let Some(index) = self.agree(epoch_min).await else {
+            return Err(DownloadError::NobodyOffers {
+                asked: self.peers.len(),
+                epoch_min,
+                faults: self.faults,
+            });
+        };
+        let root = self.inner.store().begin(&index, self.inner.env.now());
+        let why = self.fetch(&index, root).await;
+        let now = self.inner.env.now();
+        let chunks = self.inner.store().complete(&root, now);
+        let Some(chunks) = chunks else {
+            let held = self.inner.store().have(&root, now).unwrap_or_default();
+            let done = held.iter().filter(|here| **here).count();
+            let (epoch, elapsed) = (index.epoch, now - self.start);
+            let chunks = index.hashes.len();
+            return Err(DownloadError::Interrupted {
+                epoch,
+                done,
+                chunks,
+                elapsed,
+                why,
+                faults: self.faults,
+            });
+        };
+        let snapshot = self.inner.env.offload(move || assemble(index, &chunks)).await;
+        Ok(Outcome { value: snapshot, faults: self.faults })
+    }
+
+    async fn ask(&self, peer: PeerId, request: Request, limit: Duration) -> Result<Bytes, PeerFault> {
+        let deadline = self.deadline.min(self.inner.env.now() + limit);
+        rpc::call(&*self.inner.transport, peer, &self.inner.protocol, request.encode(), deadline).await
+    }
+
+    /// The newest epoch that is offered; where donors disagree about it, what most of them say (then: smallest root).
+    async fn agree(&mut self, epoch_min: u64) -> Option<Index> {
+        let asked: FuturesUnordered<_> = self
+            .peers
+            .iter()
+            .map(|peer| async { (*peer, self.ask(*peer, Request::Offer { epoch_min }, ASK_TIMEOUT).await) })
+            .collect();
+        let answers: Vec<_> = asked.collect().await;
+        let mut offers: BTreeMap<(u64, [u8; 32]), (usize, Index)> = BTreeMap::new();
+        for (peer, answer) in answers {
+            match answer {
+                Ok(bytes) if bytes.is_empty() => {}
+                Ok(bytes) => match Index::decode(&bytes).filter(|index| index.epoch >= epoch_min) {
+                    Some(index) => {
+                        offers.entry((index.epoch, index.root())).or_insert((0, index)).0 += 1;
+                    }
+                    None => self.faults.push(PeerFault::new(
+                        peer,
+                        FaultKind::Malformed,
+                        format!("state offer of {} bytes for epoch {epoch_min} or later", bytes.len()),
+                    )),
+                },
+                Err(fault) => self.faults.push(fault),
+            }
+        }
+        let newest = offers.keys().next_back()?.0;
+        let same_epoch = offers.into_iter().filter(|((epoch, _), _)| *epoch == newest);
+        same_epoch
+            .max_by_key(|((_, root), (votes, _))| (*votes, std::cmp::Reverse(*root)))
+            .map(|(_, (_, index))| index)
+    }
+
+    /// Fetch until everything is here, nobody is left to ask, or time is up; says which.
+    async fn fetch(&mut self, index: &Index, root: [u8; 32]) -> &'static str {
+        let now = self.inner.env.now();
+        let held = self.inner.store().have(&root, now).unwrap_or_default();
+        let mut missing: Vec<usize> =
+            (0..held.len()).filter(|chunk| !held.get(*chunk).copied().unwrap_or(false)).collect();
+        // Everybody starts elsewhere, so that joiners soon have chunks that other joiners lack.
+        missing.shuffle(&mut self.inner.env.fork_rng());
+        let mut wanted: BTreeSet<usize> = missing.iter().copied().collect();
+        let mut donors: Vec<Donor> = self.peers.iter().map(|peer| Donor::new(*peer, now)).collect();
+        let mut faults = Vec::new();
+        let why = {
+            let this = &*self;
+            let mut running = FuturesUnordered::new();
+            loop {
+                let now = this.inner.env.now();
+                for donor in donors.iter_mut().filter(|donor| donor.is_due(now)) {
+                    (donor.asking, donor.asked) = (true, now);
+                    let peer = donor.peer;
+                    running.push(futures::future::Either::Left(async move {
+                        Done::Have { peer, result: this.ask(peer, Request::Have { root }, ASK_TIMEOUT).await }
+                    }));
+                }
+                for (peer, chunk) in assign(&mut donors, &mut missing) {
+                    let limit =
+                        ASK_TIMEOUT + Duration::from_secs_f64(WINDOW_MAX as f64 * CHUNK_COST / RATE_MIN);
+                    running.push(futures::future::Either::Right(async move {
+                        let request =
+                            Request::Chunk { root, index: u32::try_from(chunk).unwrap_or(u32::MAX) };
+                        let result = this.ask(peer, request, limit).await;
+                        Done::Chunk { peer, index: chunk, took: this.inner.env.now() - now, result }
+                    }));
+                }
+                if wanted.is_empty() {
+                    break "finished";
+                }
+                if donors.iter().all(|donor| donor.failures >= FAILURES_MAX) {
+                    break "every donor was lost";
+                }
+                let wake = (now + REFRESH).min(this.deadline);
+                tokio::select! {
+                    biased;
+                    Some(done) = running.next() => {
+                        this.take(done, index, root, &mut donors, &mut missing, &mut wanted, &mut faults).await;
+                    }
+                    () = tokio::time::sleep_until(wake) => {
+                        if this.inner.env.now() >= this.deadline {
+                            break "time was up";
+                        }
+                    }
+                }
+            }
+        };
+        self.faults.extend(faults);
+        why
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the loop's own state, split so that the loop stays readable"
+    )]
+    async fn take(
+        &self,
+        done: Done,
+        index: &Index,
+        root: [u8; 32],
+        donors: &mut [Donor],
+        missing: &mut Vec<usize>,
+        wanted: &mut BTreeSet<usize>,
+        faults: &mut Vec<PeerFault>,
+    ) {
+        let (Done::Chunk { peer, .. } | Done::Have { peer, .. }) = &done;
+        let Some(donor) = donors.iter_mut().find(|donor| donor.peer == *peer) else { return };
+        match done {
+            Done::Have { result: Ok(bits), .. } => {
+                donor.asking = false;
+                if let Some(has) = decode_bits(&bits, index.hashes.len()) {
+                    donor.has = has;
+                    donor.failures = 0;
+                }
+            }
+            // "I do not have that snapshot": no fault, it may get it later.
+            Done::Have { result: Err(fault), .. } => {
+                donor.asking = false;
+                if fault.kind != FaultKind::Refused {
+                    donor.fail(fault, faults);
+                }
+            }
+            Done::Chunk { index: chunk, took, result, .. } => {
+                donor.in_flight = donor.in_flight.saturating_sub(1);
+                donor.pace(took);
+                let expected = index.hashes.get(chunk).copied().unwrap_or_default();
+                match self.checked(donor.peer, chunk, expected, result).await {
+                    Ok(bytes) => {
+                        donor.failures = 0;
+                        wanted.remove(&chunk);
+                        self.inner.store().insert(&root, chunk, bytes, self.inner.env.now());
+                    }
+                    Err(fault) => {
+                        missing.push(chunk);
+                        if fault.kind == FaultKind::Mismatch {
+                            donor.failures = FAILURES_MAX;
+                            faults.push(fault);
+                        } else if fault.kind != FaultKind::Refused {
+                            donor.fail(fault, faults);
+                        } else {
+                            // Busy, or it has let the snapshot go: ask what it has before asking for more.
+                            donor.has.clear();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn checked(
+        &self,
+        peer: PeerId,
+        chunk: usize,
+        expected: [u8; 32],
+        result: Result<Bytes, PeerFault>,
+    ) -> Result<Bytes, PeerFault> {
+        let bytes = result?;
+        let hashed = bytes.clone();
+        let found = self.inner.env.offload(move || *blake3::hash(&hashed).as_bytes()).await;
+        if found == expected {
+            return Ok(bytes);
+        }
+        let context = format!("state chunk {chunk}: {} bytes do not match the agreed hash", bytes.len());
+        Err(PeerFault::new(peer, FaultKind::Mismatch, context))
+    }
+}
+
+impl Donor {
+    fn new(peer: PeerId, now: Instant) -> Self {
+        Self {
+            peer,
+            has: Vec::new(),
+            in_flight: 0,
+            window: WINDOW_START,
+            failures: 0,
+            asking: false,
+            asked: now - REFRESH,
+        }
+    }
+
+    /// Let the window follow what this donor has to give.
+    fn pace(&mut self, took: Duration) {
+        if took < FAST {
+            self.window = (self.window + 1).min(WINDOW_MAX);
+        } else if took > SLOW {
+            self.window = (self.window / 2).max(1);
+        }
+    }
+
+    /// Whether everything can be had here: such a donor is asked last, for what nobody else has.
+    fn is_complete(&self) -> bool {
+        !self.has.is_empty() && self.has.iter().all(|has| *has)
+    }
+
+    /// Whether to ask what it has: not while everything is there anyway, and never twice at a time.
+    fn is_due(&self, now: Instant) -> bool {
+        !self.asking && !self.is_complete() && self.failures < FAILURES_MAX && now >= self.asked + REFRESH
+    }
+
+    /// One fault is reported per donor and download: the first says what happened.
+    fn fail(&mut self, fault: PeerFault, faults: &mut Vec<PeerFault>) {
+        self.failures += 1;
+        if self.failures == FAILURES_MAX {
+            faults.push(fault);
+        }
+    }
+}
+
+/// Give each donor with room the next missing chunk that it has: other newcomers first, then the least busy donor.
+fn assign(donors: &mut [Donor], missing: &mut Vec<usize>) -> Vec<(PeerId, usize)> {
+    let mut given = Vec::new();
+    loop {
+        let room = |donor: &&mut Donor| donor.in_flight < donor.window && donor.failures < FAILURES_MAX;
+        let mut order: Vec<&mut Donor> = donors.iter_mut().filter(room).collect();
+        order.sort_by_key(|donor| (donor.is_complete(), donor.in_flight, donor.peer));
+        let found = order.into_iter().find_map(|donor| {
+            let place = missing.iter().rposition(|chunk| donor.has.get(*chunk).copied().unwrap_or(false))?;
+            Some((donor, place))
+        });
+        let Some((donor, place)) = found else { return given };
+        donor.in_flight += 1;
+        given.push((donor.peer, missing.remove(place)));
+    }
+}
+
+/// Put the chunks together again. A buffer of one chunk is not copied.
+fn assemble(index: Index, chunks: &[Bytes]) -> Snapshot {
+    let mut rest = chunks.iter();
+    let mut blobs = BTreeMap::new();
+    for (name, len) in index.blobs {
+        let count = usize::try_from(len.div_ceil(CHUNK_BYTES as u64)).unwrap_or(usize::MAX);
+        let mut parts: Vec<Bytes> = rest.by_ref().take(count).cloned().collect();
+        let blob = if parts.len() == 1 {
+            parts.remove(0)
+        } else {
+            let mut joined = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
+            parts.iter().for_each(|part| joined.extend_from_slice(part));
+            joined.freeze()
+        };
+        blobs.insert(name, blob);
+    }
+    Snapshot { epoch: index.epoch, lineage: index.lineage, meta: index.meta, blobs }
+}

@@ -1,0 +1,139 @@
+//! One peer's side of the exchange: it answers whoever asks, and downloads for itself.
+
+use crate::download::Download;
+use crate::store::{Store, index_of};
+use crate::wire::{Request, encode_bits};
+use crate::{CHUNK_BYTES, Snapshot};
+use bytes::Bytes;
+use potluck_net::{AcceptError, Env, Outcome, PeerFault, PeerId, Protocol, Tasks, Transport, rpc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Requests that wait to be answered; more are refused, and the asker turns to another donor.
+const BACKLOG: usize = 64;
+/// Requests that are answered at the same time: bounds the donor's memory and what newcomers take of its uplink.
+const SERVED_MAX: usize = 16;
+
+/// Why no state was downloaded. Nothing has changed; trying again resumes where it stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DownloadError {
+    /// None of the peers that were asked has a state of that epoch.
+    #[error("none of {asked} peers offers a state of epoch {epoch_min} or later")]
+    NobodyOffers {
+        /// How many were asked.
+        asked: usize,
+        /// What was asked for.
+        epoch_min: u64,
+        /// Who failed to answer, and how.
+        faults: Vec<PeerFault>,
+    },
+    /// Every donor was lost, or time was up. What has arrived is kept for a while.
+    #[error("state of epoch {epoch}: {done} of {chunks} chunks after {:.1} s, then {why}", elapsed.as_secs_f64())]
+    Interrupted {
+        /// The epoch of the snapshot.
+        epoch: u64,
+        /// Chunks that are here.
+        done: usize,
+        /// Chunks in all.
+        chunks: usize,
+        /// Since the start.
+        elapsed: Duration,
+        /// What ended it.
+        why: &'static str,
+        /// Who failed, and how.
+        faults: Vec<PeerFault>,
+    },
+}
+
+/// Serves this peer's snapshots and downloads those of others. Clones share everything; the last one ends the serving.
+#[derive(Clone)]
+pub struct Exchange {
+    pub(crate) inner: Arc<Inner>,
+    _tasks: Tasks,
+}
+
+pub(crate) struct Inner {
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) env: Env,
+    pub(crate) protocol: Protocol,
+    store: Mutex<Store>,
+    /// One hashing at a time: the first asker after a publication pays, the others wait for it.
+    hashing: tokio::sync::Mutex<()>,
+}
+
+impl Inner {
+    pub(crate) fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn hash_pending(&self) {
+        let _one = self.hashing.lock().await;
+        let Some(snapshot) = self.store().pending() else { return };
+        let hashed = snapshot.clone();
+        let index = self.env.offload(move || index_of(&hashed)).await;
+        self.store().hashed(&snapshot, index, self.env.now());
+    }
+
+    async fn answer(&self, request: Bytes) -> Option<Bytes> {
+        let now = self.env.now();
+        match Request::decode(&request)? {
+            Request::Offer { epoch_min } => {
+                self.hash_pending().await;
+                let mut store = self.store();
+                Some(store.offer(epoch_min, now).map(|index| index.encode()).unwrap_or_default())
+            }
+            Request::Have { root } => self.store().have(&root, now).map(|bits| encode_bits(&bits)),
+            Request::Chunk { root, index } => self.store().chunk(&root, index, now),
+        }
+    }
+}
+
+impl Exchange {
+    /// Start to serve under the name of this run.
+    ///
+    /// # Errors
+    /// [`AcceptError`] if this process serves the run already.
+    pub fn start(transport: Arc<dyn Transport>, env: Env, run: &str) -> Result<Self, AcceptError> {
+        let hash = blake3::hash(run.as_bytes()).to_hex();
+        let protocol = Protocol::new(format!("/potluck/state/1/{}", hash.get(..16).unwrap_or_default()));
+        let incoming = transport.accept(protocol.clone(), BACKLOG)?;
+        let (store, hashing) = (Mutex::default(), tokio::sync::Mutex::default());
+        let inner = Arc::new(Inner { transport, env, protocol, store, hashing });
+        let tasks = Tasks::new();
+        let serving = inner.clone();
+        rpc::serve(incoming, &tasks, SERVED_MAX, move |_, request| {
+            let inner = serving.clone();
+            async move { inner.answer(request).await }
+        });
+        Ok(Self { inner, _tasks: tasks })
+    }
+
+    /// Offer this snapshot to newcomers instead of the one before. Returns at once: nothing is copied, and hashing
+    /// waits until somebody asks.
+    pub fn publish(&self, snapshot: Arc<Snapshot>) {
+        self.inner.store().publish(snapshot);
+    }
+
+    /// Bytes of the snapshots held here, shared with whoever published them.
+    pub fn bytes(&self) -> u64 {
+        self.inner.store().bytes()
+    }
+
+    /// Download the newest snapshot of at least `epoch_min` that any of `peers` offers, from as many of them as have
+    /// it. `others` are peers that may be downloading too: they are asked for chunks as well.
+    ///
+    /// # Errors
+    /// [`DownloadError`]; what has arrived is kept, and the next call resumes.
+    pub async fn download(
+        &self,
+        peers: &[PeerId],
+        epoch_min: u64,
+        timeout: Duration,
+    ) -> Result<Outcome<Snapshot>, DownloadError> {
+        Download::new(self.inner.clone(), peers, timeout).run(epoch_min).await
+    }
+}
+
+/// Bytes that a request and its framing cost, for the deadline of a chunk.
+pub(crate) const CHUNK_COST: f64 = CHUNK_BYTES as f64;

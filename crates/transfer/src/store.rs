@@ -1,0 +1,144 @@
+//! Sans-I/O. What this peer can serve: its newest snapshot, older ones that somebody still downloads, and what it is
+//! downloading itself. Bounded in number; buffers are shared with whoever published them.
+
+use crate::Snapshot;
+use crate::wire::{CHUNK_BYTES, Index, chunk_count};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long an older snapshot is kept after it was last asked for. A downloader asks several times a second.
+const KEPT_IDLE: Duration = Duration::from_secs(20);
+/// Older snapshots that are kept at the same time: memory is at most this many states more.
+const KEPT_MAX: usize = 2;
+
+/// A snapshot with its index, complete or not.
+pub(crate) struct Held {
+    pub(crate) index: Index,
+    pub(crate) chunks: Vec<Option<Bytes>>,
+    asked: Instant,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Store {
+    held: BTreeMap<[u8; 32], Held>,
+    newest: Option<[u8; 32]>,
+    /// Published, not hashed yet: hashing waits until somebody asks.
+    pending: Option<Arc<Snapshot>>,
+}
+
+impl Store {
+    /// Offer this snapshot from now on.
+    pub(crate) fn publish(&mut self, snapshot: Arc<Snapshot>) {
+        self.pending = Some(snapshot);
+    }
+
+    /// The snapshot that has to be hashed before anything newer can be offered.
+    pub(crate) fn pending(&self) -> Option<Arc<Snapshot>> {
+        self.pending.clone()
+    }
+
+    /// Take up the hashed form of a pending snapshot.
+    pub(crate) fn hashed(&mut self, snapshot: &Arc<Snapshot>, index: Index, now: Instant) {
+        if self.pending.as_ref().is_some_and(|pending| Arc::ptr_eq(pending, snapshot)) {
+            self.pending = None;
+        }
+        let root = index.root();
+        let chunks = chunks_of(snapshot).map(Some).collect();
+        self.held.insert(root, Held { index, chunks, asked: now });
+        self.newest = Some(root);
+        self.forget(now);
+    }
+
+    /// The newest complete snapshot of at least this epoch.
+    pub(crate) fn offer(&mut self, epoch_min: u64, now: Instant) -> Option<&Index> {
+        let held = self.held.get_mut(&self.newest?)?;
+        held.asked = now;
+        (held.index.epoch >= epoch_min).then_some(&held.index)
+    }
+
+    /// Which chunks of a snapshot are here.
+    pub(crate) fn have(&mut self, root: &[u8; 32], now: Instant) -> Option<Vec<bool>> {
+        let held = self.held.get_mut(root)?;
+        held.asked = now;
+        Some(held.chunks.iter().map(Option::is_some).collect())
+    }
+
+    /// One chunk, if it is here.
+    pub(crate) fn chunk(&mut self, root: &[u8; 32], index: u32, now: Instant) -> Option<Bytes> {
+        let held = self.held.get_mut(root)?;
+        held.asked = now;
+        held.chunks.get(usize::try_from(index).ok()?)?.clone()
+    }
+
+    /// Start, or go on with, a download of this snapshot; what is here already stays.
+    pub(crate) fn begin(&mut self, index: &Index, now: Instant) -> [u8; 32] {
+        let root = index.root();
+        let count = chunk_count(&index.blobs);
+        let fresh = || Held { index: index.clone(), chunks: vec![None; count], asked: now };
+        self.held.entry(root).or_insert_with(fresh).asked = now;
+        root
+    }
+
+    /// A chunk has arrived and matches its hash.
+    pub(crate) fn insert(&mut self, root: &[u8; 32], index: usize, chunk: Bytes, now: Instant) {
+        if let Some(held) = self.held.get_mut(root) {
+            held.asked = now;
+            if let Some(place) = held.chunks.get_mut(index) {
+                *place = Some(chunk);
+            }
+        }
+    }
+
+    /// All chunks of a finished download, in order; from now on it is offered like a published one if it is the newest.
+    pub(crate) fn complete(&mut self, root: &[u8; 32], now: Instant) -> Option<Vec<Bytes>> {
+        let held = self.held.get(root)?;
+        let chunks: Option<Vec<Bytes>> = held.chunks.iter().cloned().collect();
+        let epoch = held.index.epoch;
+        let newest_epoch = self.newest.and_then(|newest| self.held.get(&newest)).map(|held| held.index.epoch);
+        if chunks.is_some() && newest_epoch.is_none_or(|newest| newest < epoch) {
+            self.newest = Some(*root);
+        }
+        self.forget(now);
+        chunks
+    }
+
+    /// Bytes of the buffers that are held here, shared ones included.
+    pub(crate) fn bytes(&self) -> u64 {
+        let chunks = self.held.values().flat_map(|held| held.chunks.iter().flatten());
+        chunks.map(|chunk| chunk.len() as u64).sum()
+    }
+
+    /// Let older snapshots go that nobody asks for any more.
+    fn forget(&mut self, now: Instant) {
+        let newest = self.newest;
+        self.held.retain(|root, held| Some(*root) == newest || now.duration_since(held.asked) < KEPT_IDLE);
+        while self.held.len() > KEPT_MAX + 1 {
+            let older = self.held.iter().filter(|(root, _)| Some(**root) != newest);
+            let Some(root) = older.min_by_key(|(_, held)| held.asked).map(|(root, _)| *root) else { return };
+            self.held.remove(&root);
+        }
+    }
+}
+
+/// The chunks of a snapshot, in the order of the index: slices of its buffers, nothing is copied.
+pub(crate) fn chunks_of(snapshot: &Snapshot) -> impl Iterator<Item = Bytes> {
+    snapshot.blobs.values().flat_map(|blob| {
+        let starts = (0..blob.len()).step_by(CHUNK_BYTES);
+        starts.map(move |start| blob.slice(start..blob.len().min(start + CHUNK_BYTES)))
+    })
+}
+
+/// Hash a snapshot: CPU work, to be off-loaded.
+pub(crate) fn index_of(snapshot: &Snapshot) -> Index {
+    Index {
+        epoch: snapshot.epoch,
+        lineage: snapshot.lineage,
+        meta: snapshot.meta.clone(),
+        blobs: snapshot.blobs.iter().map(|(name, blob)| (name.clone(), blob.len() as u64)).collect(),
+        hashes: chunks_of(snapshot).map(|chunk| *blake3::hash(&chunk).as_bytes()).collect(),
+    }
+}

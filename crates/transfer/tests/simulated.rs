@@ -1,0 +1,137 @@
+//! Newcomers in the simulator: several donors, a donor killed half way, joiners that feed one another, a liar.
+
+#![expect(clippy::unwrap_used, reason = "a helper of tests may panic")]
+
+use bytes::Bytes;
+use potluck_net::{FaultKind, PeerId, Transport};
+use potluck_net_sim::{PeerSpec, SimNet, SimTransport, run};
+use potluck_transfer::{CHUNK_BYTES, DownloadError, Exchange, Snapshot};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+fn snapshot(epoch: u64, chunks: usize) -> Arc<Snapshot> {
+    let byte = |index: usize| (index * 31 + index / 251 + epoch as usize) as u8;
+    let weights: Bytes = (0..chunks * CHUNK_BYTES - 17).map(byte).collect();
+    let blobs =
+        BTreeMap::from([("weights".to_owned(), weights), ("step".to_owned(), Bytes::from_static(&[7; 4]))]);
+    let meta = BTreeMap::from([("scheduler".to_owned(), "{\"last_epoch\": 3}".to_owned())]);
+    Arc::new(Snapshot { epoch, lineage: [epoch as u8; 32], meta, blobs })
+}
+
+fn peer(net: &SimNet, megabytes_per_second: f64) -> (Arc<SimTransport>, Exchange) {
+    let rate = megabytes_per_second * 1e6;
+    let spec = PeerSpec { up_bytes_per_second: rate, down_bytes_per_second: rate, ..PeerSpec::default() };
+    let transport = net.add_peer(spec);
+    let exchange = Exchange::start(transport.clone(), net.env(transport.local_peer()), "run").unwrap();
+    (transport, exchange)
+}
+
+#[test]
+fn a_newcomer_gets_the_newest_state_and_nothing_older_than_asked() {
+    run(1, |net| async move {
+        let (donor, old) = peer(&net, 10.0);
+        let (_, newcomer) = peer(&net, 10.0);
+        old.publish(snapshot(4, 2));
+        old.publish(snapshot(5, 3));
+        let from = [donor.local_peer()];
+        let outcome = newcomer.download(&from, 0, TIMEOUT).await.unwrap();
+        assert_eq!(outcome.value, *snapshot(5, 3));
+        assert!(outcome.faults.is_empty());
+        let refused = newcomer.download(&from, 6, TIMEOUT).await.unwrap_err();
+        assert!(matches!(refused, DownloadError::NobodyOffers { asked: 1, epoch_min: 6, .. }), "{refused}");
+    });
+}
+
+#[test]
+fn three_donors_are_faster_than_one_and_a_killed_one_is_named() {
+    run(2, |net| async move {
+        let donors: Vec<_> = (0..3).map(|_| peer(&net, 4.0)).collect();
+        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 40)));
+        let ids: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        let (_, one) = peer(&net, 100.0);
+        let (_, three) = peer(&net, 100.0);
+        let start = tokio::time::Instant::now();
+        assert!(one.download(&ids[..1], 9, TIMEOUT).await.unwrap().faults.is_empty());
+        let alone = start.elapsed();
+        let start = tokio::time::Instant::now();
+        assert!(three.download(&ids, 9, TIMEOUT).await.unwrap().faults.is_empty());
+        assert!(start.elapsed().as_secs_f64() < alone.as_secs_f64() / 2.4, "{:?} {alone:?}", start.elapsed());
+
+        let (_, survivor) = peer(&net, 100.0);
+        let killed = ids[0];
+        let killer = net.clone();
+        let download = survivor.download(&ids, 9, TIMEOUT);
+        let kill = async {
+            tokio::time::sleep(alone / 6).await;
+            killer.crash(killed);
+        };
+        let (outcome, ()) = tokio::join!(download, kill);
+        let outcome = outcome.unwrap();
+        assert_eq!(outcome.value, *snapshot(9, 40));
+        assert!(outcome.faults.iter().all(|fault| fault.peer == killed), "{:?}", outcome.faults);
+        assert_eq!(outcome.faults.len(), 1);
+    });
+}
+
+#[test]
+fn joiners_feed_one_another_and_survive_the_donor() {
+    run(3, |net| async move {
+        let (donor, seed) = peer(&net, 6.0);
+        let state = snapshot(2, 30);
+        seed.publish(state.clone());
+        let joiners: Vec<_> = (0..20).map(|_| peer(&net, 20.0)).collect();
+        let mut ids: Vec<PeerId> = joiners.iter().map(|(transport, _)| transport.local_peer()).collect();
+        ids.push(donor.local_peer());
+        let downloads = joiners.iter().map(|(_, joiner)| joiner.download(&ids, 2, TIMEOUT));
+        let outcomes = futures::future::join_all(downloads).await;
+        assert!(outcomes.into_iter().all(|outcome| outcome.unwrap().value == *state));
+        let copies = net.traffic(donor.local_peer()).up_bytes as f64 / state.bytes() as f64;
+        assert!(copies < 4.0, "the donor sent {copies:.1} copies to 20 joiners");
+    });
+}
+
+#[test]
+fn an_interrupted_download_resumes_and_a_liar_is_found_out() {
+    run(4, |net| async move {
+        let (donor, seed) = peer(&net, 2.0);
+        seed.publish(snapshot(3, 20));
+        let (_, newcomer) = peer(&net, 50.0);
+        let ids = [donor.local_peer()];
+        let error = newcomer.download(&ids, 3, Duration::from_secs(5)).await.unwrap_err();
+        let DownloadError::Interrupted { done, chunks, .. } = error else { panic!("{error}") };
+        assert!(done > 0 && done < chunks);
+        let before = net.traffic(donor.local_peer()).up_bytes;
+        assert_eq!(newcomer.download(&ids, 3, TIMEOUT).await.unwrap().value.epoch, 3);
+        let again = net.traffic(donor.local_peer()).up_bytes - before;
+        assert!(again as usize <= (chunks - done + 1) * (CHUNK_BYTES + 4096), "{again} bytes for the rest");
+
+        // Two honest donors outvote a third that offers other bytes for the same epoch; its chunks are never asked for.
+        let (liar_transport, liar) = peer(&net, 50.0);
+        let (second_transport, second) = peer(&net, 50.0);
+        let mut wrong = (*snapshot(3, 20)).clone();
+        wrong.blobs.insert("step".into(), Bytes::from_static(&[8; 4]));
+        liar.publish(Arc::new(wrong));
+        second.publish(snapshot(3, 20));
+        let (_, late) = peer(&net, 50.0);
+        let ids = [donor.local_peer(), liar_transport.local_peer(), second_transport.local_peer()];
+        assert_eq!(late.download(&ids, 3, TIMEOUT).await.unwrap().value, *snapshot(3, 20));
+    });
+}
+
+#[test]
+fn a_dead_peer_is_a_fault_not_an_error() {
+    run(5, |net| async move {
+        let (donor, seed) = peer(&net, 20.0);
+        let (dead, _gone) = peer(&net, 20.0);
+        seed.publish(snapshot(1, 2));
+        net.crash(dead.local_peer());
+        let (_, newcomer) = peer(&net, 20.0);
+        let outcome = newcomer.download(&[dead.local_peer(), donor.local_peer()], 0, TIMEOUT).await.unwrap();
+        assert_eq!(outcome.value, *snapshot(1, 2));
+        assert!(outcome.faults.iter().any(|fault| fault.peer == dead.local_peer()));
+        assert!(outcome.faults.iter().all(|fault| fault.kind != FaultKind::Mismatch));
+    });
+}
