@@ -1,17 +1,38 @@
 //! Who is here, who averages with whom, and an all-reduce that survives losing peers.
+//!
+//! * [`Swarm`]: membership of one run on one transport. Heartbeats, gossip, a failure detector; [`View`] says who is
+//!   alive and how far along.
+//! * [`Averager`]: one channel (a vector) on a swarm; [`Averager::step`] forms a group without fixed waits and returns
+//!   the weighted mean, the same bits at every member.
+//!
+//! Decisions are sans-I/O, one file each (`membership`, `detector`, `plan`, `partition`, `station`, `reducer`, `spans`,
+//! `rates`, `grid`); `swarm`, `link`, `router`, `exchange`, `pair` and `averager` move bytes. `docs/protocol.md` is the
+//! specification.
+
+mod averager;
 mod detector;
+mod exchange;
 mod grid;
 mod invite;
 mod link;
 mod membership;
+mod pair;
 mod partition;
 mod plan;
 mod rates;
+mod reducer;
 mod router;
 mod spans;
+mod station;
+mod store;
+mod sum;
 mod swarm;
 mod wire;
 
+pub use averager::{
+    Averager, AveragerConfig, Expect, MemberReport, Round, RoundError, RoundErrorKind, RoundRequest,
+    RoundStats,
+};
 pub use detector::HEARTBEAT;
 pub use invite::Invite;
 pub use membership::{Member, View};

@@ -106,7 +106,6 @@ pub(crate) struct Membership {
     me: PeerId,
     incarnation: u64,
     pulse: Pulse,
-    addresses: Vec<String>,
     peers: BTreeMap<PeerId, Entry>,
     next_beat: Instant,
     cursor: Option<PeerId>,
@@ -116,16 +115,7 @@ pub(crate) struct Membership {
 
 impl Membership {
     pub(crate) fn new(me: PeerId, pulse: Pulse, mesh_max: usize, now: Instant) -> Self {
-        Self {
-            me,
-            incarnation: 1,
-            pulse,
-            addresses: Vec::new(),
-            peers: BTreeMap::new(),
-            next_beat: now,
-            cursor: None,
-            mesh_max,
-        }
+        Self { me, incarnation: 1, pulse, peers: BTreeMap::new(), next_beat: now, cursor: None, mesh_max }
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
@@ -146,15 +136,8 @@ impl Membership {
         actions.push(Action::Changed);
     }
 
-    pub(crate) fn measured(
-        &mut self,
-        up: f64,
-        down: f64,
-        reachability: Reachability,
-        addresses: Vec<String>,
-    ) {
+    pub(crate) fn measured(&mut self, up: f64, down: f64, reachability: Reachability) {
         (self.pulse.up, self.pulse.down, self.pulse.reachability) = (up, down, reachability);
-        self.addresses = addresses;
     }
 
     fn entry(&mut self, now: Instant, peer: PeerId) -> Option<&mut Entry> {
@@ -417,10 +400,6 @@ impl Membership {
             addresses: entry.addresses.clone(),
             beat: (entry.standing == Standing::Alive).then(|| entry.pulse.clone()),
         })
-    }
-
-    pub(crate) fn own_addresses(&self) -> Vec<String> {
-        self.addresses.clone()
     }
 
     pub(crate) fn view(&self, path: impl Fn(PeerId) -> Option<Path>) -> View {

@@ -7,21 +7,21 @@ use crate::spans::Layout;
 use std::ops::Range;
 
 /// Shares are fractions of this.
-pub const SHARE_UNIT: u32 = 1 << 20;
+pub(crate) const SHARE_UNIT: u32 = 1 << 20;
 /// Rates closer together than this factor count as equal: their measurement is not better than that.
 const RATE_NOISE: f64 = 1.3;
 
 /// What is known of a member's links.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Capacity {
+pub(crate) struct Capacity {
     /// The slower direction, in bytes per second; 0 when not measured yet.
-    pub rate: f64,
+    pub(crate) rate: f64,
     /// Whether it sends a vector (auxiliary peers only reduce).
-    pub sends: bool,
+    pub(crate) sends: bool,
 }
 
 /// The share of each member, in units of 1 / [`SHARE_UNIT`]; they add up to [`SHARE_UNIT`].
-pub fn shares(members: &[Capacity]) -> Vec<u32> {
+pub(crate) fn shares(members: &[Capacity]) -> Vec<u32> {
     if members.is_empty() {
         return Vec::new();
     }
@@ -69,7 +69,7 @@ fn quantize(weights: &[f64]) -> Vec<u32> {
 }
 
 /// The chunks that each member reduces: consecutive, in member order, as close to the shares as whole chunks allow.
-pub fn parts(layout: &Layout, shares: &[u32]) -> Vec<Range<usize>> {
+pub(crate) fn parts(layout: &Layout, shares: &[u32]) -> Vec<Range<usize>> {
     let total = layout.encoded_bytes() as f64;
     let mut parts = Vec::with_capacity(shares.len());
     let (mut at, mut bytes, mut share_sum) = (0, 0.0, 0.0);

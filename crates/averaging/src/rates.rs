@@ -13,21 +13,19 @@ const WINDOW_BYTES_MIN: u64 = 16 << 10;
 
 /// One direction of one peer's connection to all others.
 #[derive(Debug, Clone, Default)]
-pub struct Meter {
+pub(crate) struct Meter {
     window: Option<(Instant, u64)>,
     rate: f64,
-    total: u64,
 }
 
 impl Meter {
     /// A meter that has seen nothing.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// `bytes` passed just now.
-    pub fn add(&mut self, now: Instant, bytes: usize) {
-        self.total += bytes as u64;
+    pub(crate) fn add(&mut self, now: Instant, bytes: usize) {
         let (start, sum) = self.window.get_or_insert((now, 0));
         *sum += bytes as u64;
         let elapsed = now.saturating_duration_since(*start);
@@ -46,13 +44,8 @@ impl Meter {
     }
 
     /// Bytes per second; 0 while nothing was measured.
-    pub fn bytes_per_second(&self) -> f64 {
+    pub(crate) fn bytes_per_second(&self) -> f64 {
         self.rate
-    }
-
-    /// Bytes ever counted.
-    pub fn total(&self) -> u64 {
-        self.total
     }
 }
 

@@ -410,10 +410,10 @@ impl Inner {
 
     fn tick(self: &Arc<Self>) {
         let now = self.env.now();
-        let (reachability, addresses) = (self.transport.reachability(), self.transport.addresses());
+        let reachability = self.transport.reachability();
         self.with(|state, actions| {
             let (up, down) = (state.up.bytes_per_second(), state.down.bytes_per_second());
-            state.membership.measured(up, down, reachability, addresses);
+            state.membership.measured(up, down, reachability);
             state.membership.tick(now, actions);
         });
     }

@@ -24,7 +24,7 @@ pub const GATHER_BYTES_MAX: usize = 16 << 10;
 pub(crate) struct WireError(pub(crate) String);
 
 /// What a peer reports of its training, in every heartbeat.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// The epoch that it is working on.
     pub epoch: u64,
@@ -36,6 +36,12 @@ pub struct Progress {
     pub ready: bool,
     /// Anything small that the layer above wants everybody to know, at most [`APP_BYTES_MAX`] bytes.
     pub app: Bytes,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { epoch: 0, samples: 0, samples_per_second: 0.0, ready: true, app: Bytes::new() }
+    }
 }
 
 /// One peer as another one knows it.

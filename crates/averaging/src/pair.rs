@@ -1,0 +1,260 @@
+//! One pair of members in a round: the stream between them, opened by the one that is harder to reach, opened again when
+//! it breaks, and resumed at the chunk where it broke.
+
+use crate::exchange::Shared;
+use crate::router::{self, Arrival};
+use crate::store::Average;
+use crate::wire::PairFrame;
+use bytes::Bytes;
+use potluck_compression::Scratch;
+use potluck_net::{FrameReceiver, FrameSender, Stream};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+/// Contributions of one sender that may wait for their turn: beyond that the sender feels back-pressure.
+const WINDOW: usize = 4;
+/// First and longest pause between attempts to connect.
+const PAUSE: std::ops::Range<Duration> = Duration::from_millis(20)..Duration::from_millis(640);
+
+/// An encoded contribution; its place in the window is free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Payload {
+    pub(crate) bytes: Bytes,
+    _place: OwnedSemaphorePermit,
+}
+
+/// What the round's loop hears of.
+pub(crate) enum Event {
+    Arrived(Arrival),
+    Contribution { from: usize, part: usize, chunk: u32, payload: Payload },
+    Average { from: usize, part: usize, generation: u16, chunk: u32, average: Average },
+    Frame { from: usize, frame: PairFrame },
+}
+
+/// Keep a stream to `member` until the round ends or the member is lost.
+pub(crate) async fn run(
+    shared: Arc<Shared>,
+    member: usize,
+    mut arrivals: mpsc::Receiver<Arrival>,
+    events: mpsc::Sender<Event>,
+) {
+    let opens = shared.plan.opens(shared.me, member) == shared.me;
+    let window = Arc::new(Semaphore::new(WINDOW));
+    let mut pause = PAUSE.start;
+    let mut next: Option<Arrival> = None;
+    let mut fresh = true;
+    while !shared.board().lost[member] {
+        let stream = if opens { open(&shared, member).await } else { None };
+        let (stream, wanted) = match (opens, stream) {
+            (true, Some(stream)) => (stream, None),
+            (true, None) => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSE.end);
+                continue;
+            }
+            (false, _) => {
+                let arrival = match next.take() {
+                    Some(arrival) => arrival,
+                    None => match arrivals.recv().await {
+                        Some(arrival) => arrival,
+                        None => return,
+                    },
+                };
+                (arrival.stream, Some((arrival.contributions, arrival.averages)))
+            }
+        };
+        pause = PAUSE.start;
+        let talk = talk(&shared, member, stream, wanted, fresh, &events, &window);
+        tokio::select! {
+            biased;
+            arrival = arrivals.recv(), if !opens => match arrival {
+                // The other side gave the old stream up.
+                Some(arrival) => next = Some(arrival),
+                None => return,
+            },
+            () = talk => {}
+        }
+        fresh = false;
+        if opens {
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+async fn open(shared: &Shared, member: usize) -> Option<Stream> {
+    let protocol = router::protocol(&shared.swarm.config.run);
+    let opened = shared.swarm.transport.open(shared.peer(member), protocol);
+    tokio::time::timeout(Duration::from_secs(5), opened).await.ok()?.ok()
+}
+
+fn hello(shared: &Shared, member: usize) -> PairFrame {
+    let board = shared.board();
+    let contributions = board.needs[member].iter().map(|(part, chunk)| (*part as u16, *chunk)).collect();
+    let parts = board.store.parts.iter().enumerate();
+    let theirs = parts.filter(|(part, held)| {
+        shared.plan.reducer(*part, held.generation.into()) == member && !held.range.is_empty()
+    });
+    let averages = theirs.map(|(part, held)| (part as u16, held.done.len() as u32)).collect();
+    PairFrame::Hello { plan: shared.hash, phase: shared.phase, contributions, averages }
+}
+
+/// Point what we send at where the other side says it is.
+fn resume(shared: &Shared, member: usize, contributions: &[(u16, u32)], averages: &[(u16, u32)]) {
+    let mut board = shared.board();
+    let parts = board.store.parts.len();
+    let may_receive = !shared.plan.members[member].auxiliary;
+    let outbox = &mut board.outboxes[member];
+    for (part, chunk) in contributions.iter().filter(|(part, _)| usize::from(*part) < parts) {
+        if shared.sends(shared.me) {
+            outbox.contributions.insert((*part).into(), *chunk);
+        }
+    }
+    for (part, chunk) in averages.iter().filter(|(part, _)| usize::from(*part) < parts && may_receive) {
+        outbox.averages.insert((*part).into(), *chunk);
+    }
+}
+
+/// Talk over one stream until it breaks. `fresh`: nothing was ever sent to this member.
+async fn talk(
+    shared: &Arc<Shared>,
+    member: usize,
+    stream: Stream,
+    wanted: Option<(Vec<(u16, u32)>, Vec<(u16, u32)>)>,
+    fresh: bool,
+    events: &mpsc::Sender<Event>,
+    window: &Arc<Semaphore>,
+) {
+    let (mut sender, mut receiver) = stream.split();
+    if let Some((contributions, averages)) = &wanted {
+        resume(shared, member, contributions, averages);
+    }
+    if sender.send(hello(shared, member).encode()).await.is_err() {
+        return;
+    }
+    // The first stream of a pair starts at the beginning without waiting for an answer.
+    if wanted.is_none() {
+        if !fresh {
+            let Ok(Some(frame)) = receiver.recv().await else { return };
+            let Ok(PairFrame::Hello { contributions, averages, .. }) = PairFrame::decode(frame) else {
+                return;
+            };
+            resume(shared, member, &contributions, &averages);
+        }
+    }
+    let read = read(shared, member, &mut receiver, events, window);
+    let write = write(shared, member, &mut sender);
+    tokio::select! {
+        biased;
+        () = read => {}
+        () = write => {}
+    }
+}
+
+async fn read(
+    shared: &Arc<Shared>,
+    member: usize,
+    receiver: &mut FrameReceiver,
+    events: &mpsc::Sender<Event>,
+    window: &Arc<Semaphore>,
+) {
+    loop {
+        let Ok(Some(frame)) = receiver.recv().await else { return };
+        shared.swarm.heard(shared.peer(member));
+        shared.swarm.count(0, frame.len());
+        shared.board().traffic.received += frame.len() as u64;
+        let Ok(frame) = PairFrame::decode(frame) else { return };
+        let event = match frame {
+            PairFrame::Hello { .. } => continue,
+            PairFrame::Contribution { part, chunk, bytes } => {
+                let Ok(place) = window.clone().acquire_owned().await else { return };
+                let payload = Payload { bytes, _place: place };
+                Event::Contribution { from: member, part: part.into(), chunk, payload }
+            }
+            PairFrame::Average { part, generation, chunk, mask, bytes } => {
+                let average = Average { mask, bytes };
+                Event::Average { from: member, part: part.into(), generation, chunk, average }
+            }
+            frame => Event::Frame { from: member, frame },
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What to send next.
+enum Work {
+    Frame(PairFrame),
+    Encode { part: usize, chunk: u32 },
+}
+
+fn next_work(shared: &Shared, member: usize) -> Option<Work> {
+    let mut board = shared.board();
+    let board = &mut *board;
+    let outbox = &mut board.outboxes[member];
+    if let Some(frame) = outbox.frames.pop_front() {
+        return Some(Work::Frame(frame));
+    }
+    for (part, next) in &mut outbox.averages {
+        let held = &board.store.parts[*part];
+        if let Some(average) = held.done.get(*next as usize) {
+            let frame = PairFrame::Average {
+                part: *part as u16,
+                generation: held.generation,
+                chunk: *next,
+                mask: average.mask,
+                bytes: average.bytes.clone(),
+            };
+            *next += 1;
+            return Some(Work::Frame(frame));
+        }
+    }
+    for (part, next) in &mut outbox.contributions {
+        if (*next as usize) < board.store.parts[*part].range.len() {
+            let work = Work::Encode { part: *part, chunk: *next };
+            *next += 1;
+            return Some(work);
+        }
+    }
+    None
+}
+
+async fn write(shared: &Arc<Shared>, member: usize, sender: &mut FrameSender) {
+    let mut scratch = Scratch::new();
+    loop {
+        let Some(work) = next_work(shared, member) else {
+            if sender.flush().await.is_err() {
+                return;
+            }
+            shared.wake[member].notified().await;
+            continue;
+        };
+        let frame = match work {
+            Work::Frame(frame) => frame,
+            Work::Encode { part, chunk } => {
+                let source = shared.clone();
+                let mut memory = std::mem::take(&mut scratch);
+                let encode = move || {
+                    let index = source.board().store.parts[part].range.start + chunk as usize;
+                    let of = &source.layout.chunks[index];
+                    let mut bytes = Vec::with_capacity(of.encoded_bytes());
+                    // A value that the scheme cannot express becomes an empty frame: the reducer excludes and names us.
+                    let _unsendable =
+                        of.scheme.encode(&source.vector[of.range.clone()], &mut bytes, &mut memory);
+                    (Bytes::from(bytes), memory)
+                };
+                let (bytes, memory) = shared.swarm.env.offload(encode).await;
+                scratch = memory;
+                PairFrame::Contribution { part: part as u16, chunk, bytes }
+            }
+        };
+        let frame = frame.encode();
+        let len = frame.len();
+        if sender.feed(frame).await.is_err() {
+            return;
+        }
+        shared.swarm.count(len, 0);
+        shared.board().traffic.sent += len as u64;
+    }
+}

@@ -1,0 +1,449 @@
+//! Sans-I/O. The control side of a channel's rounds: who is waited for, when a round begins, and what was agreed.
+//!
+//! Nothing here waits a fixed time: a round begins when everybody expected is ready, and the deadline that matters for
+//! silent peers follows the spread of earlier arrivals.
+
+use crate::grid;
+use crate::membership::View;
+use crate::plan::{self, coordinators};
+use crate::wire::{Plan, Ready, RoundMessage};
+use potluck_net::{FaultKind, PeerFault, PeerId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Peers whose readiness is remembered.
+const READY_MAX: usize = 1024;
+/// Rounds whose verdict is remembered for those who ask late.
+const RECENT_MAX: usize = 8;
+/// What is not acknowledged is repeated this often.
+const REPEAT: Duration = Duration::from_millis(500);
+/// Readiness that was not repeated for this long is void.
+const READY_AGE_MAX: Duration = Duration::from_secs(3);
+/// Bounds of the adaptive time that silent peers are waited for.
+const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(2)..Duration::from_secs(30);
+
+/// Messages to send.
+pub(crate) type Out = Vec<(PeerId, RoundMessage)>;
+/// Names a plan.
+pub(crate) type PlanHash = [u8; 32];
+
+/// What the group agreed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Agreed {
+    pub(crate) digests: Vec<[u8; 32]>,
+    pub(crate) holders: Vec<PeerId>,
+}
+
+/// How gathering goes.
+#[derive(Debug, Clone)]
+pub(crate) enum Gathering {
+    /// Look again at this time or when something arrives.
+    Wait(Instant),
+    /// Nobody else is here.
+    Alone,
+    Begun(Arc<Plan>, PlanHash),
+    /// The round goes on without us.
+    LeftOut,
+}
+
+/// Our own wish to average.
+#[derive(Debug, Clone)]
+pub(crate) struct Wish {
+    pub(crate) ready: Ready,
+    pub(crate) started: Instant,
+    pub(crate) patience: Option<Duration>,
+    pub(crate) group_size_min: usize,
+}
+
+#[derive(Debug)]
+struct Current {
+    plan: Arc<Plan>,
+    hash: PlanHash,
+    withdrawn: BTreeSet<PeerId>,
+    done: BTreeMap<PeerId, Vec<[u8; 32]>>,
+    own: Option<(Instant, Vec<[u8; 32]>)>,
+    authority: Option<PeerId>,
+    told_at: Option<Instant>,
+    agreed: Option<Agreed>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Station {
+    me: PeerId,
+    run: String,
+    channel: String,
+    group_max: usize,
+    wish: Option<Wish>,
+    left_out: bool,
+    skipped: BTreeSet<PeerId>,
+    asked: Option<(PeerId, Instant, Instant)>,
+    ready: BTreeMap<PeerId, (Instant, Ready)>,
+    current: Option<Current>,
+    recent: VecDeque<(PlanHash, Agreed)>,
+    last_members: (BTreeSet<PeerId>, Option<Instant>),
+    next_attempt: (Option<u64>, u32),
+    spread: Duration,
+    pub(crate) faults: Vec<PeerFault>,
+}
+
+impl Station {
+    pub(crate) fn new(me: PeerId, run: &str, channel: &str, group_max: usize) -> Self {
+        Self {
+            me,
+            run: run.to_owned(),
+            channel: channel.to_owned(),
+            group_max,
+            wish: None,
+            left_out: false,
+            skipped: BTreeSet::new(),
+            asked: None,
+            ready: BTreeMap::new(),
+            current: None,
+            recent: VecDeque::new(),
+            last_members: (BTreeSet::new(), None),
+            next_attempt: (None, 0),
+            spread: Duration::ZERO,
+            faults: Vec::new(),
+        }
+    }
+
+    /// The lowest attempt that we accept for an epoch.
+    pub(crate) fn attempt(&self, epoch: Option<u64>) -> u32 {
+        if self.next_attempt.0 == epoch { self.next_attempt.1 } else { 0 }
+    }
+
+    pub(crate) fn start(&mut self, wish: Wish) {
+        self.wish = Some(wish);
+        self.left_out = false;
+        self.skipped.clear();
+        self.asked = None;
+        self.faults.clear();
+    }
+
+    /// The round is over for us, one way or the other. If it was not agreed on, the others are told.
+    pub(crate) fn end(&mut self, now: Instant, out: &mut Out) {
+        self.wish = None;
+        let Some(current) = self.current.take() else { return };
+        let others = current.plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
+        match current.agreed {
+            Some(agreed) => {
+                self.last_members = (current.plan.members.iter().map(|m| m.peer).collect(), Some(now));
+                self.recent.push_front((current.hash, agreed));
+                self.recent.truncate(RECENT_MAX);
+            }
+            None => out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash }))),
+        }
+        self.next_attempt = (current.plan.epoch, current.plan.attempt.saturating_add(1));
+    }
+
+    /// Peers that this round waits for, ourselves included.
+    fn expected(&self, now: Instant, view: &View, wish: &Wish) -> Vec<PeerId> {
+        let alive: Vec<PeerId> = view.members.keys().copied().collect();
+        let round = wish.ready.epoch.unwrap_or(0);
+        let just_ended = self.last_members.1.is_some_and(|end| now < end + Duration::from_millis(2500));
+        grid::group(self.me, &alive, round, self.group_max)
+            .into_iter()
+            .filter(|peer| {
+                let Some(epoch) = wish.ready.epoch else { return true };
+                let caught_up = view.members.get(peer).is_some_and(|m| m.epoch == epoch && m.ready);
+                *peer == self.me || caught_up || (just_ended && self.last_members.0.contains(peer))
+            })
+            .collect()
+    }
+
+    fn ready_peers(&self, now: Instant, view: &View, wish: &Wish) -> BTreeMap<PeerId, Ready> {
+        let alive: Vec<PeerId> = view.members.keys().copied().collect();
+        let group = grid::group(self.me, &alive, wish.ready.epoch.unwrap_or(0), self.group_max);
+        let fresh = |(peer, (at, ready)): (&PeerId, &(Instant, Ready))| {
+            let fits = ready.epoch == wish.ready.epoch && ready.layout == wish.ready.layout;
+            (fits && *at + READY_AGE_MAX > now && group.binary_search(peer).is_ok())
+                .then(|| (*peer, ready.clone()))
+        };
+        let mut peers: BTreeMap<PeerId, Ready> = self.ready.iter().filter_map(fresh).collect();
+        peers.insert(self.me, wish.ready.clone());
+        peers
+    }
+
+    /// Look at what is known and act on it.
+    pub(crate) fn gather(&mut self, now: Instant, view: &View, out: &mut Out) -> Gathering {
+        if let Some(current) = &self.current {
+            return Gathering::Begun(current.plan.clone(), current.hash);
+        }
+        if std::mem::take(&mut self.left_out) {
+            return Gathering::LeftOut;
+        }
+        let Some(wish) = self.wish.clone() else { return Gathering::LeftOut };
+        let expected = self.expected(now, view, &wish);
+        let ready = self.ready_peers(now, view, &wish);
+        let patience = wish.patience.unwrap_or_else(|| (self.spread * 4).clamp(PATIENCE.start, PATIENCE.end));
+        let deadline = wish.started + patience;
+        let all: BTreeSet<PeerId> = expected.iter().copied().chain(ready.keys().copied()).collect();
+        if all.len() == 1 && (wish.group_size_min <= 1 || now >= deadline) {
+            return Gathering::Alone;
+        }
+        let order = coordinators(&self.run, &self.channel, wish.ready.epoch, all.iter().copied());
+        let chosen = order.iter().find(|peer| !self.skipped.contains(peer)).copied().unwrap_or(self.me);
+        if chosen == self.me {
+            let complete = expected.iter().all(|peer| ready.contains_key(peer));
+            if ready.len() >= wish.group_size_min.max(2) && (complete || now >= deadline) {
+                return self.begin(now, &wish, &ready, out);
+            }
+            if now >= deadline && ready.len() == 1 && wish.group_size_min <= 1 {
+                return Gathering::Alone;
+            }
+            return Gathering::Wait(if now >= deadline { now + REPEAT } else { deadline });
+        }
+        self.ask(now, chosen, patience, &wish, out)
+    }
+
+    fn ask(
+        &mut self,
+        now: Instant,
+        chosen: PeerId,
+        patience: Duration,
+        wish: &Wish,
+        out: &mut Out,
+    ) -> Gathering {
+        let (since, last) = match self.asked {
+            Some((peer, since, last)) if peer == chosen => (since, Some(last)),
+            _ => (now, None),
+        };
+        // The coordinator itself waits for `patience`; when it stays silent longer, the next in order takes over.
+        if now >= since + patience + Duration::from_secs(1) {
+            self.skipped.insert(chosen);
+            self.asked = None;
+            return Gathering::Wait(now);
+        }
+        if last.is_none_or(|last| now >= last + REPEAT) {
+            out.push((chosen, RoundMessage::Ready(wish.ready.clone())));
+            self.asked = Some((chosen, since, now));
+            return Gathering::Wait(now + REPEAT);
+        }
+        Gathering::Wait(last.unwrap_or(now) + REPEAT)
+    }
+
+    fn begin(
+        &mut self,
+        now: Instant,
+        wish: &Wish,
+        ready: &BTreeMap<PeerId, Ready>,
+        out: &mut Out,
+    ) -> Gathering {
+        let epoch = wish.ready.epoch;
+        let attempt = ready.values().map(|r| r.attempt).max().unwrap_or(0);
+        let plan = Arc::new(plan::make(&self.run, &self.channel, epoch, attempt, self.me, ready));
+        for member in plan.members.iter().filter(|member| member.peer != self.me) {
+            out.push((member.peer, RoundMessage::Begin(Box::new((*plan).clone()))));
+            self.ready.remove(&member.peer);
+        }
+        let waited = now.saturating_duration_since(wish.started);
+        self.spread = (self.spread * 3 + waited) / 4;
+        self.accept(plan)
+    }
+
+    fn accept(&mut self, plan: Arc<Plan>) -> Gathering {
+        let hash = plan.hash();
+        for peer in &plan.implausible {
+            let context =
+                format!("norm out of proportion to the group's; {} round {:?}", plan.channel, plan.epoch);
+            self.faults.push(PeerFault::new(*peer, FaultKind::Implausible, context));
+        }
+        self.current = Some(Current {
+            plan: plan.clone(),
+            hash,
+            withdrawn: BTreeSet::new(),
+            done: BTreeMap::new(),
+            own: None,
+            authority: None,
+            told_at: None,
+            agreed: None,
+        });
+        Gathering::Begun(plan, hash)
+    }
+
+    /// A message of another peer.
+    pub(crate) fn message(&mut self, now: Instant, from: PeerId, message: RoundMessage, out: &mut Out) {
+        match message {
+            RoundMessage::Ready(ready) => self.on_ready(now, from, ready, out),
+            RoundMessage::Begin(plan) => self.on_begin(from, *plan, out),
+            RoundMessage::LeftOut { nonce, .. } => {
+                let ours = self.wish.as_ref().is_some_and(|wish| wish.ready.nonce == nonce);
+                self.left_out |= ours && self.current.is_none();
+            }
+            RoundMessage::Withdraw { plan } => {
+                if let Some(current) = self.current.as_mut().filter(|current| current.hash == plan) {
+                    current.withdrawn.insert(from);
+                }
+            }
+            RoundMessage::Done { plan, digests } => self.on_done(from, plan, digests, out),
+            RoundMessage::Verdict { plan, digests, holders } => {
+                if let Some(current) = self.current.as_mut().filter(|c| c.hash == plan && c.agreed.is_none())
+                    && current.plan.index_of(from).is_some()
+                    && digests.len() == current.plan.members.len()
+                {
+                    current.agreed = Some(Agreed { digests, holders });
+                }
+            }
+            RoundMessage::Query { plan } => {
+                if let Some(current) = self.current.as_ref().filter(|c| c.hash == plan) {
+                    if let Some(agreed) = &current.agreed {
+                        out.push((from, verdict(plan, agreed)));
+                    } else if let Some((_, digests)) = &current.own {
+                        out.push((from, RoundMessage::Done { plan, digests: digests.clone() }));
+                    }
+                } else if let Some((_, agreed)) = self.recent.iter().find(|(hash, _)| *hash == plan) {
+                    out.push((from, verdict(plan, agreed)));
+                }
+            }
+        }
+    }
+
+    fn on_ready(&mut self, now: Instant, from: PeerId, ready: Ready, out: &mut Out) {
+        if let Some(current) = self.current.as_ref().filter(|c| c.plan.epoch == ready.epoch) {
+            let planned = current.plan.members.iter().any(|m| m.peer == from && m.nonce == ready.nonce);
+            if planned {
+                out.push((from, RoundMessage::Begin(Box::new((*current.plan).clone()))));
+                return;
+            }
+            if ready.epoch.is_some() {
+                let attempt = current.plan.attempt;
+                let (nonce, epoch) = (ready.nonce, ready.epoch);
+                out.push((from, RoundMessage::LeftOut { nonce, epoch, attempt }));
+                return;
+            }
+        }
+        if self.ready.len() < READY_MAX || self.ready.contains_key(&from) {
+            self.ready.insert(from, (now, ready));
+        }
+    }
+
+    fn on_begin(&mut self, from: PeerId, plan: Plan, out: &mut Out) {
+        let hash = plan.hash();
+        if self.current.as_ref().is_some_and(|current| current.hash == hash)
+            || self.recent.iter().any(|(recent, _)| *recent == hash)
+        {
+            return;
+        }
+        let known = plan.run == self.run && plan.channel == self.channel && plan.index_of(from).is_some();
+        let mine = plan.members.iter().find(|m| m.peer == self.me);
+        let sound = known && mine.is_some() && plan.members.is_sorted_by(|a, b| a.peer < b.peer);
+        if !sound {
+            return;
+        }
+        let wanted = self.current.is_none()
+            && self.wish.as_ref().zip(mine).is_some_and(|(wish, mine)| {
+                wish.ready.nonce == mine.nonce
+                    && wish.ready.epoch == plan.epoch
+                    && plan.attempt >= wish.ready.attempt
+            });
+        if wanted {
+            let _begun = self.accept(Arc::new(plan));
+        } else {
+            let others = plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
+            out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: hash })));
+        }
+    }
+
+    fn on_done(&mut self, from: PeerId, plan: PlanHash, digests: Vec<[u8; 32]>, out: &mut Out) {
+        if let Some(current) = self.current.as_mut().filter(|c| c.hash == plan) {
+            if let Some(agreed) = &current.agreed {
+                out.push((from, verdict(plan, agreed)));
+            } else if current.plan.index_of(from).is_some() {
+                current.done.insert(from, digests);
+            }
+        } else if let Some((_, agreed)) = self.recent.iter().find(|(hash, _)| *hash == plan) {
+            out.push((from, verdict(plan, agreed)));
+        }
+    }
+
+    /// Members that gave the current round up.
+    pub(crate) fn withdrawn(&self) -> Vec<PeerId> {
+        self.current.as_ref().map(|c| c.withdrawn.iter().copied().collect()).unwrap_or_default()
+    }
+
+    /// We hold every part.
+    pub(crate) fn finished(&mut self, now: Instant, digests: Vec<[u8; 32]>) {
+        if let Some(current) = &mut self.current {
+            current.own.get_or_insert((now, digests));
+        }
+    }
+
+    /// Work towards agreement on the current round; `patience` is how long stragglers are waited for.
+    pub(crate) fn agree(
+        &mut self,
+        now: Instant,
+        alive: &[PeerId],
+        patience: Duration,
+        out: &mut Out,
+    ) -> Option<Agreed> {
+        let me = self.me;
+        let current = self.current.as_mut()?;
+        if current.agreed.is_some() {
+            return current.agreed.clone();
+        }
+        let lives =
+            |peer: &PeerId| *peer == me || (alive.contains(peer) && !current.withdrawn.contains(peer));
+        let plan = &current.plan;
+        let mut order = vec![plan.coordinator];
+        order.extend(coordinators(&self.run, &self.channel, plan.epoch, plan.members.iter().map(|m| m.peer)));
+        let authority = order.into_iter().find(lives).unwrap_or(me);
+        let others: Vec<PeerId> =
+            plan.members.iter().map(|m| m.peer).filter(|p| *p != me && lives(p)).collect();
+        if current.authority != Some(authority) {
+            if current.authority.is_some() || authority != plan.coordinator {
+                // Somebody may not know the plan: its coordinator is gone.
+                let begin = RoundMessage::Begin(Box::new((**plan).clone()));
+                out.extend(others.iter().map(|peer| (*peer, begin.clone())));
+                if authority == me {
+                    out.extend(others.iter().map(|peer| (*peer, RoundMessage::Query { plan: current.hash })));
+                }
+            }
+            current.authority = Some(authority);
+            current.told_at = None;
+        }
+        let (since, own) = current.own.clone()?;
+        if authority != me {
+            if current.told_at.is_none_or(|at| now >= at + REPEAT) {
+                current.told_at = Some(now);
+                out.push((authority, RoundMessage::Done { plan: current.hash, digests: own }));
+            }
+            return None;
+        }
+        let complete = others.iter().all(|peer| current.done.contains_key(peer));
+        if !complete && now < since + patience {
+            return None;
+        }
+        current.done.insert(me, own);
+        let agreed = majority(me, &current.done);
+        let members = plan.members.iter().map(|m| m.peer).filter(|peer| *peer != me);
+        out.extend(members.map(|peer| (peer, verdict(current.hash, &agreed))));
+        current.agreed = Some(agreed.clone());
+        Some(agreed)
+    }
+}
+
+fn verdict(plan: PlanHash, agreed: &Agreed) -> RoundMessage {
+    RoundMessage::Verdict { plan, digests: agreed.digests.clone(), holders: agreed.holders.clone() }
+}
+
+/// For each part the digest that most members hold, and one of them; ties go to `me`.
+fn majority(me: PeerId, done: &BTreeMap<PeerId, Vec<[u8; 32]>>) -> Agreed {
+    // Auxiliary members hold no averages and send no digests.
+    let parts = done.values().map(Vec::len).max().unwrap_or(0);
+    let mut agreed = Agreed { digests: Vec::new(), holders: Vec::new() };
+    for part in 0..parts {
+        let mut votes: BTreeMap<[u8; 32], Vec<PeerId>> = BTreeMap::new();
+        for (peer, digests) in done {
+            if let Some(digest) = digests.get(part) {
+                votes.entry(*digest).or_default().push(*peer);
+            }
+        }
+        let best = votes.into_iter().max_by_key(|(_, peers)| (peers.len(), peers.contains(&me)));
+        let (digest, peers) = best.expect("whoever has the longest list voted for every part");
+        agreed.digests.push(digest);
+        agreed.holders.push(if peers.contains(&me) { me } else { peers[0] });
+    }
+    agreed
+}

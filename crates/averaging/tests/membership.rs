@@ -1,0 +1,122 @@
+//! Membership on the simulated network: joining, losing, refusing and healing.
+
+use potluck_averaging::{JoinError, Swarm, SwarmConfig};
+use potluck_net::{PeerId, Transport};
+use potluck_net_sim::{PeerSpec, SimNet, run};
+use std::sync::Arc;
+use std::time::Duration;
+
+async fn join(net: &SimNet, transport: &Arc<potluck_net_sim::SimTransport>, bootstrap: Vec<PeerId>) -> Swarm {
+    let config = SwarmConfig::new("test", bootstrap);
+    Swarm::join(transport.clone(), net.env(transport.local_peer()), config).await.unwrap()
+}
+
+async fn swarm(net: &SimNet, peers: usize) -> Vec<Swarm> {
+    let mut swarms: Vec<Swarm> = Vec::new();
+    for _ in 0..peers {
+        let transport = net.add_peer(PeerSpec::default());
+        let bootstrap = swarms.first().map(Swarm::local_peer).into_iter().collect();
+        swarms.push(join(net, &transport, bootstrap).await);
+    }
+    swarms
+}
+
+/// Wait until the view of each has this many members.
+async fn all_see(swarms: &[Swarm], count: usize) {
+    for swarm in swarms {
+        let mut members = swarm.members();
+        members.wait_for(|view| view.members.len() == count).await.unwrap();
+    }
+}
+
+#[test]
+fn peers_that_know_one_bootstrap_peer_find_all_others() {
+    run(1, async |net| {
+        let swarms = swarm(&net, 8).await;
+        all_see(&swarms, 8).await;
+        assert!(net.elapsed() < Duration::from_secs(5), "{:?}", net.elapsed());
+    });
+}
+
+#[test]
+fn killed_frozen_and_vanished_peers_are_out_of_every_view_within_three_seconds() {
+    for fault in [SimNet::crash, SimNet::freeze, SimNet::vanish] {
+        run(2, async |net| {
+            let swarms = swarm(&net, 5).await;
+            all_see(&swarms, 5).await;
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            let before = net.elapsed();
+            fault(&net, swarms[4].local_peer());
+            all_see(&swarms[..4], 4).await;
+            let took = net.elapsed() - before;
+            assert!(took < Duration::from_secs(3), "{took:?}");
+        });
+    }
+}
+
+#[test]
+fn a_healthy_swarm_with_faulty_streams_buries_nobody() {
+    run(3, async |net| {
+        let mut swarms: Vec<Swarm> = Vec::new();
+        for _ in 0..4 {
+            let mut spec = PeerSpec::default();
+            spec.faults.reset = 0.01;
+            spec.faults.delay = 0.01;
+            spec.faults.delay_max = Duration::from_millis(500);
+            let transport = net.add_peer(spec);
+            let bootstrap = swarms.first().map(Swarm::local_peer).into_iter().collect();
+            swarms.push(join(&net, &transport, bootstrap).await);
+        }
+        all_see(&swarms, 4).await;
+        let mut members = swarms[0].members();
+        let watch = async {
+            loop {
+                members.changed().await.unwrap();
+                let view = members.borrow_and_update().clone();
+                assert_eq!(view.members.len(), 4, "somebody was given up at {:?}", net.elapsed());
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(600), watch).await.is_err());
+    });
+}
+
+#[test]
+fn a_partition_heals_to_one_view() {
+    run(4, async |net| {
+        let swarms = swarm(&net, 4).await;
+        all_see(&swarms, 4).await;
+        let ids: Vec<PeerId> = swarms.iter().map(Swarm::local_peer).collect();
+        let split = net.partition(&ids[..2], &ids[2..], false);
+        all_see(&swarms, 2).await;
+        drop(split);
+        all_see(&swarms, 4).await;
+    });
+}
+
+#[test]
+fn a_peer_with_another_manifest_is_told_which_field_differs() {
+    run(5, async |net| {
+        let (first, second) = (net.add_peer(PeerSpec::default()), net.add_peer(PeerSpec::default()));
+        let mut config = SwarmConfig::new("test", Vec::new());
+        config.manifest.insert("target_batch_size".into(), "256".into());
+        let host = Swarm::join(first.clone(), first.env(), config.clone()).await.unwrap();
+        config.bootstrap = vec![host.local_peer()];
+        config.manifest.insert("target_batch_size".into(), "512".into());
+        let refusal = Swarm::join(second.clone(), second.env(), config).await.err().unwrap();
+        assert!(
+            matches!(&refusal, JoinError::Refused { reason, .. } if reason.contains("target_batch_size"))
+        );
+    });
+}
+
+#[test]
+fn a_peer_that_leaves_is_gone_at_once() {
+    run(6, async |net| {
+        let mut swarms = swarm(&net, 3).await;
+        all_see(&swarms, 3).await;
+        let before = net.elapsed();
+        swarms.pop().unwrap().leave().await;
+        all_see(&swarms, 2).await;
+        assert!(net.elapsed() - before < Duration::from_secs(1));
+    });
+}
