@@ -12,8 +12,9 @@ use libp2p::identity::Keypair;
 use libp2p::tls::certificate;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, SignatureScheme,
     SupportedCipherSuite,
@@ -38,6 +39,9 @@ impl Tls {
     pub(crate) fn new(keypair: &Keypair) -> io::Result<Self> {
         let (certificate, key) = certificate::generate(keypair).map_err(io::Error::other)?;
         let provider = Arc::new(provider());
+        // Not the builders' own way: they refuse the critical extension that libp2p puts into its certificates.
+        let signing = provider.key_provider.load_private_key(key).map_err(io::Error::other)?;
+        let own = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signing)));
         let versions = &[&rustls::version::TLS13];
         let verifier = Arc::new(Verifier);
 
@@ -46,8 +50,7 @@ impl Tls {
             .map_err(io::Error::other)?
             .dangerous()
             .with_custom_certificate_verifier(verifier.clone())
-            .with_client_auth_cert(vec![certificate.clone()], clone_key(&key))
-            .map_err(io::Error::other)?;
+            .with_client_cert_resolver(own.clone());
         client.alpn_protocols = vec![ALPN.to_vec()];
         // The specification forbids to name the server.
         client.enable_sni = false;
@@ -56,8 +59,7 @@ impl Tls {
             .with_protocol_versions(versions)
             .map_err(io::Error::other)?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(vec![certificate], key)
-            .map_err(io::Error::other)?;
+            .with_cert_resolver(own);
         server.alpn_protocols = vec![ALPN.to_vec()];
         // Each side lists what is cheap for it; whoever lacks AES decides, because it would pay the most.
         server.ignore_client_order = !has_aes();
@@ -82,10 +84,6 @@ impl Tls {
         let stream = self.client.connect(nobody, socket).await?;
         Ok((peer(stream.get_ref().1)?, stream.into()))
     }
-}
-
-fn clone_key(key: &PrivateKeyDer<'static>) -> PrivateKeyDer<'static> {
-    key.clone_key()
 }
 
 fn peer(session: &CommonState) -> io::Result<PeerId> {
