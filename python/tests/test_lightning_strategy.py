@@ -262,6 +262,7 @@ REFUSED = {
     "sync_batchnorm": (lambda pl: trainer(pl, strategy(), sync_batchnorm=True), "lock-step"),
     "no batch": (lambda pl: strategy(target_batch_size=0), "above 0"),
     "a fraction": (lambda pl: strategy(batch_size=2.5), "whole number"),
+    "a token beside a DHT": (lambda pl: strategy(dht=object(), token="abc"), "beside dht="),
     "an unknown argument": (lambda pl: fit(pl, strategy(grad_compresion=None)), "grad_compresion"),
 }
 

@@ -49,6 +49,7 @@ class HivemindStrategy(_StrategyBase):
         delay_state_averaging, delay_optimizer_step, delay_grad_averaging, offload_optimizer, reuse_grad_buffers,
         matchmaking_time, averaging_timeout, verbose, averager_opts: as in ``potluck.Optimizer``.
         scheduler_fn: makes the learning-rate scheduler from the optimizer, instead of ``configure_optimizers``.
+        dht: a ``potluck.DHT`` that runs already, instead of one of the strategy's own; it is left running at the end.
         token: joins the run whose peer printed this token.
         initial_peers: joins by addresses: a list, or one comma-separated string.
         host_maddrs, announce_maddrs, use_ipfs, wait_timeout, bootstrap_timeout, use_relay, use_auto_relay,
@@ -91,6 +92,7 @@ class HivemindStrategy(_StrategyBase):
         use_auto_relay: bool = False,
         identity_path: str | None = None,
         *,
+        dht: potluck.DHT | None = None,
         token: str | None = None,
         announce_maddrs: Sequence[str] | None = None,
         client_mode: bool | None = None,
@@ -154,7 +156,7 @@ class HivemindStrategy(_StrategyBase):
         self._last_batch_samples = 0
         self._wrote_last_run = True
         self._said_not_writer = False
-        self._dht: potluck.DHT | None = None
+        self._dht = dht
         self._open_dht()
 
     # -- what users read -------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ class HivemindStrategy(_StrategyBase):
     def on_train_start(self) -> None:
         """Take over the run's state, if others are already training."""
         super().on_train_start()
-        if self._optimizer is not None and self._joins is not None:
+        if self._optimizer is not None:
             self._optimizer.load_state_from_peers()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -494,7 +496,7 @@ class HivemindStrategy(_StrategyBase):
             self._roster = None
         if self._optimizer is not None:
             self._optimizer.shutdown()
-        if self._dht is not None:
+        if self._dht is not None and self._own_dht:
             self._dht.shutdown()
             self._dht = None
         super().teardown()

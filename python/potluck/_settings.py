@@ -1,0 +1,114 @@
+"""The optimizer's arguments: checked once, and turned into what the Rust session needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from potluck.compression import CompressionBase, NoCompression
+
+# Accepted and without effect, because potluck measures what they guess. hivemind's scripts set them.
+TIMING = frozenset(
+    {
+        "allreduce_timeout",
+        "declare_state_period",
+        "min_matchmaking_time",
+        "next_chunk_timeout",
+        "reducer_timeout",
+        "request_timeout",
+        "sender_timeout",
+        "shutdown_timeout",
+    }
+)
+TRACKER_TIMING = frozenset(
+    {
+        "default_refresh_period",
+        "expected_drift_peers",
+        "expected_drift_rate",
+        "max_refresh_period",
+        "metadata_expiration",
+        "min_refresh_period",
+        "performance_ema_alpha",
+    }
+)
+REASONS = {
+    "bandwidth": "potluck measures every peer's bandwidth",
+    "part_size_bytes": "potluck sizes parts by measured bandwidth",
+    "min_vector_size": "potluck divides the work by measured bandwidth",
+    "target_group_size": "potluck averages with every live peer",
+    "initial_group_bits": "potluck averages with every live peer",
+    "averaging_alpha": "the average replaces the values",
+    "compression": "use grad_compression and state_averaging_compression of the optimizer",
+    "state_compression": "use load_state_compression of the optimizer",
+    "client_mode": "use client_mode of the optimizer",
+    "auxiliary": "use auxiliary of the optimizer",
+    "tensor_infos": "the optimizer describes its tensors itself",
+}
+
+
+def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str]) -> None:
+    """Refuse options that could have no effect, with the reason."""
+    for key in opts or {}:
+        if key in allowed:
+            continue
+        reason = REASONS.get(key, f"expected one of {', '.join(sorted(allowed))}")
+        raise ValueError(f"{name}[{key!r}] cannot have an effect: {reason}")
+
+
+def check_compression(name: str, value: Any) -> CompressionBase:
+    """A compression, or an error that says what is expected."""
+    if not isinstance(value, CompressionBase):
+        raise TypeError(f"{name}={value!r}: expected a compression such as Float16Compression()")
+    return value
+
+
+def positive(name: str, value: Any, optional: bool = False) -> Any:
+    """A whole number of at least 1."""
+    if optional and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    return value
+
+
+def choose_policy(
+    *, use_local_updates: bool, delay_grad: bool, delay_optimizer: bool, delay_state: bool
+) -> str:
+    """The name of the session's policy."""
+    if use_local_updates:
+        return "local_updates"
+    if delay_grad:
+        return "delayed_gradient"
+    if delay_optimizer:
+        return "delayed_optimizer"
+    return "delayed_state" if delay_state else "synchronous"
+
+
+def tensor_infos(names: Sequence[str], shapes: Sequence[Sequence[int]], role: str) -> list[dict[str, Any]]:
+    """Descriptions as the Rust side reads them."""
+    return [
+        {"key": name, "shape": list(shape), "role": role} for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def session_options(**options: Any) -> str:
+    """The options of the session as JSON."""
+    defaults: dict[str, Any] = {
+        "tensors": [],
+        "state_tensors": [],
+        "grad_compression": NoCompression().policy(),
+        "state_compression": NoCompression().policy(),
+        "powersgd": None,
+        "policy": "synchronous",
+        "average_state_every": "never",
+        "manifest_extra": {},
+        "auxiliary": False,
+        "client_mode": False,
+        "averaging_timeout": None,
+        "load_state_timeout": 600.0,
+    }
+    unknown = options.keys() - defaults.keys() - {"run_id", "target_batch_size"}
+    if unknown:
+        raise TypeError(f"unknown session options: {', '.join(sorted(unknown))}")
+    return json.dumps({**defaults, **options})

@@ -1,0 +1,163 @@
+"""Everything that a newcomer needs, as named raw tensors and JSON facts. Nothing from the wire is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+SCALARS = (bool, int, float, str, type(None))
+
+
+def encode_value(value: Any) -> Any:
+    """A plain value as JSON that keeps tuples and non-text keys apart. Raises ``TypeError`` for anything else."""
+    if type(value) in SCALARS:
+        return value
+    if type(value) in (list, tuple):
+        return {"list" if type(value) is list else "tuple": [encode_value(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[encode_value(key), encode_value(item)] for key, item in value.items()]}
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def decode_value(value: Any) -> Any:
+    """The inverse of :func:`encode_value`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, items),) = value.items()
+    if kind == "dict":
+        return {decode_value(key): decode_value(item) for key, item in items}
+    decoded = [decode_value(item) for item in items]
+    return tuple(decoded) if kind == "tuple" else decoded
+
+
+def plain_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that can travel: functions and objects of a scheduler stay what they are at the receiver."""
+    kept = {}
+    for name, value in values.items():
+        try:
+            kept[name] = encode_value(value)
+        except TypeError:
+            continue
+    return kept
+
+
+class StateCodec:
+    """Captures and restores parameters, extra tensors, optimizer and scheduler."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[torch.Tensor],
+        extra_tensors: Sequence[torch.Tensor],
+        scheduler: Any,
+    ):
+        self.optimizer, self.parameters = optimizer, list(parameters)
+        self.extra_tensors, self.scheduler = list(extra_tensors), scheduler
+
+    @torch.no_grad()
+    def capture(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """Facts and tensors. The tensors are copied by whoever sends them."""
+        tensors = {f"param.{i:06}": p for i, p in enumerate(self.parameters)}
+        tensors.update({f"extra.{i:06}": t for i, t in enumerate(self.extra_tensors)})
+        saved = self.optimizer.state_dict()
+        described: dict[str, dict[str, Any]] = {}
+        for index, entries in saved["state"].items():
+            facts = described.setdefault(str(index), {})
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"opt.{index}.{name}"] = value
+                    facts[name] = {"dtype": _dtype_name(value.dtype), "shape": list(value.shape)}
+                elif type(value) in SCALARS:
+                    facts[name] = {"value": value}
+        groups = [
+            plain_part({k: _number(v) for k, v in group.items() if k != "params"})
+            for group in saved["param_groups"]
+        ]
+        meta = {"optimizer": json.dumps(described), "param_groups": json.dumps(groups)}
+        if self.scheduler is not None:
+            meta["scheduler"] = json.dumps(plain_part(self.scheduler.state_dict()))
+        blobs = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+        return meta, blobs
+
+    @torch.no_grad()
+    def restore(self, meta: Mapping[str, str], blobs: Mapping[str, bytes]) -> None:
+        """Replace everything, or nothing: all of it is checked before the first change.
+
+        Raises ``ValueError`` if the state does not fit this model or optimizer.
+        """
+        described, groups = _parse(meta, "optimizer", dict), _parse(meta, "param_groups", list)
+        places = [(f"param.{i:06}", p) for i, p in enumerate(self.parameters)]
+        places += [(f"extra.{i:06}", t) for i, t in enumerate(self.extra_tensors)]
+        values = [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
+        state = self._optimizer_state(described, blobs)
+        mine = self.optimizer.param_groups
+        if len(groups) != len(mine):
+            raise ValueError(f"the state has {len(groups)} parameter groups, this optimizer {len(mine)}")
+        for place, value in values:
+            place.copy_(value)
+        new = self.optimizer.state_dict()
+        for group, received in zip(new["param_groups"], groups, strict=True):
+            for name, value in received.items():
+                if name in group and name != "params":
+                    group[name] = _like(group[name], decode_value(value))
+        self.optimizer.load_state_dict({"state": state, "param_groups": new["param_groups"]})
+        if self.scheduler is not None and "scheduler" in meta:
+            received = {k: decode_value(v) for k, v in _parse(meta, "scheduler", dict).items()}
+            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **received})
+
+    def _optimizer_state(self, described: Any, blobs: Mapping[str, bytes]) -> dict[int, dict[str, Any]]:
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        state: dict[int, dict[str, Any]] = {}
+        for index, entries in described.items():
+            if not index.isdecimal() or int(index) >= count:
+                raise ValueError(f"the state has parameter {index}, this optimizer has {count}")
+            state[int(index)] = {}
+            for name, facts in entries.items():
+                if "value" in facts:
+                    state[int(index)][name] = facts["value"]
+                    continue
+                dtype, shape = getattr(torch, str(facts["dtype"]), None), list(map(int, facts["shape"]))
+                if not isinstance(dtype, torch.dtype):
+                    raise ValueError(f"{name}: unknown element type {facts['dtype']!r}")
+                state[int(index)][name] = tensor_of(blobs, f"opt.{index}.{name}", dtype, shape)
+        return state
+
+
+def tensor_of(
+    blobs: Mapping[str, bytes], name: str, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """A copy of a blob as a tensor; its length must fit."""
+    blob, size = blobs.get(name), math.prod(shape) * dtype.itemsize
+    if blob is None or len(blob) != size:
+        found = "nothing" if blob is None else f"{len(blob)} bytes"
+        raise ValueError(f"{name}: expected {size} bytes for {tuple(shape)} of {dtype}, found {found}")
+    if size == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(bytearray(blob), dtype=dtype).reshape(tuple(shape))
+
+
+def _parse(meta: Mapping[str, str], name: str, kind: type) -> Any:
+    try:
+        parsed = json.loads(meta[name])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"the state has no valid {name}: {error!r}") from error
+    if not isinstance(parsed, kind):
+        raise ValueError(f"the state's {name} is a {type(parsed).__name__}, not a {kind.__name__}")
+    return parsed
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _like(mine: Any, received: Any) -> Any:
+    """A learning rate may be a tensor here: keep it one."""
+    return torch.full_like(mine, received) if isinstance(mine, torch.Tensor) else received

@@ -1,0 +1,396 @@
+"""Tensors that peers average with one another, round by round."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from potluck import _core, _settings
+from potluck.averaging.control import AveragingStage, StepControl
+from potluck.compression import CompressionBase, CompressionInfo, NoCompression
+from potluck._state import tensor_of
+from potluck._tensors import FlatTensors, views_of
+from potluck.p2p.peer_id import PeerID
+from potluck.utils.logging import get_logger
+from potluck.utils.serializer import MSGPackSerializer
+from potluck.utils.timed_storage import DHTExpiration, get_dht_time
+
+logger = get_logger("potluck")
+_NO_EFFECT = ("bandwidth", "target_group_size", "min_vector_size", "initial_group_bits", "part_size_bytes")
+
+
+class DecentralizedAverager:
+    """Averages ``averaged_tensors`` in place with the peers that have the same ``prefix`` and shapes.
+
+    ``step()`` waits for the peers that are there and replaces the tensors by the weighted mean, bit for bit the same at
+    everybody. Timing arguments are accepted and none is needed.
+    """
+
+    def __init__(
+        self,
+        averaged_tensors: Sequence[torch.Tensor],
+        dht: Any,
+        *,
+        start: bool,
+        prefix: str,
+        target_group_size: int | None = None,
+        min_group_size: int = 2,
+        initial_group_bits: str = "",
+        min_matchmaking_time: float = 5.0,
+        request_timeout: float = 3.0,
+        averaging_alpha: float = 1.0,
+        part_size_bytes: int | None = None,
+        allreduce_timeout: float | None = None,
+        next_chunk_timeout: float | None = None,
+        sender_timeout: float | None = None,
+        reducer_timeout: float | None = None,
+        compression: CompressionBase = NoCompression(),  # noqa: B008 - immutable
+        state_compression: CompressionBase = NoCompression(),  # noqa: B008
+        tensor_infos: Sequence[CompressionInfo] | None = None,
+        bandwidth: float | None = None,
+        min_vector_size: int = 0,
+        auxiliary: bool = False,
+        allow_state_sharing: bool | None = None,
+        declare_state_period: float = 30,
+        client_mode: bool | None = None,
+        daemon: bool = True,
+        shutdown_timeout: float = 5,
+        flat: FlatTensors | None = None,
+        extra_values: int = 0,
+    ):
+        if not prefix or "." in prefix:
+            raise ValueError(f"prefix={prefix!r}: expected text without a dot")
+        given = {
+            "bandwidth": bandwidth,
+            "target_group_size": target_group_size,
+            "min_vector_size": min_vector_size,
+            "initial_group_bits": initial_group_bits,
+            "part_size_bytes": part_size_bytes,
+        }
+        for name in _NO_EFFECT:
+            if given[name]:
+                raise ValueError(f"{name}={given[name]!r} cannot have an effect: {_settings.REASONS[name]}")
+        if not 0 < averaging_alpha <= 1:
+            raise ValueError(f"averaging_alpha={averaging_alpha!r}: expected 0 < alpha <= 1")
+        if type(_settings.check_compression("state_compression", state_compression)) is not NoCompression:
+            raise ValueError("state_compression cannot have an effect: others load the exact state")
+        if any(t.grad_fn is not None for t in averaged_tensors):
+            raise ValueError("averaged_tensors: expected tensors that are not the result of a computation")
+        self.dht, self.prefix = dht, prefix
+        self.min_group_size, self.averaging_alpha = min_group_size, averaging_alpha
+        self.compression = _settings.check_compression("compression", compression)
+        self.request_timeout, self.shutdown_timeout = request_timeout, shutdown_timeout
+        self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
+        self.auxiliary = auxiliary
+        if auxiliary and self.client_mode:
+            raise ValueError(
+                "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
+            )
+        sharing = not self.client_mode and not auxiliary
+        self._allow_state_sharing = sharing if allow_state_sharing is None else allow_state_sharing
+        self._priority = 0.0
+        self.tensor_infos = tensor_infos
+        self._tensors = list(averaged_tensors)
+        self._flat = flat or FlatTensors([t.shape for t in self._tensors])
+        self.lock_averaged_tensors = threading.RLock()
+        self._round_lock = threading.Lock()
+        self._session: _core.Session | None = None
+        self._pid = os.getpid()
+        if start:
+            self.run_in_background()
+
+    # Life.
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """Join the peers of this prefix."""
+        if self._session is not None:
+            raise RuntimeError("this averager runs already")
+        infos = self.tensor_infos or [
+            CompressionInfo(index, _Shape(t.shape)) for index, t in enumerate(self._tensors)
+        ]
+        tensors = [
+            {
+                "key": str(info.key),
+                "shape": list(tensor.shape),
+                "role": info.role.name.capitalize(),
+            }
+            for info, tensor in zip(infos, self._tensors, strict=True)
+        ]
+        shapes = self._flat.shapes[len(self._tensors) :]
+        tensors += [
+            {"key": f"extra.{i}", "shape": list(s), "role": "Unspecified"} for i, s in enumerate(shapes)
+        ]
+        options = _settings.session_options(
+            run_id=self.prefix,
+            target_batch_size=1,
+            tensors=tensors,
+            grad_compression=self.compression.policy(),
+            powersgd=self.powersgd(),
+            client_mode=self.client_mode,
+            auxiliary=self.auxiliary,
+        )
+        self._session = _core.Session.join(self.dht.node, options)
+        # Tensors differ between peers on purpose, so the first state that is offered names none of them.
+        self._session.publish({}, {})
+        self.dht.own(weakref.WeakMethod(self.shutdown))
+
+    def powersgd(self) -> dict[str, Any] | None:
+        """Settings of low-rank compression; see :class:`potluck.optim.PowerSGDGradientAverager`."""
+        return None
+
+    @property
+    def session(self) -> _core.Session:
+        """The Rust side; an error before the start and after the end."""
+        if self._session is None:
+            raise RuntimeError(
+                "this averager does not run: call run_in_background(), or create it with start=True"
+            )
+        return self._session
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Returns at once: joining has happened in :meth:`run_in_background`."""
+        self.session.status()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._session is not None
+
+    def shutdown(self) -> None:
+        """Leave. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave(float(self.shutdown_timeout))
+
+    def __enter__(self) -> DecentralizedAverager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    @property
+    def peer_id(self) -> PeerID:
+        """Who this peer is."""
+        return PeerID.from_base58(self.dht.node.peer_id)
+
+    # Rounds.
+
+    def step(
+        self,
+        gather: Any = None,
+        scheduled_time: DHTExpiration | None = None,
+        weight: float | None = None,
+        timeout: float | None = None,
+        allow_retries: bool = True,
+        require_trigger: bool = False,
+        wait: bool = True,
+    ) -> Any:
+        """Average once. ``{peer: its gather}`` of all members, or a :class:`StepControl` with ``wait=False``.
+
+        Without a group within ``timeout`` the tensors stay as they are and the answer is None.
+        """
+        if require_trigger and wait:
+            raise ValueError("require_trigger=True needs wait=False: the trigger comes from this thread")
+        if weight is None:
+            weight = 0.0 if self.auxiliary else 1.0
+        if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
+            raise ValueError(f"weight={weight!r}: expected a finite number >= 0")
+        now = get_dht_time()
+        deadline = None if timeout is None else now + timeout
+        when = now if scheduled_time is None else scheduled_time
+        if deadline is not None and when >= deadline:
+            raise ValueError("scheduled_time: expected a time before the timeout")
+        data = MSGPackSerializer.dumps(gather)
+        session = self.session
+        control = StepControl(when, deadline, allow_retries, float(weight), data)
+        if not require_trigger:
+            control.allow_allreduce()
+        if wait:
+            control.run(lambda c: self._round(session, c))
+            return control.result()
+        control.thread = threading.Thread(
+            target=control.run, args=(lambda c: self._round(session, c),), name="potluck-round", daemon=True
+        )
+        control.thread.start()
+        return control
+
+    def _round(self, session: _core.Session, control: StepControl) -> dict[PeerID, Any] | None:
+        control.stage = AveragingStage.LOOKING_FOR_GROUP
+        self._wait_until(session, control)
+        control.stage = AveragingStage.AWAITING_TRIGGER
+        control.wait_for_trigger()
+        with self._round_lock:
+            self._catch_up(session)
+            weight = control.begin()
+            key = f"{self.prefix}.gather.{session.epoch}"
+            self._announce(key, control)
+            self._fill()
+            vector, alone, members, _ = session.average_gradients(self._flat.buffer, weight)
+            if not alone and len(members) >= self.min_group_size:
+                self._use(vector)
+            session.epoch_done(None)
+            self._share(session)
+            self._log(session)
+        if alone or len(members) < self.min_group_size:
+            return None
+        return self._gathered(key, members, control)
+
+    def _wait_until(self, session: _core.Session, control: StepControl) -> None:
+        while not control.done():
+            left = control.scheduled_time - get_dht_time()
+            if left <= 0:
+                # Somebody to average with: the round itself waits for no fixed time.
+                deadline = control.get_timeout()
+                if len(json.loads(session.status())["peers"]) >= min(2, self.min_group_size):
+                    return
+                if deadline is None or deadline <= 0:
+                    return
+                left = min(0.25, deadline)
+            session.changed(min(left, 0.25))
+            session.step(0)
+
+    def _catch_up(self, session: _core.Session) -> None:
+        # Rounds are numbered; who comes late takes the number of the others, not their tensors.
+        while session.step(0) == "load_state":
+            if session.load_state() is None:
+                return
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        with self.lock_averaged_tensors:
+            for view, tensor in zip(self._flat.views, self._tensors, strict=False):
+                if view is not tensor:
+                    view.copy_(tensor)
+
+    @torch.no_grad()
+    def _use(self, vector: _core.FlatBuffer) -> None:
+        with self.lock_averaged_tensors:
+            for tensor, mean in zip(self._tensors, views_of(vector, self._flat.shapes), strict=False):
+                if self.averaging_alpha == 1.0:
+                    tensor.copy_(mean)
+                else:
+                    tensor.add_((mean - tensor).to(tensor.dtype), alpha=self.averaging_alpha)
+
+    def _announce(self, key: str, control: StepControl) -> None:
+        if control.data_for_gather != b"\xc0":
+            with contextlib.suppress(RuntimeError):
+                self.dht.store(key, control.data_for_gather, get_dht_time() + 60, subkey=str(self.peer_id))
+
+    def _gathered(self, key: str, members: list[str], control: StepControl) -> dict[PeerID, Any]:
+        mine = str(self.peer_id)
+        try:
+            found = None if control.data_for_gather == b"\xc0" else self.dht.get(key, latest=True)
+        except RuntimeError:
+            found = None
+        values = {} if found is None or not isinstance(found.value, dict) else found.value
+        gathered: dict[PeerID, Any] = {}
+        for member in members:
+            raw = control.data_for_gather if member == mine else values.get(member, (b"\xc0",))[0]
+            try:
+                gathered[PeerID.from_base58(member)] = MSGPackSerializer.loads(raw)
+            except (ValueError, TypeError):
+                gathered[PeerID.from_base58(member)] = None
+        return gathered
+
+    def _log(self, session: _core.Session) -> None:
+        for loud, line, _ in session.take_events():
+            logger.log(30 if loud else 20, "%s: %s", self.prefix, line)
+
+    @contextmanager
+    def get_tensors(self) -> Iterator[Sequence[torch.Tensor]]:
+        """The tensors, safe from a round that ends meanwhile."""
+        with self.lock_averaged_tensors:
+            yield self._tensors
+
+    # State of others.
+
+    @property
+    def allow_state_sharing(self) -> bool:
+        """Whether others may load this peer's tensors."""
+        return self._allow_state_sharing
+
+    @allow_state_sharing.setter
+    def allow_state_sharing(self, value: bool) -> None:
+        if value and self.client_mode:
+            raise ValueError("a client-mode peer cannot be reached, and so it cannot share its state")
+        self._allow_state_sharing = bool(value)
+        if self._session is not None:
+            self._share(self._session)
+
+    @property
+    def state_sharing_priority(self) -> float:
+        """Kept for hivemind's scripts: newcomers load the newest round's state, whoever has it."""
+        return self._priority
+
+    @state_sharing_priority.setter
+    def state_sharing_priority(self, value: float) -> None:
+        self._priority = float(value)
+
+    def get_current_state(self) -> tuple[Any, Sequence[torch.Tensor], Sequence[CompressionInfo]]:
+        """What others load: facts, tensors and their descriptions."""
+        with self.get_tensors() as tensors:
+            copies = [t.detach().cpu().clone() for t in tensors]
+        infos = [CompressionInfo.from_tensor(t, key=index) for index, t in enumerate(copies)]
+        return {"group_key": self.get_group_bits()}, copies, infos
+
+    def _share(self, session: _core.Session) -> None:
+        if session.epoch == 0:
+            return
+        if not self._allow_state_sharing:
+            session.publish({}, {})
+            return
+        facts, tensors, _ = self.get_current_state()
+        blobs = {f"tensor.{i:06}": t.contiguous() for i, t in enumerate(tensors)}
+        session.publish({"facts": json.dumps(facts)}, blobs)
+
+    def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
+        """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""
+        if not wait:
+            control = StepControl(get_dht_time(), None, True, 0.0, b"")
+            work: Callable[[StepControl], Any] = lambda _: self.load_state_from_peers(timeout=timeout)  # noqa: E731
+            threading.Thread(target=control.run, args=(work,), name="potluck-load", daemon=True).start()
+            return control
+        if self.session.step(0) != "load_state":
+            return None
+        loaded = self.session.load_state()
+        if loaded is None or "facts" not in loaded[1]:
+            return None
+        _, meta, blobs = loaded
+        tensors = [tensor_of(blobs, f"tensor.{i:06}", t.dtype, t.shape) for i, t in enumerate(self._tensors)]
+        with torch.no_grad(), self.get_tensors() as mine:
+            for tensor, value in zip(mine, tensors, strict=True):
+                tensor.copy_(value)
+        return json.loads(meta["facts"]), tensors
+
+    def get_group_bits(self) -> str:
+        """Always empty: potluck averages with every live peer, and divides large swarms by itself."""
+        return ""
+
+    def set_group_bits(self, group_bits: str, wait: bool = True) -> None:
+        """Refused, unless empty: potluck chooses groups by itself."""
+        if group_bits:
+            raise ValueError(
+                f"group_bits={group_bits!r} cannot have an effect: potluck averages with every live peer"
+            )
+
+
+class _Shape:
+    def __init__(self, size: Sequence[int]):
+        self.size = tuple(size)
+
+
+def compute_schema_hash(tensors: Sequence[torch.Tensor]) -> bytes:
+    """A hash over shapes and types; equal at peers that can average."""
+    import hashlib
+
+    described = "|".join(f"{tuple(t.shape)}:{t.dtype}" for t in tensors)
+    return hashlib.sha1(described.encode(), usedforsecurity=False).digest()

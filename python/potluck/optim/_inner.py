@@ -1,0 +1,128 @@
+"""The torch optimizer inside: built or taken over, on the model's parameters or on copies in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+class InnerOptimizer:
+    """Applies gradients. ``main`` are the parameters that the optimizer changes, ``model`` those of the model."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | Callable[..., Any],
+        params: Any,
+        offload: bool,
+        scheduler: Any,
+    ):
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if params is not None:
+                raise ValueError("params has no effect on an optimizer that is built already: leave it out")
+            if offload:
+                raise ValueError(
+                    "offload_optimizer needs to build the optimizer on copies in host memory: give params= and "
+                    "optimizer=lambda params: torch.optim.…(params)"
+                )
+            self.optimizer = optimizer
+            self.model_all = [p for group in optimizer.param_groups for p in group["params"]]
+            self.main_all = self.model_all
+        elif callable(optimizer):
+            if params is None:
+                raise ValueError("optimizer is a function: it needs params=model.parameters()")
+            groups = _as_groups(params)
+            self.model_all = [p for group in groups for p in group["params"]]
+            self.main_all = [_copy_to_host(p) for p in self.model_all] if offload else self.model_all
+            main = iter(self.main_all)
+            groups = [{**group, "params": [next(main) for _ in group["params"]]} for group in groups]
+            self.optimizer = optimizer(
+                groups if len(groups) > 1 or len(groups[0]) > 1 else groups[0]["params"]
+            )
+            if not isinstance(self.optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizer= returned a {type(self.optimizer).__name__}, not a torch optimizer"
+                )
+        else:
+            raise TypeError(
+                f"optimizer={optimizer!r}: expected a torch optimizer or a function of the parameters"
+            )
+        self.offload = offload
+        pairs = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if m.requires_grad]
+        self.model = [m for m, _ in pairs]
+        self.main = [c for _, c in pairs]
+        if not self.model:
+            raise ValueError("no parameter requires gradients: there is nothing to train")
+        self.scheduler = self._make_scheduler(scheduler)
+
+    def _make_scheduler(self, scheduler: Any) -> Any:
+        if scheduler is None or not callable(scheduler) or hasattr(scheduler, "step"):
+            owner = getattr(scheduler, "optimizer", self.optimizer)
+            if scheduler is not None and owner is not self.optimizer:
+                raise ValueError(
+                    "scheduler was made for another optimizer: give a function, scheduler=lambda opt: …(opt)"
+                )
+            return scheduler
+        return scheduler(self.optimizer)
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays."""
+        before = [p.grad for p in self.main]
+        try:
+            for parameter, grad in zip(self.main, grads, strict=True):
+                parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
+            with torch.enable_grad():
+                self.optimizer.step()
+        finally:
+            for parameter, grad in zip(self.main, before, strict=True):
+                parameter.grad = grad
+
+    def step_scheduler(self, loss: float | None) -> None:
+        """One epoch of the schedule. A plateau scheduler looks at the loss averaged over peers."""
+        if self.scheduler is None:
+            return
+        if isinstance(self.scheduler, PLATEAU):
+            if loss is not None:
+                self.scheduler.step(loss)
+        else:
+            self.scheduler.step()
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """After the offloaded parameters changed."""
+        if self.offload:
+            for model, main in zip(self.model, self.main, strict=True):
+                model.copy_(main)
+
+    @torch.no_grad()
+    def copy_from_model(self) -> None:
+        """After the model's parameters were replaced from outside, as by a checkpoint."""
+        if self.offload:
+            for model, main in zip(self.model, self.main, strict=True):
+                main.copy_(model)
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params: expected parameters or parameter groups, got one tensor")
+    items = list(params)
+    if not items:
+        raise ValueError("params is empty")
+    if not isinstance(items[0], dict):
+        # Named parameters, as from model.named_parameters(), lose their names.
+        items = [{"params": [item[1] if isinstance(item, tuple) else item for item in items]}]
+    return [{**group, "params": _listed(group["params"])} for group in items]
+
+
+def _listed(params: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def _copy_to_host(parameter: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    copied = parameter.detach().to("cpu", dtype, copy=True)
+    return torch.nn.Parameter(copied, requires_grad=parameter.requires_grad)

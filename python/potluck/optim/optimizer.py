@@ -1,0 +1,655 @@
+"""A torch optimizer whose steps are shared by all peers of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from potluck import _core, _settings
+from potluck.compression import CompressionBase, NoCompression
+from potluck.optim._inner import PLATEAU, InnerOptimizer
+from potluck._state import StateCodec
+from potluck._tensors import FlatTensors, flat, views_of
+from potluck.optim.grad_averager import GradientAverager
+from potluck.optim.grad_scaler import GradScaler
+from potluck.optim.progress_tracker import SessionTracker
+from potluck.utils.logging import get_logger
+
+logger = get_logger("potluck")
+_HOOKS = (
+    "step_pre",
+    "step_post",
+    "state_dict_pre",
+    "state_dict_post",
+    "load_state_dict_pre",
+    "load_state_dict_post",
+)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Gathers gradients, and steps ``optimizer`` once ``target_batch_size`` samples are in over all peers.
+
+    Arguments are hivemind's. Timing arguments (``matchmaking_time`` and so on) are accepted and none is needed:
+    potluck's deadlines follow what it measures. An argument that cannot have an effect is an error.
+
+    To clip what all peers averaged, register a hook: ``opt.register_step_pre_hook(lambda opt, args, kwargs:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))``; clipping between ``backward()`` and ``step()`` clips
+    this peer's own gradients.
+    """
+
+    def __init__(
+        self,
+        *,
+        dht: Any,
+        run_id: str,
+        target_batch_size: int,
+        optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer],
+        batch_size_per_step: int | None = None,
+        params: Iterable[Any] | None = None,
+        scheduler: Any = None,
+        matchmaking_time: float | None = 15.0,
+        averaging_timeout: float | None = 60.0,
+        allreduce_timeout: float | None = None,
+        next_chunk_timeout: float | None = None,
+        load_state_timeout: float = 600.0,
+        reuse_grad_buffers: bool = False,
+        offload_optimizer: bool | None = None,
+        delay_optimizer_step: bool | None = None,
+        delay_grad_averaging: bool = False,
+        delay_state_averaging: bool | None = None,
+        average_state_every: int = 1,
+        use_local_updates: bool = False,
+        client_mode: bool | None = None,
+        auxiliary: bool = False,
+        grad_compression: CompressionBase = NoCompression(),  # noqa: B008 - immutable
+        state_averaging_compression: CompressionBase = NoCompression(),  # noqa: B008
+        load_state_compression: CompressionBase = NoCompression(),  # noqa: B008
+        grad_averager_factory: Callable[..., GradientAverager] | None = None,
+        average_opt_statistics: Sequence[str] = (),
+        extra_tensors: Sequence[torch.Tensor] = (),
+        averager_opts: dict[str, Any] | None = None,
+        tracker_opts: dict[str, Any] | None = None,
+        performance_ema_alpha: float = 0.1,
+        shutdown_timeout: float = 5,
+        verbose: bool = False,
+    ):
+        if delay_optimizer_step is None:
+            delay_optimizer_step = delay_grad_averaging
+        if offload_optimizer is None:
+            offload_optimizer = params is not None and not use_local_updates
+        _check_modes(
+            use_local_updates=use_local_updates,
+            delay_grad_averaging=delay_grad_averaging,
+            delay_optimizer_step=delay_optimizer_step,
+            delay_state_averaging=delay_state_averaging,
+            reuse_grad_buffers=reuse_grad_buffers,
+            offload_optimizer=offload_optimizer,
+            auxiliary=auxiliary,
+            client_mode=client_mode,
+            batch_size_per_step=batch_size_per_step,
+            grad_averager_factory=grad_averager_factory,
+            grad_compression=grad_compression,
+        )
+        if (
+            type(_settings.check_compression("load_state_compression", load_state_compression))
+            is not NoCompression
+        ):
+            raise ValueError("load_state_compression cannot have an effect: newcomers load the exact state")
+        _settings.check_opts("averager_opts", averager_opts, _settings.TIMING)
+        _settings.check_opts("tracker_opts", tracker_opts, _settings.TRACKER_TIMING)
+        self.run_id, self.dht = run_id, dht
+        self.target_batch_size = _settings.positive("target_batch_size", target_batch_size)
+        self.batch_size_per_step = _settings.positive(
+            "batch_size_per_step", batch_size_per_step, optional=True
+        )
+        average_state_every = _settings.positive("average_state_every", average_state_every)
+        self.offload_optimizer, self.auxiliary = offload_optimizer, auxiliary
+        self.reuse_grad_buffers, self.use_local_updates = reuse_grad_buffers, use_local_updates
+        self.use_gradient_averaging = not use_local_updates
+        self.delay_optimizer_step, self.delay_grad_averaging = delay_optimizer_step, delay_grad_averaging
+        delay_state = not use_local_updates if delay_state_averaging is None else delay_state_averaging
+        self.delay_state_averaging = delay_state
+        self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
+        self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
+
+        self._inner = InnerOptimizer(optimizer, params, offload_optimizer, scheduler)
+        self._adopt_hooks()
+        for name in average_opt_statistics:
+            if not isinstance(name, str):
+                raise TypeError(f"average_opt_statistics: expected names such as 'exp_avg', got {name!r}")
+        self._statistics, self._extra_tensors = tuple(average_opt_statistics), list(extra_tensors)
+        self._state = FlatTensors(
+            [p.shape for p in self._inner.main] * (1 + len(self._statistics))
+            + [t.shape for t in self._extra_tensors]
+        )
+        self._codec = StateCodec(
+            self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler
+        )
+        self.grad_averager = self._make_grad_averager(grad_averager_factory)
+        policy = _settings.choose_policy(
+            use_local_updates=use_local_updates,
+            delay_grad=delay_grad_averaging,
+            delay_optimizer=delay_optimizer_step,
+            delay_state=delay_state,
+        )
+        names = [f"{i:06}" for i in range(len(self._inner.main))]
+        shapes = [p.shape for p in self._inner.main]
+        losses = [("loss", (1,))] if self._averages_loss else []
+        state_infos = _settings.tensor_infos([f"param.{n}" for n in names], shapes, "Parameter")
+        for statistic in self._statistics:
+            state_infos += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
+        extra_names = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
+        state_infos += _settings.tensor_infos(
+            extra_names, [t.shape for t in self._extra_tensors], "Unspecified"
+        )
+        options = _settings.session_options(
+            run_id=run_id,
+            target_batch_size=self.target_batch_size,
+            tensors=[]
+            if use_local_updates
+            else _settings.tensor_infos(
+                # Keys by position, as in hivemind: PerTensorCompression names them so.
+                [str(i) for i in range(len(shapes))] + [n for n, _ in losses],
+                [*shapes, *(s for _, s in losses)],
+                "Gradient",
+            ),
+            state_tensors=state_infos,
+            grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
+            state_compression=_settings.check_compression(
+                "state_averaging_compression", state_averaging_compression
+            ).policy(),
+            powersgd=None if self.grad_averager is None else self.grad_averager.powersgd(),
+            policy=policy,
+            average_state_every="never" if use_local_updates else {"epochs": average_state_every},
+            manifest_extra={"optimizer": type(self._inner.optimizer).__name__},
+            auxiliary=auxiliary,
+            client_mode=self.client_mode,
+            load_state_timeout=float(load_state_timeout),
+        )
+        self._session = _core.Session.join(dht.node, options)
+        self.tracker = SessionTracker(
+            self.status,
+            target_batch_size=self.target_batch_size,
+            client_mode=self.client_mode,
+            epoch_of=lambda epoch: epoch,
+            alpha=performance_ema_alpha,
+        )
+        self._worker: threading.Thread | None = None
+        self._worker_error: BaseException | None = None
+        self._loss: float | None = None
+        self._samples_since_epoch = 0
+        self._closed = False
+        self._scheduled_epoch = 0
+        self._pid = os.getpid()
+        if not auxiliary:
+            self._publish()
+        dht.own(weakref.WeakMethod(self.shutdown))
+
+    def _adopt_hooks(self) -> None:
+        # torch's own constructor would add parameter groups; hooks, groups and state are those of the inner optimizer.
+        for kind in _HOOKS:
+            name = f"_optimizer_{kind}_hooks"
+            setattr(self, name, getattr(self._inner.optimizer, name, OrderedDict()))
+        self.defaults = self._inner.optimizer.defaults
+
+    def _make_grad_averager(self, factory: Callable[..., GradientAverager] | None) -> GradientAverager | None:
+        if self.use_local_updates:
+            return None
+        averager = (factory or GradientAverager)(
+            self._inner.model,
+            dht=self.dht,
+            prefix=f"{self.run_id}_grad_averager",
+            reuse_grad_buffers=self.reuse_grad_buffers,
+            client_mode=self.client_mode,
+            warn=False,
+            start=False,
+            extra_values=int(self._averages_loss),
+        )
+        if not isinstance(averager, GradientAverager):
+            raise TypeError(
+                f"grad_averager_factory returned a {type(averager).__name__}, not a potluck GradientAverager"
+            )
+        return averager
+
+    @property
+    def _averages_loss(self) -> bool:
+        return isinstance(self._inner.scheduler, PLATEAU)
+
+    # What torch's own code looks at.
+
+    @property
+    def opt(self) -> torch.optim.Optimizer:
+        """The optimizer inside."""
+        return self._inner.optimizer
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning rate scheduler that steps once per epoch."""
+        return self._inner.scheduler
+
+    @property
+    def model_parameters(self) -> list[torch.Tensor]:
+        """The trainable parameters of the model."""
+        return self._inner.model
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the optimizer inside; changes count."""
+        return self._inner.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the optimizer inside."""
+        return self._inner.optimizer.state
+
+    @property
+    def local_epoch(self) -> int:
+        """Shared optimizer steps so far."""
+        return int(self._session.epoch)
+
+    @property
+    def local_progress(self) -> Any:
+        """This peer's progress."""
+        return self.tracker.local_progress
+
+    @property
+    def state_averager(self) -> Optimizer:
+        """The part that holds parameters and optimizer state: here the optimizer itself."""
+        return self
+
+    def status(self) -> dict[str, Any]:
+        """Everything known about the run, as plain data: peers, rounds, bytes, memory."""
+        return json.loads(self._session.status())  # type: ignore[no-any-return]
+
+    def report_loss(self, loss: float | torch.Tensor) -> None:
+        """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""
+        self._loss = float(loss)
+        self._session.report_loss(self._loss)
+
+    def is_alive(self) -> bool:
+        """Whether this peer takes part."""
+        return not self._closed
+
+    def is_synchronized_with_peers(self) -> bool:
+        """Whether nobody is ahead."""
+        return self.tracker.global_epoch <= self.local_epoch
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: all peers agreed on the tensors when they joined."""
+        raise ValueError(
+            "parameters cannot be added while a run is on: all peers agreed on them when they joined"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad``."""
+        if self.reuse_grad_buffers:
+            raise ValueError(
+                "with reuse_grad_buffers=True the gradients gather in .grad and step() clears them: "
+                "remove zero_grad() from the training loop"
+            )
+        for parameter in self._inner.model_all:
+            if parameter.grad is not None:
+                if set_to_none:
+                    parameter.grad = None
+                else:
+                    parameter.grad.detach_().zero_()
+
+    # Training.
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], torch.Tensor] | None = None,
+        batch_size: int | None = None,
+        grad_scaler: GradScaler | None = None,
+    ) -> torch.Tensor | None:
+        """Count the gradients of one backward pass, and do whatever the run asks for next.
+
+        ``batch_size`` is the number of samples behind the gradients, unless ``batch_size_per_step`` said it.
+        """
+        self._check_usable()
+        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
+            raise TypeError(
+                "grad_scaler: call scaler.step(optimizer) instead; any torch scaler will do there"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if isinstance(loss, torch.Tensor):  # Lightning's closure has no loss when a batch is skipped
+                self.report_loss(loss.detach())
+        samples = self._samples(batch_size, closure)
+        if self.auxiliary:
+            self._assist()
+            return None
+        if self.use_local_updates:
+            with torch.no_grad():
+                self._inner.step([p.grad for p in self._inner.model])
+                self._inner.copy_to_model()
+        else:
+            self._gradients.accumulate_grads_(samples)
+        self._follow(samples)
+        return loss
+
+    def _samples(self, batch_size: int | None, closure: Any) -> int:
+        if self.auxiliary:
+            if batch_size is not None or closure is not None:
+                raise ValueError("an auxiliary peer has no samples: call step() without arguments")
+            return 0
+        samples = self.batch_size_per_step if batch_size is None else batch_size
+        if samples is None:
+            raise ValueError(
+                "batch_size is not known: give batch_size_per_step= to the optimizer or batch_size= to step()"
+            )
+        return int(_settings.positive("batch_size", samples))
+
+    def _follow(self, samples: int) -> None:
+        action = self._session.step(samples)
+        self._log_events()
+        while action != "accumulate":
+            if action == "load_state":
+                if not self._load_state():
+                    break
+            else:
+                getattr(self, f"_do_{action}")()
+            self._log_events()
+            action = self._session.step(0)
+
+    def _do_average(self) -> None:
+        vector, weight, local = self._gathered()
+        if self.delay_grad_averaging:
+            self._session.start_gradients(vector, weight)
+            return
+        averaged, alone, _, _ = self._session.average_gradients(vector, weight)
+        grads, loss = self._average_to_grads(averaged, alone, local)
+        if self.delay_optimizer_step:
+            self._gradients.reset_accumulated_grads_()
+            self._start_worker(lambda: self._step_inner(grads, loss))
+            return
+        self._step_inner(grads, loss)
+        self._gradients.reset_accumulated_grads_()
+        self._inner.copy_to_model()
+        self._epoch_done()
+
+    @property
+    def _gradients(self) -> GradientAverager:
+        if self.grad_averager is None:
+            raise RuntimeError("with use_local_updates=True gradients are not averaged")
+        return self.grad_averager
+
+    def _gathered(self) -> tuple[Any, float, list[torch.Tensor | None] | None]:
+        averager = self._gradients
+        weight = float(averager.local_samples_accumulated)
+        averager.load_accumulators_into_averager_()
+        if self._averages_loss:
+            averager.extra_view.fill_(0.0 if self._loss is None else self._loss)
+        if self.delay_grad_averaging:
+            averager.reset_accumulated_grads_()
+            return averager.flat_buffer, weight, None
+        return averager.flat_buffer, weight, [averager.mean_grad(i) for i in range(len(self._inner.model))]
+
+    def _average_to_grads(
+        self, averaged: Any, alone: bool, local: list[torch.Tensor | None] | None
+    ) -> tuple[list[torch.Tensor | None], float | None]:
+        loss = None
+        shapes = [p.shape for p in self._inner.model]
+        if self._averages_loss:
+            loss = float(flat(averaged)[-1])
+        if alone and local is not None:
+            # The gathered gradients themselves: not one bit differs from plain torch.
+            return local, self._loss if self._averages_loss else None
+        return list(views_of(averaged, shapes)), loss
+
+    def _step_inner(self, grads: Sequence[torch.Tensor | None], loss: float | None) -> None:
+        if any(grad is not None for grad in grads):
+            self._expose_and_step(grads)
+        self._inner.step_scheduler(loss)
+
+    def _expose_and_step(self, grads: Sequence[torch.Tensor | None]) -> None:
+        self._inner.step(grads)
+
+    def _do_apply(self) -> None:
+        if self._worker is not None:
+            self._join_worker()
+            self._inner.copy_to_model()
+            self._epoch_done()
+            return
+        started = self._session.take_started()
+        if started is None:
+            raise RuntimeError("the session announced an average and has none")
+        channel, (averaged, alone, _, _) = started
+        if channel == "gradients":
+            grads, loss = self._average_to_grads(averaged, alone, None)
+            self._step_inner(grads, loss)
+            self._inner.copy_to_model()
+            self._epoch_done()
+            return
+        if not alone:
+            self._write_state(views_of(averaged, self._state.shapes), sent=self._state.views)
+        self._publish()
+
+    def _do_average_state(self) -> None:
+        self._read_state()
+        if self.delay_state_averaging and not (self.delay_grad_averaging or self.delay_optimizer_step):
+            self._session.start_state(self._state.buffer)
+            return
+        averaged, alone, _, _ = self._session.average_state(self._state.buffer)
+        if not alone:
+            self._write_state(views_of(averaged, self._state.shapes), sent=None)
+        if self.use_local_updates:
+            self._inner.step_scheduler(self._loss)
+            self._epoch_done()
+        else:
+            self._publish()
+
+    def _state_tensors(self) -> list[torch.Tensor | None]:
+        inner = self._inner
+        tensors: list[torch.Tensor | None] = list(inner.main)
+        for name in self._statistics:
+            tensors += [inner.optimizer.state.get(p, {}).get(name) for p in inner.main]
+        return tensors + self._extra_tensors
+
+    @torch.no_grad()
+    def _read_state(self) -> None:
+        for view, tensor in zip(self._state.views, self._state_tensors(), strict=True):
+            if tensor is None:
+                view.zero_()
+            else:
+                view.copy_(tensor)
+
+    @torch.no_grad()
+    def _write_state(self, averaged: list[torch.Tensor], sent: list[torch.Tensor] | None) -> None:
+        for index, (tensor, mean) in enumerate(zip(self._state_tensors(), averaged, strict=True)):
+            if tensor is None:
+                continue
+            if sent is None:
+                tensor.copy_(mean)
+            else:
+                # Training went on meanwhile: only what the average differs by is added.
+                tensor.add_((mean - sent[index]).to(tensor.device, tensor.dtype))
+        self._inner.copy_to_model()
+
+    def _epoch_done(self) -> None:
+        meta, blobs = self._codec.capture()
+        self._session.epoch_done((meta, blobs))
+        self._status_line()
+
+    def _publish(self) -> None:
+        meta, blobs = self._codec.capture()
+        self._session.publish(meta, blobs)
+
+    def _assist(self) -> None:
+        action = self._session.step(0)
+        if action == "accumulate":
+            self._session.changed(0.5)
+            action = self._session.step(0)
+        if action == "average":
+            averager = self._gradients
+            averager.load_accumulators_into_averager_()
+            self._session.average_gradients(averager.flat_buffer, 0.0)
+            self._session.epoch_done(None)
+        elif action == "average_state":
+            self._session.average_state(self._state.buffer)
+        elif action == "load_state":
+            self._session.load_state()
+        self._log_events()
+
+    # The delayed optimizer step runs in a thread of its own: torch releases the GIL inside its operations.
+
+    def _start_worker(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._worker_error = error
+            finally:
+                self._session.optimizer_ready()
+
+        self._worker = threading.Thread(target=run, name="potluck-optimizer", daemon=True)
+        self._worker.start()
+
+    def _join_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.join()
+            self._worker = None
+        if self._worker_error is not None:
+            error, self._worker_error = self._worker_error, None
+            raise error
+
+    # State of others, checkpoints.
+
+    def load_state_from_peers(self, **kwargs: Any) -> None:
+        """Load the newest state, if anybody is ahead. Does nothing when this peer is."""
+        if kwargs:
+            raise TypeError(
+                f"load_state_from_peers() takes no argument {next(iter(kwargs))!r}: potluck measures"
+            )
+        self._check_usable()
+        while self._session.step(0) == "load_state" and self._load_state():
+            self._log_events()
+
+    def _load_state(self) -> bool:
+        self._join_worker()
+        loaded = self._session.load_state()
+        self._log_events()
+        if self.grad_averager is not None:
+            # They were computed at parameters that are gone.
+            self.grad_averager.reset_accumulated_grads_()
+        if loaded is None:
+            return False
+        _, meta, blobs = loaded
+        self._codec.restore(meta, blobs)
+        self._inner.copy_to_model()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own state, with ``local_epoch`` beside it. A plain torch optimizer can load it."""
+        self._join_worker()
+        return {**self._inner.optimizer.state_dict(), "local_epoch": self.local_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of this class, of hivemind's, or of a plain torch optimizer.
+
+        Call it after the model's weights were loaded: an offloaded optimizer copies them.
+        """
+        state_dict = dict(state_dict)
+        state = dict(state_dict.get("state", {}))
+        epoch = state_dict.pop("local_epoch", None)
+        in_state = state.pop("local_epoch", None)
+        epoch = int(in_state or 0) if epoch is None else int(epoch)
+        self._join_worker()
+        self._inner.optimizer.load_state_dict({**state_dict, "state": state})
+        self._inner.copy_from_model()
+        while self._session.epoch < epoch:
+            self._session.epoch_done(None)
+        self._publish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a potluck Optimizer is one peer of a run and cannot be copied: save state_dict() instead"
+        )
+
+    def __repr__(self) -> str:
+        return f"potluck.Optimizer(run_id={self.run_id!r}, target_batch_size={self.target_batch_size}, {self.opt!r})"
+
+    # Manners.
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("this optimizer was shut down")
+
+    def _log_events(self) -> None:
+        for loud, line, _ in self._session.take_events():
+            logger.log(30 if loud else 20, "%s: %s", self.run_id, line)
+
+    def _status_line(self) -> None:
+        if self.verbose:
+            logger.info("%s: now at epoch %d", self.run_id, self.local_epoch)
+
+    def shutdown(self) -> None:
+        """Leave the run. Idempotent; also done at exit and by ``with``."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if self._worker is not None:
+            self._worker.join(self.shutdown_timeout)
+        self._session.leave(float(self.shutdown_timeout))
+        self._log_events()
+
+    def __enter__(self) -> Optimizer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+
+def _check_modes(**given: Any) -> None:
+    """Refuse combinations in which an argument cannot have an effect."""
+    if given["use_local_updates"]:
+        for name in (
+            "delay_grad_averaging",
+            "reuse_grad_buffers",
+            "grad_averager_factory",
+            "delay_optimizer_step",
+        ):
+            if given[name]:
+                raise ValueError(
+                    f"{name} cannot have an effect with use_local_updates=True: gradients stay local"
+                )
+        if given["delay_state_averaging"]:
+            raise ValueError(
+                "delay_state_averaging cannot have an effect with use_local_updates=True: the average of the "
+                "parameters ends the epoch, and everybody waits for it"
+            )
+        if given["grad_compression"] != NoCompression():
+            raise ValueError(
+                "grad_compression cannot have an effect with use_local_updates=True: use state_averaging_compression"
+            )
+    if given["delay_grad_averaging"] and not given["delay_optimizer_step"]:
+        raise ValueError(
+            "delay_grad_averaging=True implies a delayed optimizer step: leave delay_optimizer_step out"
+        )
+    if given["delay_optimizer_step"] and not given["offload_optimizer"]:
+        raise ValueError(
+            "delay_optimizer_step needs offload_optimizer=True: the step changes copies of the parameters while the "
+            "model still computes with the old ones. Give params= and a function as optimizer="
+        )
+    if given["delay_optimizer_step"] and given["reuse_grad_buffers"]:
+        raise ValueError(
+            "reuse_grad_buffers cannot work with a delayed step: the next gradients would gather in the same memory"
+        )
+    if given["auxiliary"]:
+        if given["batch_size_per_step"] is not None:
+            raise ValueError(
+                "batch_size_per_step cannot have an effect with auxiliary=True: it has no samples"
+            )
+        if given["client_mode"]:
+            raise ValueError(
+                "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
+            )

@@ -1,0 +1,1 @@
+"""Messages that scripts import from hivemind's generated modules."""

@@ -1,0 +1,254 @@
+//! One peer's part in a run, as Python drives it: vectors in and out, states in and out, status as JSON.
+
+use crate::buffer::{Borrowed, FlatBuffer};
+use crate::error::Error;
+use crate::node::Node;
+use crate::runtime;
+use bytes::Bytes;
+use potluck_collab::{
+    Averaged, Event, Policy, PolicyKind, PowerSgd, Session as Core, SessionConfig, Snapshot, StateEvery,
+    Step, TensorInfo,
+};
+use potluck_net::Outcome;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
+use tokio::sync::broadcast::{Receiver, error::TryRecvError};
+
+/// What Python decides about a session; field names as in [`SessionConfig`].
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    run_id: String,
+    target_batch_size: u64,
+    tensors: Vec<TensorInfo>,
+    state_tensors: Vec<TensorInfo>,
+    grad_compression: Policy,
+    state_compression: Policy,
+    powersgd: Option<PowerSgd>,
+    policy: PolicyKind,
+    average_state_every: StateEvery,
+    manifest_extra: BTreeMap<String, String>,
+    auxiliary: bool,
+    client_mode: bool,
+    averaging_timeout: Option<f64>,
+    load_state_timeout: f64,
+}
+
+impl Options {
+    fn config(self) -> Result<SessionConfig, Error> {
+        let limit = |field, value| runtime::seconds(field, value);
+        Ok(SessionConfig {
+            state_tensors: self.state_tensors,
+            grad_compression: self.grad_compression,
+            state_compression: self.state_compression,
+            powersgd: self.powersgd,
+            policy: self.policy,
+            average_state_every: self.average_state_every,
+            manifest_extra: self.manifest_extra,
+            auxiliary: self.auxiliary,
+            client_mode: self.client_mode,
+            averaging_timeout: limit("averaging_timeout", self.averaging_timeout)?,
+            load_state_timeout: limit("load_state_timeout", Some(self.load_state_timeout))?
+                .unwrap_or(Duration::from_secs(600)),
+            ..SessionConfig::new(self.run_id, self.target_batch_size, self.tensors)
+        })
+    }
+}
+
+/// One peer's part in a run.
+#[pyclass(frozen, module = "potluck._core")]
+pub(crate) struct Session {
+    core: Core,
+    events: Mutex<Receiver<Event>>,
+}
+
+/// An average: `(values, alone, members, weight)`.
+type Average = (FlatBuffer, bool, Vec<String>, f64);
+
+fn average(outcome: Outcome<Averaged>) -> Average {
+    let Averaged { vector, members, weight_total, alone, .. } = outcome.value;
+    let members = members.iter().map(ToString::to_string).collect();
+    (FlatBuffer::from_vec(vector), alone, members, weight_total)
+}
+
+#[pymethods]
+impl Session {
+    /// Join the run that `options` (JSON) describe.
+    #[staticmethod]
+    fn join(py: Python<'_>, node: &Node, options: &str) -> Result<Self, Error> {
+        let options: Options = serde_json::from_str(options)
+            .map_err(|error| Error::Value(format!("options of the session: {error}")))?;
+        let config = options.config()?;
+        let core = node.join(py, config)?;
+        let events = Mutex::new(core.events());
+        Ok(Self { core, events })
+    }
+
+    /// Add samples; the name of what to do next.
+    fn step(&self, samples: u64) -> &'static str {
+        match self.core.step(samples) {
+            Step::Accumulate => "accumulate",
+            Step::Average => "average",
+            Step::AverageState => "average_state",
+            Step::Apply => "apply",
+            Step::LoadState => "load_state",
+        }
+    }
+
+    /// The epoch that this peer works on.
+    #[getter]
+    fn epoch(&self) -> u64 {
+        self.core.epoch()
+    }
+
+    /// Wait until the answer of `step(0)` may have changed, at most this long.
+    fn changed(&self, py: Python<'_>, seconds: f64) -> Result<(), Error> {
+        let limit = runtime::seconds("seconds", Some(seconds))?.unwrap_or(Duration::MAX);
+        runtime::wait(py, async {
+            // Having waited long enough is an answer as well.
+            let _waited = tokio::time::timeout(limit, self.core.changed()).await;
+            Ok(())
+        })
+    }
+
+    /// Average gradients; waits.
+    fn average_gradients(&self, py: Python<'_>, vector: &FlatBuffer, weight: f64) -> Result<Average, Error> {
+        let vector = vector.copy_out();
+        runtime::wait(py, async { Ok(average(self.core.average_gradients(vector, weight).await)) })
+    }
+
+    /// Average parameters; waits.
+    fn average_state(&self, py: Python<'_>, vector: &FlatBuffer) -> Result<Average, Error> {
+        let vector = vector.copy_out();
+        runtime::wait(py, async { Ok(average(self.core.average_state(vector).await)) })
+    }
+
+    /// Average gradients beside the next samples.
+    fn start_gradients(&self, vector: &FlatBuffer, weight: f64) -> Result<(), Error> {
+        let _entered = runtime::handle()?;
+        let _guard = _entered.enter();
+        self.core.start_gradients(vector.copy_out(), weight);
+        Ok(())
+    }
+
+    /// Average parameters beside the next samples.
+    fn start_state(&self, vector: &FlatBuffer) -> Result<(), Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        self.core.start_state(vector.copy_out());
+        Ok(())
+    }
+
+    /// What was started and is ready: `("gradients" | "state", average)`.
+    fn take_started(&self) -> Option<(&'static str, Average)> {
+        let started = self.core.take_started()?;
+        let name = match started.channel {
+            potluck_collab::Channel::Gradients => "gradients",
+            potluck_collab::Channel::State => "state",
+        };
+        Some((name, average(started.averaged)))
+    }
+
+    /// The delayed optimizer step has finished.
+    fn optimizer_ready(&self) {
+        self.core.optimizer_ready();
+    }
+
+    /// One epoch further, with the state that newcomers are to get.
+    fn epoch_done(
+        &self,
+        py: Python<'_>,
+        state: Option<(BTreeMap<String, String>, Bound<'_, PyDict>)>,
+    ) -> Result<(), Error> {
+        let snapshot = state.map(snapshot).transpose()?;
+        let handle = runtime::handle()?;
+        py.detach(|| {
+            let _guard = handle.enter();
+            self.core.epoch_done(snapshot);
+        });
+        Ok(())
+    }
+
+    /// Offer the present state to newcomers.
+    fn publish(
+        &self,
+        py: Python<'_>,
+        meta: BTreeMap<String, String>,
+        blobs: Bound<'_, PyDict>,
+    ) -> Result<(), Error> {
+        let snapshot = snapshot((meta, blobs))?;
+        let handle = runtime::handle()?;
+        py.detach(|| {
+            let _guard = handle.enter();
+            self.core.publish(snapshot);
+        });
+        Ok(())
+    }
+
+    /// Load the state of others: `(epoch, facts, blobs)`, or `None` if nobody is ahead or it did not work.
+    fn load_state<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> Result<Option<(u64, BTreeMap<String, String>, Bound<'py, PyDict>)>, Error> {
+        let loaded = runtime::wait(py, async { Ok(self.core.load_state().await) })?;
+        let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
+        let dict = PyDict::new(py);
+        for (name, blob) in blobs {
+            dict.set_item(name, PyBytes::new(py, &blob))?;
+        }
+        Ok(Some((epoch, meta, dict)))
+    }
+
+    /// The loss, to be shown to everybody.
+    fn report_loss(&self, loss: f32) {
+        self.core.report_loss(loss);
+    }
+
+    /// The status as JSON.
+    fn status(&self) -> Result<String, Error> {
+        let status = self.core.status();
+        let status = status.borrow();
+        serde_json::to_string(&*status).map_err(|error| Error::State(error.to_string()))
+    }
+
+    /// What happened since the last call: `(is a warning, line, JSON)`.
+    fn take_events(&self) -> Vec<(bool, String, String)> {
+        let mut events = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut taken = Vec::new();
+        loop {
+            match events.try_recv() {
+                Ok(event) => {
+                    let loud = matches!(event, Event::Alone { .. } | Event::LineageLost { .. });
+                    let json = serde_json::to_string(&event).unwrap_or_default();
+                    taken.push((loud, event.to_string(), json));
+                }
+                // The reader was slow; the oldest are gone.
+                Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Empty | TryRecvError::Closed) => return taken,
+            }
+        }
+    }
+
+    /// Leave the run; at most `seconds`.
+    fn leave(&self, py: Python<'_>, seconds: f64) -> Result<(), Error> {
+        let limit = runtime::seconds("seconds", Some(seconds))?.unwrap_or(Duration::from_secs(5));
+        runtime::wait(py, async {
+            // The others notice anyway; leaving politely only tells them sooner.
+            let _left = tokio::time::timeout(limit, self.core.leave()).await;
+            Ok(())
+        })
+    }
+}
+
+fn snapshot((meta, blobs): (BTreeMap<String, String>, Bound<'_, PyDict>)) -> Result<Snapshot, Error> {
+    let mut copied = BTreeMap::new();
+    for (name, tensor) in blobs.iter() {
+        let tensor = Borrowed::new(&tensor)?;
+        copied.insert(name.extract::<String>()?, Bytes::copy_from_slice(tensor.bytes()));
+    }
+    Ok(Snapshot { meta, blobs: copied, ..Snapshot::default() })
+}

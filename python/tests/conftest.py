@@ -1,0 +1,54 @@
+"""Peers for tests: within this process, each in a thread of its own, or over loopback sockets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from potluck import _core
+from potluck.dht import DHT
+
+
+@pytest.fixture
+def hub() -> _core.Hub:
+    """A place where peers of this process meet."""
+    return _core.Hub()
+
+
+@pytest.fixture
+def local_dht(hub: _core.Hub) -> Iterator[Callable[[], DHT]]:
+    """Makes peers of this process; they are shut down after the test."""
+    made: list[DHT] = []
+
+    def make() -> DHT:
+        made.append(DHT.within_process(hub))
+        return made[-1]
+
+    yield make
+    for dht in made:
+        dht.shutdown()
+
+
+def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
+    """Run each work in a thread; their results in order, or the first error."""
+    results: list[Any] = [None] * len(works)
+    errors: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            results[index] = works[index]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a peer did not finish in time"
+    return results
