@@ -10,6 +10,8 @@ import pytest
 import torch
 from lightning_support import PACKAGES, QUIET, equal, loader, model_class, package, trainer, weights
 
+from potluck import _core
+from potluck.dht import DHT
 from potluck.lightning import HivemindStrategy
 
 pytestmark = [pytest.mark.timeout(120), *(pytest.mark.filterwarnings(text) for text in QUIET)]
@@ -31,10 +33,27 @@ def lightning() -> Any:
     return package(PACKAGES[0])
 
 
+_made: list[DHT] = []
+
+
+@pytest.fixture(autouse=True)
+def shut_down() -> Any:
+    yield
+    while _made:
+        _made.pop().shutdown()
+
+
 def strategy(**kwargs: Any) -> HivemindStrategy:
-    """A peer that listens on loopback only and steps after every batch of 8."""
-    settings = {"target_batch_size": 8, "host_maddrs": ["/ip4/127.0.0.1/tcp/0"], **kwargs}
-    return HivemindStrategy(**settings)
+    """A peer of this process that steps after every batch of 8."""
+    if "dht" not in kwargs:
+        _made.append(DHT.within_process(_core.Hub()))
+        kwargs["dht"] = _made[-1]
+    return HivemindStrategy(**{"target_batch_size": 8, **kwargs})
+
+
+def networked(**kwargs: Any) -> HivemindStrategy:
+    """A peer with sockets, on loopback only."""
+    return HivemindStrategy(**{"target_batch_size": 8, "host_maddrs": ["/ip4/127.0.0.1/tcp/0"], **kwargs})
 
 
 def fit(pl: Any, chosen: Any, model_arguments: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -293,7 +312,7 @@ def test_several_optimizers_and_lbfgs_are_refused(lightning: Any) -> None:
 def test_either_package_when_both_are_imported() -> None:
     for name in PACKAGES:
         pl = package(name)
-        driver = trainer(pl, strategy())
+        driver = trainer(pl, networked())
         assert isinstance(driver.strategy, HivemindStrategy)
         assert isinstance(driver.strategy, pl.strategies.Strategy)
         driver.strategy.teardown()
@@ -301,7 +320,7 @@ def test_either_package_when_both_are_imported() -> None:
 
 def test_nothing_is_left_behind(lightning: Any) -> None:
     before = {thread.name for thread in threading.enumerate()}
-    _module, driver = fit(lightning, strategy(), gradient_clip_val=0.1)
+    _module, driver = fit(lightning, networked(), gradient_clip_val=0.1)
     after = {thread.name for thread in threading.enumerate()}
     assert after <= before
     assert "_clip_gradients" not in vars(driver.strategy.precision_plugin)
@@ -313,14 +332,14 @@ def test_a_failing_training_leaves_the_run(lightning: Any) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             raise RuntimeError("out of luck")
 
-    driver = trainer(lightning, strategy())
+    driver = trainer(lightning, networked())
     with pytest.raises(RuntimeError, match="out of luck"):
         driver.fit(Broken(), loader())
     assert driver.strategy._dht is None and driver.strategy._roster is None
 
 
 def test_fit_twice(lightning: Any) -> None:
-    peer = strategy()
+    peer = networked()
     module = model_class(lightning)()
     driver = trainer(lightning, peer)
     driver.fit(module, loader())
@@ -332,10 +351,10 @@ def test_fit_twice(lightning: Any) -> None:
 def test_the_join_text_is_printed_by_the_first_peer_only(
     lightning: Any, capsys: pytest.CaptureFixture
 ) -> None:
-    first = strategy()
+    first = networked()
     printed = capsys.readouterr().err
     assert first.joining_text in printed
-    second = strategy(initial_peers=[str(address) for address in first.dht.get_visible_maddrs()])
+    second = networked(initial_peers=[str(address) for address in first.dht.get_visible_maddrs()])
     assert capsys.readouterr().err == ""
     for peer in (first, second):
         peer.dht.shutdown()

@@ -138,14 +138,25 @@ class HivemindStrategy(_StrategyBase):
             "announce_maddrs": None if announce_maddrs is None else [str(a) for a in announce_maddrs],
             "client_mode": client_mode,
         }
-        self._joins = _joining.whom_to_join(initial_peers, token)
+        network = {name: value for name, value in network.items() if value is not None}
+        if dht is not None:
+            given = {"token": token, "initial_peers": initial_peers, "host_maddrs": host_maddrs, **network}
+            useless = [name for name, value in given.items() if value is not None]
+            if useless:
+                raise ValueError(
+                    f"{', '.join(useless)} cannot have an effect beside dht=: give it to potluck.DHT"
+                )
+        self._own_dht = dht is None
+        self._joins = (
+            _joining.whom_to_join(initial_peers, token) if dht is None else (dht.initial_peers or None)
+        )
         self._shuffle_differently = (
             self._joins is not None if shuffle_differently is None else shuffle_differently
         )
         self._dht_kwargs = {
             "initial_peers": self._joins,
             "host_maddrs": list(_LISTEN_EVERYWHERE if host_maddrs is None else map(str, host_maddrs)),
-            **{name: value for name, value in network.items() if value is not None},
+            **network,
         }
         self._parallel_devices: list[torch.device] | None = None
         self._optimizer: potluck.Optimizer | None = None
