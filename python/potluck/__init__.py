@@ -3,6 +3,8 @@
 Names and arguments are hivemind's. Nothing here imports torch until a class that needs it is used.
 """
 
+# ruff: noqa: F401 - the imports below are for type checkers; __all__ is made from the table.
+
 from __future__ import annotations
 
 import importlib

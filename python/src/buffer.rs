@@ -1,7 +1,7 @@
 //! Flat f32 memory shared with torch, both ways, through DLPack: no copy and no dependency on torch's ABI.
 //!
 //! The only file with unsafe code. Rust owns the memory of a [`FlatBuffer`]; a torch view keeps it alive. Rust touches
-//! it only inside short copies made while the caller waits, so a tensor operation of the caller never overlaps one.
+//! it only inside short copies (`copy_out`) made while the caller waits, so a tensor operation never overlaps one.
 #![expect(unsafe_code, reason = "DLPack is a C interface; every block states why it holds")]
 
 use crate::error::Error;
@@ -43,7 +43,7 @@ struct DlManaged {
 
 struct Memory(Box<[UnsafeCell<f32>]>);
 
-// SAFETY: access from Rust goes through `copy_in` and `copy_out` only; exclusion against torch is the caller's waiting,
+// SAFETY: access from Rust goes through `copy_out` only; exclusion against torch is the caller's waiting,
 // as with any tensor that two threads share.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
@@ -73,27 +73,6 @@ impl FlatBuffer {
         let cells = &self.memory.0;
         // SAFETY: UnsafeCell<f32> has the layout of f32; nobody writes meanwhile (see the header).
         unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<f32>(), cells.len()) }.to_vec()
-    }
-
-    /// Replace the values.
-    pub(crate) fn copy_in(&self, values: &[f32]) -> Result<(), Error> {
-        let cells = &self.memory.0;
-        if cells.len() != values.len() {
-            return Err(Error::Value(format!(
-                "the buffer holds {} values, not {}",
-                cells.len(),
-                values.len()
-            )));
-        }
-        // SAFETY: lengths are equal, the memory is ours, and nobody reads or writes meanwhile (see the header).
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                values.as_ptr(),
-                cells.as_ptr().cast_mut().cast::<f32>(),
-                values.len(),
-            )
-        };
-        Ok(())
     }
 }
 
@@ -261,23 +240,6 @@ impl Borrowed {
             let start = tensor.data.cast::<u8>().add(usize::try_from(tensor.byte_offset).unwrap_or(0));
             std::slice::from_raw_parts(start, len)
         }
-    }
-
-    /// The values as f32, if they are that.
-    ///
-    /// # Errors
-    /// [`Error::Type`] for another element type.
-    pub(crate) fn as_f32(&self) -> Result<&[f32], Error> {
-        if self.element != (Element { code: 2, bits: 32 }) {
-            return Err(Error::Type("expected a float32 tensor".to_owned()));
-        }
-        let bytes = self.bytes();
-        // SAFETY: any bit pattern is an f32; a misaligned head or tail is refused below.
-        let (head, values, tail) = unsafe { bytes.align_to::<f32>() };
-        if !head.is_empty() || !tail.is_empty() {
-            return Err(Error::Value("expected an aligned tensor".to_owned()));
-        }
-        Ok(values)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The one place where errors of the Rust crates become Python exceptions.
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::{PyErr, create_exception};
 
 create_exception!(
@@ -9,7 +9,6 @@ create_exception!(
     PyOSError,
     "The network could not be used: no peer reached, address refused, or closed."
 );
-create_exception!(_core, RoundError, PyRuntimeError, "An averaging round ended without a result.");
 
 /// Everything that can go wrong behind a call from Python.
 #[derive(Debug, thiserror::Error)]
@@ -20,15 +19,9 @@ pub(crate) enum Error {
     /// The caller's argument has the wrong type.
     #[error("{0}")]
     Type(String),
-    /// A deadline passed.
-    #[error("{0}")]
-    TimedOut(String),
     /// The network could not be used.
     #[error("{0}")]
     Peer(String),
-    /// A round ended without a result.
-    #[error("{0}")]
-    Round(String),
     /// The object was shut down, or belongs to another process.
     #[error("{0}")]
     State(String),
@@ -43,9 +36,7 @@ impl From<Error> for PyErr {
         match error {
             Error::Value(_) => PyValueError::new_err(text),
             Error::Type(_) => PyTypeError::new_err(text),
-            Error::TimedOut(_) => PyTimeoutError::new_err(text),
             Error::Peer(_) => PeerError::new_err(text),
-            Error::Round(_) => RoundError::new_err(text),
             Error::State(_) => PyRuntimeError::new_err(text),
             Error::Python(error) => error,
         }

@@ -19,7 +19,7 @@ mod _core {
     #[pymodule_export]
     use crate::compression::{decode, decode_message, encode, encode_message, scheme_for, schemes};
     #[pymodule_export]
-    use crate::error::{PeerError, RoundError};
+    use crate::error::PeerError;
     #[pymodule_export]
     use crate::hub::Hub;
     #[pymodule_export]

@@ -68,23 +68,6 @@ where
     }
 }
 
-/// Like [`wait`], with a deadline; `what` names the operation in the error.
-///
-/// # Errors
-/// As [`wait`], and [`Error::TimedOut`].
-pub(crate) fn wait_for<T, F>(py: Python<'_>, what: &str, limit: Option<Duration>, work: F) -> Result<T, Error>
-where
-    T: Send,
-    F: Future<Output = Result<T, Error>> + Send,
-{
-    let Some(limit) = limit else { return wait(py, work) };
-    wait(py, async move {
-        tokio::time::timeout(limit, work)
-            .await
-            .unwrap_or_else(|_| Err(Error::TimedOut(format!("{what} did not finish within {limit:?}"))))
-    })
-}
-
 /// Seconds from Python as a duration: `None` is no limit.
 ///
 /// # Errors

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from potluck import _core, _settings
-from potluck.averaging.control import AveragingStage, StepControl
-from potluck.compression import CompressionBase, CompressionInfo, NoCompression
 from potluck._state import tensor_of
 from potluck._tensors import FlatTensors, views_of
+from potluck.averaging.control import AveragingStage, StepControl
+from potluck.compression import CompressionBase, CompressionInfo, NoCompression
 from potluck.p2p.peer_id import PeerID
 from potluck.utils.logging import get_logger
 from potluck.utils.serializer import MSGPackSerializer

@@ -110,7 +110,7 @@ class StepControl(Future):  # type: ignore[type-arg]
                     return False
                 self._state = "CANCELLED"
                 self._condition.notify_all()
-            self._invoke_callbacks()
+            self._invoke_callbacks()  # type: ignore[attr-defined]
             self._trigger.set()
             return True
 

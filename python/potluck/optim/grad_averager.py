@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from potluck import _core
+from potluck._tensors import FlatTensors
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.averaging.control import StepControl
-from potluck._tensors import FlatTensors
 from potluck.utils.logging import get_logger
 from potluck.utils.timed_storage import DHTExpiration
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from potluck import _core, _settings
-from potluck.compression import CompressionBase, NoCompression
-from potluck.optim._inner import PLATEAU, InnerOptimizer
 from potluck._state import StateCodec
 from potluck._tensors import FlatTensors, flat, views_of
+from potluck.compression import CompressionBase, NoCompression
+from potluck.optim._inner import PLATEAU, InnerOptimizer
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.grad_scaler import GradScaler
 from potluck.optim.progress_tracker import SessionTracker
@@ -436,7 +436,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _do_average_state(self) -> None:
         self._read_state()
-        if self.delay_state_averaging and not (self.delay_grad_averaging or self.delay_optimizer_step):
+        background = self.delay_state_averaging and not (
+            self.delay_grad_averaging or self.delay_optimizer_step
+        )
+        # Alone there is nothing to wait for, and nothing to do beside it.
+        if background and len(self.status()["peers"]) > 1:
             self._session.start_state(self._state.buffer)
             return
         averaged, alone, _, _ = self._session.average_state(self._state.buffer)

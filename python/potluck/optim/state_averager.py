@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from potluck._state import StateCodec
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.averaging.control import StepControl
 from potluck.compression import CompressionInfo, TensorRole
 from potluck.optim._inner import InnerOptimizer
-from potluck._state import StateCodec
 from potluck.utils.logging import get_logger
 from potluck.utils.nested import nested_flatten, nested_pack
 from potluck.utils.tensor_descr import TensorDescriptor
@@ -119,9 +119,9 @@ class TrainingStateAverager(DecentralizedAverager):
         if averaging_control is not None and averaging_opts:
             raise ValueError("averaging_opts cannot have an effect on a round that was asked for before")
         delay = bool(delay_averaging)
-        if self._delayed is not None and (wait_for_delayed_updates or self._delayed.done() or not delay):
-            if apply_delayed_updates:
-                self._finish_delayed()
+        ready = self._delayed is not None and (wait_for_delayed_updates or self._delayed.done() or not delay)
+        if ready and apply_delayed_updates:
+            self._finish_delayed()
         if wait_for_trigger is not None:
             wait_for_trigger()
         if optimizer_step:
