@@ -1,10 +1,12 @@
 //! What a caller decides about a session, checked once, at construction.
 
 use crate::InviteError;
+use potluck_averaging::Directory;
 use potluck_compression::{Policy, TensorInfo};
 use potluck_net::PeerId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Low-rank compression of matrices (PowerSGD, arXiv:1905.13727).
@@ -57,7 +59,7 @@ pub enum StateEvery {
 }
 
 /// Everything that a session needs to know. `SessionConfig::new` fills in defaults that fit most runs.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SessionConfig {
     /// The run to take part in.
     pub run_id: String,
@@ -81,6 +83,8 @@ pub struct SessionConfig {
     pub manifest_extra: BTreeMap<String, String>,
     /// Peers that may already be in the run.
     pub bootstrap: Vec<PeerId>,
+    /// Where to find more peers, such as the DHT.
+    pub directory: Option<Arc<dyn Directory>>,
     /// This peer computes no gradients and only helps to average.
     pub auxiliary: bool,
     /// This peer expects not to be dialled by others.
@@ -93,6 +97,12 @@ pub struct SessionConfig {
     pub averaging_timeout: Option<Duration>,
     /// At most this long for one download of the state.
     pub load_state_timeout: Duration,
+}
+
+impl std::fmt::Debug for SessionConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SessionConfig({:?}, {:?}, {} samples)", self.run_id, self.policy, self.target_batch_size)
+    }
 }
 
 impl SessionConfig {
@@ -110,6 +120,7 @@ impl SessionConfig {
             average_state_every: StateEvery::Never,
             manifest_extra: BTreeMap::new(),
             bootstrap: Vec::new(),
+            directory: None,
             auxiliary: false,
             client_mode: false,
             owner: None,

@@ -33,6 +33,8 @@ pub(crate) struct Core {
     applied: Option<([u8; 32], u64)>,
     /// The round failed although others were here: what this peer applies alone ends no epoch.
     void: bool,
+    /// The round in which this peer waits for the others.
+    pub(crate) waiting: Option<Channel>,
     behind: Behind,
     /// The last state that all peers of this lineage agreed on.
     agreed: Option<Vec<f32>>,
@@ -74,6 +76,7 @@ impl Core {
             state_plan: None,
             applied: None,
             void: false,
+            waiting: None,
             behind,
             agreed: None,
             agreed_next: None,
@@ -113,6 +116,18 @@ impl Core {
         self.peers = seen;
     }
 
+    /// Whether somebody else works on our epoch or is ahead: whoever is behind cannot take part in our round.
+    pub(crate) fn in_company(&self) -> bool {
+        self.peers.values().any(|view| view.epoch >= self.lineage.epoch && !view.auxiliary)
+    }
+
+    /// Whether a member of the last round is alive and has not yet said that it has its result.
+    pub(crate) fn members_are_finishing(&self) -> bool {
+        let members = self.last_round.iter().flat_map(|round| &round.members);
+        let mut views = members.filter_map(|member| self.peers.get(member));
+        views.any(|view| view.epoch + 1 == self.lineage.epoch)
+    }
+
     fn views(&self) -> Vec<PeerView> {
         self.peers.values().cloned().collect()
     }
@@ -131,12 +146,18 @@ impl Core {
         }
         self.ask_for_state(&views);
         let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
+        let ours = self.lineage;
+        let called = |channel| {
+            let notes = views.iter().filter_map(|view| Note::decode(&view.note));
+            let mut calls = notes.filter(|note| note.waiting == Some(channel) && note.lineage == ours);
+            calls.next().is_some() || open(channel)
+        };
         let situation = Situation {
             samples_total: swarm.samples.saturating_sub(self.own.samples_under_way),
             target: self.config.target_batch_size,
             local_steps: self.own.steps,
-            gradients_open: open(Channel::Gradients),
-            state_open: self.state_averaged_at != Some(self.lineage.epoch) && open(Channel::State),
+            gradients_open: called(Channel::Gradients),
+            state_open: self.state_averaged_at != Some(self.lineage.epoch) && called(Channel::State),
             state_due: self.state_due,
             background: self.background,
             background_due: self.lineage.epoch > self.background_epoch,
@@ -175,6 +196,7 @@ impl Core {
             loss: self.loss,
             state_due: self.state_due_from,
             sketch: self.sketch,
+            waiting: self.waiting,
         };
         Report {
             epoch: self.lineage.epoch,

@@ -162,8 +162,11 @@ pub trait Dialect: Send + Sync + 'static {
     /// Resolves when `peers` or `round_open` may have changed. Cancel-safe.
     fn changed(&self) -> BoxFuture<'_, ()>;
 
-    /// Whether somebody waits for us in the round of this epoch.
-    fn round_open(&self, channel: Channel, epoch: u64) -> bool;
+    /// Whether the protocol itself knows that somebody waits for us in the round of this epoch. (Sessions tell each
+    /// other in their reports too.)
+    fn round_open(&self, _channel: Channel, _epoch: u64) -> bool {
+        false
+    }
 
     /// Tell everybody where we are; at once if it completes the epoch, else with the next heartbeat.
     fn report(&self, report: Report);

@@ -53,6 +53,7 @@ pub use invite::{Invite, InviteError};
 pub use lineage::Lineage;
 pub use manifest::{differences, manifest, manifest_hash};
 pub use policy::Step;
+pub use potluck_averaging::Directory;
 pub use potluck_compression::{Policy, Scheme, TensorInfo, TensorRole};
 pub use session::{Averaged, Session, Started};
 pub use status::{PeerStatus, RoundStatus, Status};

@@ -1,68 +1,230 @@
 //! The native protocol under a session: potluck's membership, rounds and state transfer.
 
 use crate::dialect::{
-    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, Snapshot,
-    Traffic,
+    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
+    Snapshot, Traffic,
 };
-use crate::{JoinError, SessionConfig};
+use crate::wire::Note;
+use crate::{JoinError, SessionConfig, manifest};
 use futures::future::BoxFuture;
+use potluck_averaging::{
+    Averager, AveragerConfig, JoinError as SwarmError, Progress, RoundRequest, Swarm, SwarmConfig, View,
+};
+use potluck_compression::Policy;
 use potluck_net::{Env, Outcome, PeerId, Transport};
+use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 
-/// Not joinable yet: the averaging crate brings membership and rounds. Until then no value of this type exists.
-pub(crate) struct Native(Infallible);
+/// Without a limit from the user: far above any round whose peers are alive, because what is lost is noticed earlier.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(600);
+
+pub(crate) struct Native {
+    swarm: Swarm,
+    members: watch::Receiver<View>,
+    gradients: Averager,
+    state: Averager,
+    exchange: Exchange,
+    sent: AtomicU64,
+    received: AtomicU64,
+    auxiliary: bool,
+}
 
 impl Native {
-    #[expect(clippy::unused_async, reason = "joining waits for the network")]
     pub(crate) async fn join(
-        _transport: Arc<dyn Transport>,
-        _env: Env,
+        transport: Arc<dyn Transport>,
+        env: Env,
         config: &SessionConfig,
     ) -> Result<Self, JoinError> {
-        Err(JoinError::Network(format!("run {:?}: this build has no native protocol yet", config.run_id)))
+        let mut swarm = SwarmConfig::new(config.run_id.clone(), config.bootstrap.clone());
+        swarm.manifest = manifest(config);
+        swarm.client_mode = config.client_mode;
+        swarm.auxiliary = config.auxiliary;
+        swarm.directory = config.directory.clone();
+        swarm.owner = config.owner;
+        swarm.invite =
+            config.invite.as_deref().map(crate::Invite::from_text).transpose()?.map(|invite| invite.inner);
+        let run_id = config.run_id.clone();
+        let swarm =
+            Swarm::join(transport.clone(), env.clone(), swarm).await.map_err(|error| match error {
+                SwarmError::Refused { reason, .. } => {
+                    JoinError::Mismatch { run_id, differences: vec![reason] }
+                }
+                other => JoinError::Network(other.to_string()),
+            })?;
+        let averager = |name: &str, tensors: &Vec<_>, compression: &Policy| {
+            Averager::new(&swarm, name, AveragerConfig::new(tensors.clone(), compression.clone()))
+        };
+        let exchange = Exchange::start(transport, env, &config.run_id)
+            .map_err(|error| JoinError::Network(error.to_string()))?;
+        Ok(Self {
+            members: swarm.members(),
+            gradients: averager("gradients", &config.tensors, &config.grad_compression),
+            state: averager("state", &config.state_tensors, &config.state_compression),
+            exchange,
+            swarm,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            auxiliary: config.auxiliary,
+        })
+    }
+
+    async fn round(&self, channel: Channel, call: RoundCall) -> Result<Outcome<RoundResult>, RoundFailed> {
+        let averager = match channel {
+            Channel::Gradients => &self.gradients,
+            Channel::State => &self.state,
+        };
+        let epoch = call.epoch;
+        let vector = if self.auxiliary { Vec::new() } else { call.vector };
+        // Kept for the one case in which an average must be dropped.
+        let kept = if channel == Channel::State { vector.clone() } else { Vec::new() };
+        let bytes_plain = vector.len() as u64 * 4;
+        let mut request = RoundRequest::new(Some(epoch), vector, call.weight);
+        request.gather = call.lineage.to_vec().into();
+        request.timeout = call.timeout.unwrap_or(ROUND_TIMEOUT);
+        let outcome = averager.step(request).await.map_err(|error| RoundFailed {
+            epoch,
+            reason: error.kind.to_string(),
+            vector: error.vector,
+            faults: error.faults,
+        })?;
+        let stats = &outcome.value.stats;
+        self.sent.fetch_add(stats.bytes_sent, Ordering::Relaxed);
+        self.received.fetch_add(stats.bytes_received, Ordering::Relaxed);
+        let round_stats = RoundStats {
+            seconds: stats.gather_seconds + stats.transfer_seconds + stats.agree_seconds,
+            gather_seconds: stats.gather_seconds,
+            bytes_sent: stats.bytes_sent,
+            bytes_received: stats.bytes_received,
+            bytes_plain,
+            bytes_encoded: stats.encoded_bytes,
+            attempts: outcome.value.attempt + 1,
+        };
+        let of_one_history = outcome.value.members.iter().all(|member| member.gathered == call.lineage[..]);
+        if channel == Channel::State && !of_one_history {
+            // Movements away from different states do not add up; every member sees the same list and drops it.
+            return Err(RoundFailed {
+                epoch,
+                reason: "members of two histories met; the one that gives way loads the other's state"
+                    .to_owned(),
+                vector: kept,
+                faults: outcome.faults,
+            });
+        }
+        Ok(outcome.map(|round| RoundResult {
+            vector: round.vector,
+            members: round.members.iter().map(|member| member.peer).collect(),
+            weight_total: round.weight_total,
+            plan_hash: round.plan_hash,
+            stats: round_stats,
+        }))
     }
 }
 
 impl Dialect for Native {
     fn local_peer(&self) -> PeerId {
-        match self.0 {}
+        self.swarm.local_peer()
     }
+
     fn peers(&self) -> Vec<PeerView> {
-        match self.0 {}
+        let view = self.swarm.view();
+        let others = view.members.into_iter().filter(|(_, member)| !member.local);
+        others
+            .map(|(peer, member)| PeerView {
+                peer,
+                epoch: member.epoch,
+                samples: member.samples,
+                samples_per_second: member.samples_per_second as f32,
+                path: member.path,
+                auxiliary: member.auxiliary,
+                note: member.app,
+            })
+            .collect()
     }
+
     fn changed(&self) -> BoxFuture<'_, ()> {
-        match self.0 {}
+        let mut members = self.members.clone();
+        members.mark_unchanged();
+        Box::pin(async move {
+            if members.changed().await.is_err() {
+                // The swarm has ended; nothing will ever change again.
+                futures::future::pending::<()>().await;
+            }
+        })
     }
-    fn round_open(&self, _: Channel, _: u64) -> bool {
-        match self.0 {}
+
+    fn report(&self, report: Report) {
+        let progress = Progress {
+            epoch: report.epoch,
+            samples: report.samples,
+            samples_per_second: f64::from(report.samples_per_second),
+            ready: true,
+            app: report.note,
+        };
+        if report.urgent { self.swarm.report_now(progress) } else { self.swarm.report(progress) }
     }
-    fn report(&self, _: Report) {
-        match self.0 {}
+
+    fn average(
+        &self,
+        channel: Channel,
+        call: RoundCall,
+    ) -> BoxFuture<'_, Result<Outcome<RoundResult>, RoundFailed>> {
+        Box::pin(self.round(channel, call))
     }
-    fn average(&self, _: Channel, _: RoundCall) -> BoxFuture<'_, Result<Outcome<RoundResult>, RoundFailed>> {
-        match self.0 {}
+
+    fn publish(&self, snapshot: Snapshot) {
+        let Snapshot { epoch, lineage, meta, blobs } = snapshot;
+        self.exchange.publish(Arc::new(Stored { epoch, lineage, meta, blobs }));
     }
-    fn publish(&self, _: Snapshot) {
-        match self.0 {}
-    }
+
     fn download(
         &self,
-        _: [u8; 32],
-        _: u64,
-        _: Duration,
+        lineage: [u8; 32],
+        epoch_min: u64,
+        timeout: Duration,
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
-        match self.0 {}
+        let ahead: Vec<PeerView> =
+            self.peers().into_iter().filter(|view| view.epoch >= epoch_min && !view.auxiliary).collect();
+        // Those with the history that won, as far as they say; else whoever has the epoch.
+        let winners = ahead.iter().filter(|view| says_lineage(view, &lineage));
+        let mut donors: Vec<PeerId> = winners.map(|view| view.peer).collect();
+        if donors.is_empty() {
+            donors = ahead.iter().map(|view| view.peer).collect();
+        }
+        Box::pin(async move {
+            let failed = |error: DownloadError| {
+                let reason = error.to_string();
+                let faults = match error {
+                    DownloadError::NobodyOffers { faults, .. }
+                    | DownloadError::Interrupted { faults, .. } => faults,
+                    _ => Vec::new(),
+                };
+                DownloadFailed { epoch_min, reason, faults }
+            };
+            let outcome = self.exchange.download(&donors, epoch_min, timeout).await.map_err(failed)?;
+            Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))
+        })
     }
+
     fn traffic(&self) -> Traffic {
-        match self.0 {}
+        Traffic {
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+        }
     }
+
     fn memory(&self) -> BTreeMap<String, u64> {
-        match self.0 {}
+        BTreeMap::from([("snapshot".to_owned(), self.exchange.bytes())])
     }
+
     fn leave(&self) -> BoxFuture<'_, ()> {
-        match self.0 {}
+        Box::pin(self.swarm.leave())
     }
+}
+
+fn says_lineage(view: &PeerView, lineage: &[u8; 32]) -> bool {
+    Note::decode(&view.note).is_some_and(|note| note.lineage.hash == *lineage)
 }

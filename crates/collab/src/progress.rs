@@ -165,7 +165,8 @@ mod tests {
 
     fn peer(seed: u8, epoch: u64, samples: u64, lineage: Option<Lineage>) -> PeerView {
         let note = lineage.map(|lineage| {
-            Note { lineage, contributed: 0, loss: None, state_due: None, sketch: None }.encode()
+            Note { lineage, contributed: 0, loss: None, state_due: None, sketch: None, waiting: None }
+                .encode()
         });
         PeerView {
             peer: PeerId::from_ed25519(&[seed; 32]),

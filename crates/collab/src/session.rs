@@ -17,6 +17,9 @@ const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How many times a round is tried while its peers are there and nobody has moved on.
 const ROUND_ATTEMPTS: u32 = 3;
 
+/// How long the news of a member's result may take to reach us: a heartbeat and a slow link.
+const FINISHING_MAX: Duration = Duration::from_millis(1500);
+
 /// An average, or what this peer goes on with when there was none.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Averaged {
@@ -69,7 +72,7 @@ impl Session {
         config: SessionConfig,
     ) -> Result<Self, JoinError> {
         config.validate()?;
-        Invite::admit(config.owner, &config.run_id, transport.local_peer(), config.invite.as_deref())?;
+        Invite::admit(config.owner, &config.run_id, config.invite.as_deref())?;
         let dialect = crate::native::Native::join(transport, env.clone(), &config).await?;
         Self::with_dialect(Arc::new(dialect), env, config)
     }
@@ -310,7 +313,7 @@ impl Inner {
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
         let mut core = self.core();
-        let keeps = outcome.value.alone && (!self.dialect.peers().is_empty() || !core.agrees_alone());
+        let keeps = outcome.value.alone && (core.in_company() || !core.agrees_alone());
         outcome.value.vector = if keeps { vector } else { core.agree(movement) };
         drop(core);
         outcome
@@ -329,12 +332,25 @@ impl Inner {
             if self.dialect.peers().is_empty() || self.is_behind() {
                 break;
             }
+            if channel == Channel::State {
+                self.wait_for_members().await;
+            }
             let timeout = self.config.averaging_timeout;
             let call = RoundCall { epoch, lineage, vector, weight, timeout };
-            match self.dialect.average(channel, call).await {
-                Ok(outcome) => {
+            self.core().waiting = Some(channel);
+            self.tell(true);
+            let result = self.dialect.average(channel, call).await;
+            self.core().waiting = None;
+            match result {
+                Ok(outcome) if outcome.value.members.len() > 1 => {
                     faults.extend(outcome.faults);
                     return self.averaged(channel, outcome.value, faults);
+                }
+                Ok(outcome) => {
+                    vector = outcome.value.vector;
+                    faults.extend(outcome.faults);
+                    reason = "nobody else came".to_owned();
+                    break;
                 }
                 Err(failed) => {
                     vector = failed.vector;
@@ -344,6 +360,22 @@ impl Inner {
             }
         }
         self.not_averaged(channel, vector, weight, reason, faults)
+    }
+
+    /// The members of the last round have their result now or in a moment; starting without them would split us.
+    async fn wait_for_members(&self) {
+        let until = self.env.now() + FINISHING_MAX;
+        loop {
+            let finishing = {
+                let mut core = self.core();
+                self.look(&mut core);
+                core.members_are_finishing()
+            };
+            if !finishing || self.env.now() >= until {
+                return;
+            }
+            let _news_or_deadline = tokio::time::timeout_at(until, self.dialect.changed()).await;
+        }
     }
 
     fn is_behind(&self) -> bool {
@@ -380,8 +412,9 @@ impl Inner {
         reason: String,
         faults: Vec<PeerFault>,
     ) -> Outcome<Averaged> {
-        let in_company = !self.dialect.peers().is_empty();
         let mut core = self.core();
+        self.look(&mut core);
+        let in_company = core.in_company();
         core.not_averaged(channel, in_company, &faults);
         let epoch = core.lineage.epoch;
         drop(core);

@@ -2,8 +2,8 @@
 //! state average. From strangers: lengths are checked first, and anything odd makes the whole note absent.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
-use crate::Lineage;
 use crate::sketch::{SKETCH_LEN, Sketch};
+use crate::{Channel, Lineage};
 use bytes::{BufMut, Bytes, BytesMut};
 
 const VERSION: u8 = 1;
@@ -21,6 +21,8 @@ pub(crate) struct Note {
     /// The epoch at whose start the parameters are to be averaged, if this peer asks for it.
     pub(crate) state_due: Option<u64>,
     pub(crate) sketch: Option<Sketch>,
+    /// This peer waits for the others in the round of its epoch.
+    pub(crate) waiting: Option<Channel>,
 }
 
 impl Note {
@@ -38,6 +40,11 @@ impl Note {
             for value in sketch.values {
                 out.put_f32_le(value);
             }
+        });
+        out.put_u8(match self.waiting {
+            None => 0,
+            Some(Channel::Gradients) => 1,
+            Some(Channel::State) => 2,
         });
         out.freeze()
     }
@@ -63,7 +70,13 @@ impl Note {
             }
             Some(Sketch { epoch, values })
         })?;
-        input.0.is_empty().then_some(Self { lineage, contributed, loss, state_due, sketch })
+        let waiting = match input.u8()? {
+            0 => None,
+            1 => Some(Channel::Gradients),
+            2 => Some(Channel::State),
+            _ => return None,
+        };
+        input.0.is_empty().then_some(Self { lineage, contributed, loss, state_due, sketch, waiting })
     }
 }
 
@@ -117,6 +130,7 @@ mod tests {
             loss: Some(0.5),
             state_due: Some(9),
             sketch: Some(Sketch { epoch: 4, values: [1.5; SKETCH_LEN] }),
+            waiting: Some(Channel::State),
         }
     }
 
