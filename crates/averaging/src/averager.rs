@@ -270,7 +270,7 @@ impl Averager {
             .offload(move || {
                 let bad = if check_own { first_non_finite(&own) } else { None };
                 let norm = square_sum(&own).sqrt();
-                (own, if norm.is_finite() { norm } else { f64::from(f32::MAX) }, bad)
+                (own, norm, bad)
             })
             .await;
         let request = RoundRequest { vector: Vec::new(), ..request };

@@ -48,6 +48,21 @@ pub(crate) async fn connect(
     (peer, done)
 }
 
+/// As [`connect`], but a stream that breaks on the way is no answer yet: try up to three times.
+pub(crate) async fn connect_patiently(
+    inner: &Arc<Inner>,
+    peer: PeerId,
+    deadline: Instant,
+) -> (PeerId, Result<(), LinkError>) {
+    for _ in 0..2 {
+        match connect(inner, peer, deadline).await.1 {
+            Err(LinkError::Failed(fault)) if fault.kind == FaultKind::Reset => {}
+            result => return (peer, result),
+        }
+    }
+    connect(inner, peer, deadline).await
+}
+
 async fn handshake(inner: &Arc<Inner>, peer: PeerId) -> Result<(Stream, Hello), LinkError> {
     let failed = |fault| LinkError::Failed(fault);
     let mut stream = inner

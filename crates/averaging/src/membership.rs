@@ -239,6 +239,7 @@ impl Membership {
         pulse: Option<Pulse>,
         actions: &mut Vec<Action>,
     ) {
+        let mut newcomer = false;
         let Some(entry) = self.entry(now, peer) else { return };
         if (incarnation, standing) > (entry.incarnation, entry.standing) || entry.incarnation == 0 {
             let was_alive = entry.standing == Standing::Alive && entry.incarnation > 0;
@@ -246,7 +247,8 @@ impl Membership {
             entry.fresh = 4;
             if standing == Standing::Alive && !was_alive {
                 entry.detector = Detector::new(now);
-                entry.connect_at = now;
+                entry.connect_at = now + RETRY;
+                newcomer = !entry.linked;
             }
             actions.push(Action::Beat);
             actions.push(Action::Changed);
@@ -259,6 +261,9 @@ impl Membership {
             entry.pulse = pulse;
             entry.pulse_at = now;
             actions.push(Action::Changed);
+        }
+        if newcomer && self.neighbours().contains(&peer) {
+            actions.push(Action::Connect(peer));
         }
     }
 

@@ -70,14 +70,12 @@ impl Layout {
         let step = chunk_values(values, reducers);
         let mut chunks = Vec::new();
         for (range, scheme) in merged {
-            let mut start = range.start;
-            while start < range.end {
-                let end = (start + step).min(range.end);
-                // A small remainder joins its neighbour instead of paying for a frame of its own.
-                let end = if range.end - end < step / 4 { range.end } else { end };
-                chunks.push(Chunk { range: start..end, scheme });
-                start = end;
-            }
+            // Equal chunks: parts of equally fast reducers are then equal as well.
+            let count = (range.len() as f64 / step as f64).round().max(1.0) as usize;
+            let grain = if elementwise(scheme) { 1 } else { CHUNK_GRAIN };
+            let len = range.len().div_ceil(count).div_ceil(grain) * grain;
+            let starts = range.clone().step_by(len);
+            chunks.extend(starts.map(|at| Chunk { range: at..(at + len).min(range.end), scheme }));
         }
         Self { chunks, values }
     }
@@ -101,8 +99,7 @@ impl Layout {
 
 /// Chunk length for a vector: about four chunks per reducer while that is not too small or too large.
 fn chunk_values(values: usize, reducers: usize) -> usize {
-    let wanted = values / (4 * reducers.max(1));
-    wanted.clamp(CHUNK_VALUES_MIN, CHUNK_VALUES_MAX).div_ceil(CHUNK_GRAIN) * CHUNK_GRAIN
+    (values / (4 * reducers.max(1))).clamp(CHUNK_VALUES_MIN, CHUNK_VALUES_MAX)
 }
 
 #[cfg(test)]
@@ -132,7 +129,7 @@ mod tests {
                 let mut at = 0;
                 for chunk in &layout.chunks {
                     assert_eq!(chunk.range.start, at);
-                    assert!(!chunk.range.is_empty() && chunk.range.len() <= 5 * CHUNK_VALUES_MAX / 4);
+                    assert!(!chunk.range.is_empty() && chunk.range.len() <= 3 * CHUNK_VALUES_MAX / 2);
                     at = chunk.range.end;
                 }
                 assert_eq!(at, len);

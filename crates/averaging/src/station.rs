@@ -18,7 +18,7 @@ const READY_MAX: usize = 1024;
 /// Rounds whose verdict is remembered for those who ask late.
 const RECENT_MAX: usize = 8;
 /// What is not acknowledged is repeated this often.
-const REPEAT: Duration = Duration::from_millis(500);
+const REPEAT: Duration = Duration::from_millis(250);
 /// Readiness that was not repeated for this long is void.
 const READY_AGE_MAX: Duration = Duration::from_secs(3);
 /// Bounds of the adaptive time that silent peers are waited for.
@@ -78,10 +78,14 @@ pub(crate) struct Station {
     wish: Option<Wish>,
     left_out: bool,
     skipped: BTreeSet<PeerId>,
+    /// Since when the round is ours to coordinate.
+    coordinating: Option<Instant>,
     asked: Option<(PeerId, Instant, Instant)>,
     ready: BTreeMap<PeerId, (Instant, Ready)>,
     current: Option<Current>,
     recent: VecDeque<(PlanHash, Agreed)>,
+    /// The last epoch that this channel finished: there is no second round for it.
+    finished_epoch: Option<u64>,
     last_members: (BTreeSet<PeerId>, Option<Instant>),
     next_attempt: (Option<u64>, u32),
     spread: Duration,
@@ -98,11 +102,13 @@ impl Station {
             wish: None,
             left_out: false,
             skipped: BTreeSet::new(),
+            coordinating: None,
             asked: None,
             ready: BTreeMap::new(),
             current: None,
             recent: VecDeque::new(),
             last_members: (BTreeSet::new(), None),
+            finished_epoch: None,
             next_attempt: (None, 0),
             spread: Duration::ZERO,
             faults: Vec::new(),
@@ -118,6 +124,7 @@ impl Station {
         self.wish = Some(wish);
         self.left_out = false;
         self.skipped.clear();
+        self.coordinating = None;
         self.asked = None;
         self.faults.clear();
     }
@@ -129,6 +136,7 @@ impl Station {
         let others = current.plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
         match current.agreed {
             Some(agreed) => {
+                self.finished_epoch = self.finished_epoch.max(current.plan.epoch);
                 self.last_members = (current.plan.members.iter().map(|m| m.peer).collect(), Some(now));
                 self.recent.push_front((current.hash, agreed));
                 self.recent.truncate(RECENT_MAX);
@@ -186,6 +194,9 @@ impl Station {
         let order = coordinators(&self.run, &self.channel, wish.ready.epoch, all.iter().copied());
         let chosen = order.iter().find(|peer| !self.skipped.contains(peer)).copied().unwrap_or(self.me);
         if chosen == self.me {
+            let since = *self.coordinating.get_or_insert(now);
+            // Having taken over, the others need the time to find that out as well.
+            let deadline = if self.skipped.is_empty() { deadline } else { deadline.max(since + REPEAT * 4) };
             let complete = expected.iter().all(|peer| ready.contains_key(peer));
             if ready.len() >= wish.group_size_min.max(2) && (complete || now >= deadline) {
                 return self.begin(now, &wish, &ready, out);
@@ -193,7 +204,14 @@ impl Station {
             if now >= deadline && ready.len() == 1 && wish.group_size_min <= 1 {
                 return Gathering::Alone;
             }
-            return Gathering::Wait(if now >= deadline { now + REPEAT } else { deadline });
+            // Those who do not know that it is our turn learn it; those who went on without us say so.
+            let missing = expected.iter().filter(|peer| !ready.contains_key(peer));
+            if now >= since + REPEAT && self.asked.is_none_or(|(_, _, last)| now >= last + REPEAT) {
+                out.extend(missing.map(|peer| (*peer, RoundMessage::Ready(wish.ready.clone()))));
+                self.asked = Some((self.me, now, now));
+            }
+            let again = now + REPEAT;
+            return Gathering::Wait(if now >= deadline { again } else { deadline.min(again) });
         }
         self.ask(now, chosen, patience, &wish, out)
     }
@@ -313,6 +331,11 @@ impl Station {
                 out.push((from, RoundMessage::LeftOut { nonce, epoch, attempt }));
                 return;
             }
+        }
+        if self.current.is_none() && ready.epoch.is_some() && ready.epoch <= self.finished_epoch {
+            let (nonce, epoch) = (ready.nonce, ready.epoch);
+            out.push((from, RoundMessage::LeftOut { nonce, epoch, attempt: 0 }));
+            return;
         }
         if self.ready.len() < READY_MAX || self.ready.contains_key(&from) {
             self.ready.insert(from, (now, ready));

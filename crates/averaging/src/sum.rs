@@ -86,10 +86,12 @@ fn check(chunk: &Chunk, norm: f64, bytes: &[u8], decoded: &mut [f32]) -> Result<
     Ok(())
 }
 
-/// The sum of squares.
+/// The sum of squares of all finite values.
 pub(crate) fn square_sum(values: &[f32]) -> f64 {
-    values
-        .chunks(1024)
-        .map(|piece| piece.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>())
-        .sum()
+    let square = |value: &f32| f64::from(*value) * f64::from(*value);
+    let piece_sum = |piece: &[f32]| {
+        let sum: f64 = piece.iter().map(square).sum();
+        if sum.is_finite() { sum } else { piece.iter().filter(|value| value.is_finite()).map(square).sum() }
+    };
+    values.chunks(1024).map(piece_sum).sum()
 }

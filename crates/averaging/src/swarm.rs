@@ -221,7 +221,7 @@ impl Swarm {
             known.remove(&inner.me);
         }
         let mut attempts: futures::stream::FuturesUnordered<_> =
-            known.iter().map(|peer| link::connect(inner, *peer, deadline)).collect();
+            known.iter().map(|peer| link::connect_patiently(inner, *peer, deadline)).collect();
         let mut lines = Vec::new();
         while let Some((peer, result)) = futures::StreamExt::next(&mut attempts).await {
             match result {
@@ -253,6 +253,16 @@ impl Swarm {
         let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
         let progress = Progress { app, ..progress };
         self.inner.with(|state, actions| state.membership.report(progress, actions));
+    }
+
+    /// As [`Swarm::report`], and everybody is told at once instead of with the next heartbeat.
+    pub fn report_now(&self, progress: Progress) {
+        let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
+        let progress = Progress { app, ..progress };
+        self.inner.with(|state, actions| {
+            state.membership.report(progress, actions);
+            actions.push(Action::Beat);
+        });
     }
 
     /// The transport below.

@@ -1,0 +1,248 @@
+//! Rounds in which something goes wrong: peers die, freeze, lie, leave, and streams break.
+
+mod support;
+
+use potluck_averaging::{Averager, AveragerConfig, Progress, SwarmConfig};
+use potluck_compression::Scheme;
+use potluck_net::{FaultKind, PeerId};
+use potluck_net_sim::{FaultRates, FrameInfo, PeerSpec, SimNet, Verdict, run};
+use std::time::Duration;
+use support::*;
+
+/// Links slow enough that a round of `LEN` values takes seconds.
+fn slow() -> PeerSpec {
+    PeerSpec { up_bytes_per_second: 1e6, down_bytes_per_second: 1e6, ..PeerSpec::default() }
+}
+
+const LEN: usize = 400_000;
+
+/// Step all peers; at `after` do `harm`; results of all but the peer at `victim`.
+async fn step_with(
+    peers: &[Peer],
+    epoch: u64,
+    victim: usize,
+    after: Duration,
+    harm: impl FnOnce(PeerId),
+) -> Vec<Stepped> {
+    let harm = async {
+        tokio::time::sleep(after).await;
+        harm(peers[victim].id);
+        std::future::pending::<()>().await;
+    };
+    let survivors = peers.iter().enumerate().filter(|(at, _)| *at != victim);
+    let steps = survivors.map(|(at, peer)| peer.averager.step(request(epoch, values(at, LEN), 1.0)));
+    let lost = peers[victim].averager.step(request(epoch, values(victim, LEN), 1.0));
+    let lost = async {
+        let _whatever = lost.await;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        results = futures::future::join_all(steps) => results,
+        () = harm => unreachable!(),
+        () = lost => unreachable!(),
+    }
+}
+
+async fn next_epoch(peers: &[Peer], epoch: u64) {
+    for peer in peers {
+        peer.swarm.report(Progress { epoch, ..Progress::default() });
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+#[test]
+fn a_peer_lost_in_mid_round_costs_its_own_contribution_only() {
+    for fault in [SimNet::crash, SimNet::freeze, SimNet::vanish] {
+        for after in [50, 400, 900, 1500] {
+            run(after, async |net| {
+                let peers = peers(&net, 4, slow(), &config(LEN, Scheme::None)).await;
+                let victim = 1;
+                let after = Duration::from_millis(after);
+                let results = step_with(&peers, 0, victim, after, |peer| fault(&net, peer)).await;
+                let round = agreed(&results);
+                // Every value is the mean over a set of senders that holds at least the survivors.
+                let (with, without) = (mean(&[0, 1, 2, 3], LEN), mean(&[0, 2, 3], LEN));
+                for (at, value) in round.vector.iter().enumerate() {
+                    let fits = (value - with[at]).abs() < 1e-5 || (value - without[at]).abs() < 1e-5;
+                    assert!(fits, "value {at}: {value}, {} or {} expected", with[at], without[at]);
+                }
+                let rest: Vec<Peer> =
+                    peers.into_iter().enumerate().filter(|(at, _)| *at != victim).map(|(_, p)| p).collect();
+                next_epoch(&rest, 1).await;
+                let again = step_all(&rest, 1, LEN).await;
+                assert_eq!(agreed(&again).members.len(), 3);
+                assert!(again.iter().all(|result| result.as_ref().unwrap().faults.is_empty()));
+            });
+        }
+    }
+}
+
+#[test]
+fn a_coordinator_that_dies_while_gathering_is_replaced() {
+    for victim in 0..3 {
+        run(20 + victim as u64, async |net| {
+            let peers = peers(&net, 3, PeerSpec::default(), &config(3000, Scheme::None)).await;
+            net.freeze(peers[victim].id);
+            let rest: Vec<Peer> =
+                peers.into_iter().enumerate().filter(|(at, _)| *at != victim).map(|(_, p)| p).collect();
+            let before = net.elapsed();
+            let results = step_all(&rest, 0, 3000).await;
+            assert_eq!(agreed(&results).members.len(), 2);
+            assert!(net.elapsed() - before < Duration::from_secs(6));
+        });
+    }
+}
+
+#[test]
+fn rounds_are_complete_while_frames_stall_and_streams_break() {
+    for seed in 0..10 {
+        run(seed, async |net| {
+            let faults = FaultRates {
+                delay: 0.1,
+                delay_max: Duration::from_millis(100),
+                reset: 0.02,
+                ..FaultRates::default()
+            };
+            let spec = PeerSpec { faults, ..PeerSpec::default() };
+            let peers = peers(&net, 4, spec, &config(LEN, Scheme::Float16)).await;
+            for epoch in 0..3 {
+                next_epoch(&peers, epoch).await;
+                let results = step_all(&peers, epoch, LEN).await;
+                let round = agreed(&results);
+                assert_eq!(round.members.len(), 4);
+                assert_eq!(round.full_contributors, 0b1111, "seed {seed}, epoch {epoch}");
+                assert!(distance(&round.vector, &mean(&[0, 1, 2, 3], LEN)) < 1e-2);
+            }
+        });
+    }
+}
+
+#[test]
+fn bad_values_are_left_out_and_their_sender_is_named() {
+    for (bad, kind) in [
+        (f32::NAN, FaultKind::NotFinite),
+        (f32::INFINITY, FaultKind::NotFinite),
+        (1e9, FaultKind::Implausible),
+    ] {
+        for check_own in [true, false] {
+            run(30, async |net| {
+                let config = AveragerConfig { check_own, ..config(10_000, Scheme::None) };
+                let peers = peers(&net, 3, PeerSpec::default(), &config).await;
+                let steps = peers.iter().enumerate().map(|(at, peer)| {
+                    let mut vector = values(at, 10_000);
+                    if at == 2 {
+                        vector.fill(bad);
+                    }
+                    peer.averager.step(request(0, vector, 1.0))
+                });
+                let results = futures::future::join_all(steps).await;
+                let round = agreed(&results);
+                assert!(distance(&round.vector, &mean(&[0, 1], 10_000)) < 1e-5, "{bad} {check_own}");
+                let named = results.iter().flat_map(|result| &result.as_ref().unwrap().faults);
+                let named: Vec<_> = named.filter(|fault| fault.kind == kind).collect();
+                assert!(
+                    !named.is_empty() && named.iter().all(|fault| fault.peer == peers[2].id),
+                    "{named:?}"
+                );
+            });
+        }
+    }
+}
+
+#[test]
+fn a_peer_with_other_tensors_is_not_averaged_with() {
+    run(40, async |net| {
+        let first = peer(&net, PeerSpec::default(), vec![], config(1000, Scheme::None)).await;
+        let second = peer(&net, PeerSpec::default(), vec![first.id], config(1000, Scheme::None)).await;
+        let third = peer(&net, PeerSpec::default(), vec![first.id], config(999, Scheme::None)).await;
+        let peers = [first, second, third];
+        all_see(&peers, 3).await;
+        let good =
+            peers[..2].iter().enumerate().map(|(at, p)| p.averager.step(request(0, values(at, 1000), 1.0)));
+        let other = peers[2].averager.step(request(0, values(2, 999), 1.0));
+        let (good, _other) = tokio::join!(futures::future::join_all(good), other);
+        assert_eq!(agreed(&good).members.len(), 2);
+    });
+}
+
+#[test]
+fn a_dropped_step_does_not_hold_up_the_others() {
+    run(50, async |net| {
+        let peers = peers(&net, 3, slow(), &config(LEN, Scheme::None)).await;
+        let impatient = tokio::time::timeout(
+            Duration::from_millis(600),
+            peers[2].averager.step(request(0, values(2, LEN), 1.0)),
+        );
+        let rest =
+            peers[..2].iter().enumerate().map(|(at, p)| p.averager.step(request(0, values(at, LEN), 1.0)));
+        let (dropped, results) = tokio::join!(impatient, futures::future::join_all(rest));
+        assert!(dropped.is_err());
+        agreed(&results);
+    });
+}
+
+#[test]
+fn a_newcomer_that_was_not_waited_for_is_told_to_catch_up() {
+    run(60, async |net| {
+        let config = config(LEN, Scheme::None);
+        let mut peers = peers(&net, 2, slow(), &config).await;
+        let late = join(net.add_peer(slow()), SwarmConfig::new("test", vec![peers[0].id]), config).await;
+        late.swarm.report(Progress { epoch: 7, ..Progress::default() });
+        peers.push(late);
+        all_see(&peers, 3).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let late = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            peers[2].averager.step(request(0, values(2, LEN), 1.0)).await
+        };
+        let rest =
+            peers[..2].iter().enumerate().map(|(at, p)| p.averager.step(request(0, values(at, LEN), 1.0)));
+        let (late, results) = tokio::join!(late, futures::future::join_all(rest));
+        assert_eq!(agreed(&results).members.len(), 2);
+        assert!(matches!(late.unwrap_err().kind, potluck_averaging::RoundErrorKind::LeftOut));
+    });
+}
+
+#[test]
+fn replayed_and_foreign_frames_change_nothing() {
+    run(70, async |net| {
+        let peers = peers(&net, 2, PeerSpec::default(), &config(5000, Scheme::None)).await;
+        let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::<FrameInfo>::new()));
+        let log = seen.clone();
+        let rule = net.set_rule(move |frame| {
+            log.lock().unwrap().push(frame.clone());
+            Verdict::Pass
+        });
+        agreed(&step_all(&peers, 0, 5000).await);
+        drop(rule);
+        next_epoch(&peers, 1).await;
+        for frame in seen.lock().unwrap().iter().take(20) {
+            net.inject_frame(
+                frame.from,
+                frame.to,
+                &frame.protocol,
+                bytes::Bytes::from_static(&[1, 0, 0, 9, 9, 9, 9, 1]),
+            );
+        }
+        let results = step_all(&peers, 1, 5000).await;
+        assert!(distance(&agreed(&results).vector, &mean(&[0, 1], 5000)) < 1e-6);
+    });
+}
+
+#[test]
+fn two_channels_share_a_swarm() {
+    run(80, async |net| {
+        let peers = peers(&net, 2, PeerSpec::default(), &config(1000, Scheme::None)).await;
+        let state: Vec<Averager> = peers
+            .iter()
+            .map(|peer| Averager::new(&peer.swarm, "state", config(500, Scheme::Float16)))
+            .collect();
+        let grads = step_all(&peers, 0, 1000);
+        let states =
+            state.iter().enumerate().map(|(at, channel)| channel.step(request(0, values(at, 500), 1.0)));
+        let (grads, states) = tokio::join!(grads, futures::future::join_all(states));
+        assert_eq!(agreed(&grads).vector.len(), 1000);
+        assert_eq!(agreed(&states).vector.len(), 500);
+    });
+}
