@@ -399,10 +399,15 @@ impl Exchange {
                 Next::AddOwn { sender } => {
                     let weight = self.weights[sender];
                     let work = move || {
-                        sum.add(sender, weight, &shared.vector[shared.layout.chunks[index].range.clone()]);
-                        sum
+                        let checked =
+                            sum.add_own(&shared.layout.chunks[index], sender, weight, &shared.vector);
+                        (sum, checked)
                     };
-                    self.sum = Some(self.shared.swarm.env.offload(work).await);
+                    let (sum, checked) = self.shared.swarm.env.offload(work).await;
+                    self.sum = Some(sum);
+                    if let Err((kind, reason)) = checked {
+                        self.exclude(part, sender, kind, &reason);
+                    }
                 }
                 Next::Add { sender, payload } => {
                     let weight = self.weights[sender];

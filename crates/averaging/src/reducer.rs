@@ -78,7 +78,7 @@ impl<P> Reducer<P> {
             return Next::Complete;
         }
         while let Some(&sender) = self.senders.get(self.at) {
-            if sender == self.me {
+            if sender == self.me && !self.is_lost(sender) {
                 self.at += 1;
                 return Next::AddOwn { sender };
             }

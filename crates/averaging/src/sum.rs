@@ -35,6 +35,25 @@ impl ChunkSum {
         self.mask |= 1 << sender;
     }
 
+    /// Check our own values and add them.
+    pub(crate) fn add_own(
+        &mut self,
+        chunk: &Chunk,
+        sender: usize,
+        weight: f64,
+        vector: &[f32],
+    ) -> Result<(), (FaultKind, String)> {
+        let values = &vector[chunk.range.clone()];
+        if let Some(at) = first_non_finite(values) {
+            return Err((
+                FaultKind::NotFinite,
+                format!("value {} is {}", chunk.range.start + at, values[at]),
+            ));
+        }
+        self.add(sender, weight, values);
+        Ok(())
+    }
+
     /// Check an encoded contribution and add it. On an error the sum is as it was.
     pub(crate) fn add_encoded(
         &mut self,
