@@ -85,7 +85,15 @@ impl StageError {
     pub(crate) fn from_boxed(error: &io::Error) -> Self {
         match find_stage(error) {
             Some(inner) => Self { stage: inner.stage, detail: inner.detail.clone() },
-            None => Self::new(Stage::Handshake, error),
+            // Wrappers that pass their inner error's text on as their own hide its type, but not the mark in the text.
+            None => {
+                let text = causes(error);
+                let marked = [Stage::Address, Stage::Dns, Stage::Connect]
+                    .into_iter()
+                    .find_map(|stage| Some((stage, text.strip_prefix(&format!("{stage}: "))?.to_owned())));
+                let (stage, detail) = marked.unwrap_or((Stage::Handshake, text));
+                Self { stage, detail }
+            }
         }
     }
 }

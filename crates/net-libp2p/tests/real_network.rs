@@ -201,10 +201,15 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
     let mut stream = caller.open(hidden.local_peer(), protocol).await.unwrap();
     assert_eq!(caller.path(hidden.local_peer()), Some(Path::Relayed));
     let mut theirs = incoming.next().await.unwrap();
-    stream.send(vec![7; 1 << 20].into()).await.unwrap();
-    stream.finish().await.unwrap();
-    assert_eq!(theirs.recv().await.unwrap().unwrap().len(), 1 << 20);
-    assert_eq!(theirs.recv().await, Ok(None));
+    let send = async {
+        stream.send(vec![7; 1 << 20].into()).await.unwrap();
+        stream.finish().await.unwrap();
+    };
+    let receive = async {
+        assert_eq!(theirs.recv().await.unwrap().unwrap().len(), 1 << 20);
+        assert_eq!(theirs.recv().await, Ok(None));
+    };
+    tokio::join!(send, receive);
     let traffic = caller.traffic();
     assert!(traffic.relayed_bytes > 1 << 20, "{traffic:?}");
     for peer in [hidden, caller, relay] {

@@ -1,0 +1,128 @@
+//! `potluck node`: a peer that newcomers ask first, and that carries the connections of those behind NAT.
+
+use anyhow::{Context, Result};
+use clap::Args as ClapArgs;
+use potluck_dht::{Dht, DhtConfig};
+use potluck_net::{Env, Token, Transport};
+use potluck_net_libp2p::{Config, Libp2pTransport, identity_file};
+use serde::Serialize;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+
+/// How long a goodbye may take; the issue allows five seconds.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long a start waits before it reports the bootstrap addresses that failed.
+const BOOTSTRAP_REPORT_AFTER: Duration = Duration::from_secs(12);
+
+#[derive(ClapArgs)]
+pub(crate) struct Args {
+    /// File that holds this machine's identity; made if absent [default: $POTLUCK_IDENTITY or the user's data folder]
+    #[arg(long)]
+    identity: Option<PathBuf>,
+    /// Address to listen on, such as /ip4/0.0.0.0/tcp/4001; may be given several times [default: all, free ports]
+    #[arg(long)]
+    listen: Vec<String>,
+    /// Address to tell others instead of those found, for a static port mapping; may be given several times
+    #[arg(long)]
+    announce: Vec<String>,
+    /// Carry connections for peers that cannot be dialed
+    #[arg(long)]
+    relay: bool,
+    /// Name of the run that the token is for
+    #[arg(long, default_value = "potluck")]
+    run: String,
+    /// Join through this token; its run is then the node's run
+    #[arg(long)]
+    join: Option<Token>,
+    /// Do not ask the router for a port mapping
+    #[arg(long)]
+    no_port_mapping: bool,
+    /// Print one line of JSON instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Started {
+    peer: String,
+    addresses: Vec<String>,
+    token: String,
+    run: String,
+}
+
+/// Run until SIGINT or SIGTERM.
+pub(crate) async fn run(args: Args) -> Result<()> {
+    // Before anything else, so that a signal during the start is not lost.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let env = Env::real();
+    let path = args.identity.clone().unwrap_or_else(identity_file::default_path);
+    let (identity, _held) = identity_file::load_or_create(&path, &env)?;
+    let mut config = Config::new(identity);
+    if !args.listen.is_empty() {
+        config.listen.clone_from(&args.listen);
+    }
+    config.announce.clone_from(&args.announce);
+    config.relay_server = args.relay;
+    config.port_mapping = !args.no_port_mapping;
+    config.bootstrap = args.join.as_ref().map(|token| token.bootstrap.clone()).unwrap_or_default();
+    let transport = Libp2pTransport::start(config, env.clone()).await?;
+    let dht_config = DhtConfig { initial_peers: transport.bootstrap_peers(), ..DhtConfig::default() };
+    let dht = Dht::start(transport.clone(), env.clone(), dht_config).await.context("cannot start the DHT")?;
+
+    let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
+    print_start(&args, &transport, run)?;
+    let report = async {
+        if let Err(attempts) = transport.wait_bootstrapped(Instant::now() + BOOTSTRAP_REPORT_AFTER).await {
+            for attempt in attempts {
+                eprintln!("bootstrap {attempt}");
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+        () = report => {}
+    }
+    let leave = async {
+        dht.shutdown().await;
+        transport.close().await;
+    };
+    if tokio::time::timeout(LEAVE_TIMEOUT, leave).await.is_err() {
+        eprintln!("potluck: some peers did not take the goodbye in time");
+    }
+    Ok(())
+}
+
+fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Result<()> {
+    let addresses = transport.addresses();
+    // The token takes the first few; a peer has more only on machines with many interfaces.
+    let bootstrap = addresses.iter().take(8).cloned().collect();
+    let invite = args.join.as_ref().and_then(|token| token.invite.clone());
+    let token = Token { run_id: run.to_owned(), bootstrap, invite };
+    token.validate().context("cannot make a token")?;
+    let started = Started {
+        peer: transport.local_peer().to_string(),
+        addresses,
+        token: token.to_string(),
+        run: run.to_owned(),
+    };
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&started)?)?;
+    } else {
+        writeln!(out, "peer   {}", started.peer)?;
+        for address in &started.addresses {
+            writeln!(out, "listen {address}")?;
+        }
+        writeln!(out, "token  {}", started.token)?;
+    }
+    out.flush()?;
+    Ok(())
+}
