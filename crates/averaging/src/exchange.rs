@@ -231,6 +231,7 @@ impl Exchange {
             Event::Average { from, part, generation, chunk, average } => {
                 self.on_average(from, part, generation, chunk, average).await;
             }
+            Event::Resumed { with } => self.say_again(with),
             Event::Frame { from, frame } => self.on_frame(from, frame).await,
         }
     }
@@ -296,6 +297,34 @@ impl Exchange {
             }
             PairFrame::Hello { .. } | PairFrame::Contribution { .. } | PairFrame::Average { .. } => {}
         }
+    }
+
+    /// Requests whose answer is outstanding; positions are in the streams' first frames.
+    fn say_again(&mut self, member: usize) {
+        let mut board = self.shared.board();
+        let board = &mut *board;
+        let frames = &mut board.outboxes[member].frames;
+        for (at, held) in board.store.parts.iter().enumerate() {
+            let (part, generation, chunk) = (at as u16, held.generation, held.done.len() as u32);
+            if let Some(adoption) = self.adoptions.get(&at) {
+                if !adoption.answers.contains_key(&member) {
+                    frames.push_back(PairFrame::Adopt { part, generation });
+                }
+                if adoption.copying == Some(member) {
+                    frames.push_back(PairFrame::Copy { part, generation, chunk });
+                }
+            } else if self.refetching.get(&at) == Some(&member) && !held.is_complete() {
+                frames.push_back(PairFrame::Copy { part, generation, chunk });
+            } else if self.sources[at] == member && !held.is_complete() {
+                // A complaint of ours made it the source; it may not have heard of that.
+                let next = self.shared.plan.next_generation(at, generation.into(), &board.lost);
+                let theirs = next.filter(|next| self.shared.plan.reducer(at, *next) == member);
+                if let Some(next) = theirs.filter(|next| *next > usize::from(generation)) {
+                    frames.push_back(PairFrame::Complain { part, generation: next as u16 });
+                }
+            }
+        }
+        self.shared.wake[member].notify_one();
     }
 
     fn on_adopt(&mut self, from: usize, part: usize, generation: u16) {

@@ -27,9 +27,27 @@ pub(crate) struct Payload {
 /// What the round's loop hears of.
 pub(crate) enum Event {
     Arrived(Arrival),
-    Contribution { from: usize, part: usize, chunk: u32, payload: Payload },
-    Average { from: usize, part: usize, generation: u16, chunk: u32, average: Average },
-    Frame { from: usize, frame: PairFrame },
+    Contribution {
+        from: usize,
+        part: usize,
+        chunk: u32,
+        payload: Payload,
+    },
+    Average {
+        from: usize,
+        part: usize,
+        generation: u16,
+        chunk: u32,
+        average: Average,
+    },
+    Frame {
+        from: usize,
+        frame: PairFrame,
+    },
+    /// A new stream stands; what the old one took with it must be said again.
+    Resumed {
+        with: usize,
+    },
 }
 
 /// Keep a stream to `member` until the round ends or the member is lost.
@@ -130,6 +148,9 @@ async fn talk(
         resume(shared, member, contributions, averages);
     }
     if sender.send(hello(shared, member).encode()).await.is_err() {
+        return;
+    }
+    if !fresh && events.send(Event::Resumed { with: member }).await.is_err() {
         return;
     }
     // The first stream of a pair starts at the beginning without waiting for an answer.

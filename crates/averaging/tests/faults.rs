@@ -79,6 +79,18 @@ fn a_peer_lost_in_mid_round_costs_its_own_contribution_only() {
 }
 
 #[test]
+fn a_reducer_is_replaced_although_streams_break_meanwhile() {
+    for seed in 0..10 {
+        run(seed, async |net| {
+            let spec = PeerSpec { faults: FaultRates { reset: 0.02, ..FaultRates::default() }, ..slow() };
+            let peers = peers(&net, 4, spec, &config(LEN, Scheme::None)).await;
+            let results = step_with(&peers, 0, 2, Duration::from_millis(700), |peer| net.crash(peer)).await;
+            assert_eq!(agreed(&results).members.len(), 4);
+        });
+    }
+}
+
+#[test]
 fn a_coordinator_that_dies_while_gathering_is_replaced() {
     for victim in 0..3 {
         run(20 + victim as u64, async |net| {
