@@ -22,6 +22,8 @@ const SAMPLES_META: &str = "potluck.samples";
 
 pub(crate) struct Core {
     pub(crate) me: PeerId,
+    /// Tells this life of the session from its others.
+    nonce: u64,
     pub(crate) lineage: Lineage,
     pub(crate) own: Own,
     pub(crate) background: Background,
@@ -60,7 +62,7 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(me: PeerId, config: SessionConfig, genesis: Lineage, now: Instant) -> Self {
+    pub(crate) fn new(me: PeerId, config: SessionConfig, genesis: Lineage, nonce: u64, now: Instant) -> Self {
         let outer = match config.policy {
             PolicyKind::DiLoCo { outer_lr, outer_momentum, .. } => Some(Outer::new(outer_lr, outer_momentum)),
             _ => None,
@@ -69,6 +71,7 @@ impl Core {
         behind.suspect();
         Self {
             me,
+            nonce,
             lineage: genesis,
             own: Own::new(now),
             background: Background::Idle,
@@ -325,7 +328,7 @@ impl Core {
         let used = self.own.end_epoch();
         if std::mem::take(&mut self.void) {
             // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state.
-            self.lineage = self.lineage.state_averaged(&self.alone_hash());
+            self.lineage = self.lineage.spoiled(&self.alone_hash());
             self.background = Background::Idle;
             return;
         }
@@ -349,6 +352,10 @@ impl Core {
     fn alone_hash(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("potluck lineage alone v1");
         hasher.update(self.me.as_bytes());
+        // The same peer may reach the same point twice, with other samples.
+        hasher.update(&self.nonce.to_le_bytes());
+        hasher.update(&self.rounds.to_le_bytes());
+        hasher.update(&self.rounds_failed.to_le_bytes());
         *hasher.finalize().as_bytes()
     }
 

@@ -44,6 +44,14 @@ impl Lineage {
         Self { hash: self.chain("potluck lineage state v1", plan_hash), ..*self }
     }
 
+    /// The lineage after this peer alone changed its parameters in the middle of an epoch, because a round failed. One
+    /// sample less than the others: whoever still has the history of the epoch's start wins, so nobody chases this one.
+    #[must_use]
+    pub fn spoiled(&self, nonce: &[u8; 32]) -> Self {
+        let samples = self.samples.saturating_sub(1);
+        Self { hash: self.chain("potluck lineage spoiled v1", nonce), samples, ..*self }
+    }
+
     /// Whether this history replaces `other` when both meet.
     pub fn beats(&self, other: &Self) -> bool {
         self.rank(other) == Ordering::Greater

@@ -114,13 +114,23 @@ impl Native {
                 faults: outcome.faults,
             });
         }
-        Ok(outcome.map(|round| RoundResult {
-            vector: round.vector,
+        let Outcome { value: round, faults } = outcome;
+        let (vector, plan_hash) = self
+            .swarm
+            .env()
+            .offload(move || {
+                let hash = result_hash(&round.plan_hash, &round.vector);
+                (round.vector, hash)
+            })
+            .await;
+        let value = RoundResult {
+            vector,
             members: round.members.iter().map(|member| member.peer).collect(),
             weight_total: round.weight_total,
-            plan_hash: round.plan_hash,
+            plan_hash,
             stats: round_stats,
-        }))
+        };
+        Ok(Outcome { value, faults })
     }
 }
 
@@ -223,6 +233,20 @@ impl Dialect for Native {
     fn leave(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.swarm.leave())
     }
+}
+
+/// Names the plan and what came out of it: a peer that was cut off may have finished the same plan with fewer senders,
+/// and must then have another history.
+fn result_hash(plan_hash: &[u8; 32], vector: &[f32]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("potluck round result v1");
+    hasher.update(plan_hash);
+    let mut bytes = Vec::with_capacity(1 << 16);
+    for chunk in vector.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
+        hasher.update(&bytes);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 fn says_lineage(view: &PeerView, lineage: &[u8; 32]) -> bool {
