@@ -2,6 +2,21 @@
 
 from typing import Any, final
 
+__all__ = [
+    "FlatBuffer",
+    "Hub",
+    "Node",
+    "PeerError",
+    "Session",
+    "__version__",
+    "decode",
+    "decode_message",
+    "encode",
+    "encode_message",
+    "scheme_for",
+    "schemes",
+]
+
 __version__: str
 
 class PeerError(OSError):

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -127,6 +128,7 @@ class DHT:
             raise RuntimeError("this DHT runs already")
         self._node = _core.Node.start(json.dumps(self._options))
         _live.add(self)
+        _leave_on_sigterm()
         if self.initial_peers and await_ready:
             try:
                 self.wait_until_ready(timeout)
@@ -363,6 +365,22 @@ def _shutdown_all() -> None:
     for dht in list(_live):
         with contextlib.suppress(Exception):
             dht.shutdown()
+
+
+def _leave_on_sigterm() -> None:
+    """Say goodbye when the system asks us to end (containers, spot machines), unless the program handles that."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        _shutdown_all()
+        # End as the sender of the signal expects: by the signal.
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 atexit.register(_shutdown_all)
