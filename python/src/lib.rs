@@ -5,6 +5,7 @@
 
 mod buffer;
 mod compression;
+mod directory;
 mod error;
 mod hub;
 mod node;

@@ -1,5 +1,6 @@
 //! One peer: its identity, its way to others, and the DHT it shares with them. Runs are joined through it.
 
+use crate::directory::DhtDirectory;
 use crate::error::Error;
 use crate::hub::{Hub, LocalDialect, Run};
 use crate::runtime;
@@ -248,7 +249,8 @@ impl Node {
                     Session::with_dialect(Arc::new(dialect), self.env.clone(), config).map_err(wrong)
                 })
             }
-            Reach::Net { transport, .. } => {
+            Reach::Net { transport, dht, .. } => {
+                config.directory = Some(Arc::new(DhtDirectory(dht.clone())));
                 let transport: Arc<dyn Transport> = transport.clone();
                 let env = self.env.clone();
                 runtime::wait(py, async { Session::join(transport, env, config).await.map_err(wrong) })
