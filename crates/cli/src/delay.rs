@@ -75,7 +75,7 @@ pub(crate) async fn udp(target: SocketAddr, one_way: Duration, tasks: &Tasks) ->
         let mut ways: BTreeMap<SocketAddr, mpsc::Sender<Delayed>> = BTreeMap::new();
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         while let Ok((count, client)) = near.recv_from(&mut buffer).await {
-            if !ways.contains_key(&client) {
+            if let std::collections::btree_map::Entry::Vacant(e) = ways.entry(client) {
                 let Ok(far) = UdpSocket::bind("127.0.0.1:0").await else { return };
                 if far.connect(target).await.is_err() {
                     return;
@@ -84,7 +84,7 @@ pub(crate) async fn udp(target: SocketAddr, one_way: Duration, tasks: &Tasks) ->
                 let to_far = deliver(far.clone(), None, &scope);
                 let to_near = deliver(near.clone(), Some(client), &scope);
                 scope.spawn(collect(far, to_near, one_way));
-                ways.insert(client, to_far);
+                e.insert(to_far);
             }
             if let Some(way) = ways.get(&client) {
                 // A full link loses datagrams.

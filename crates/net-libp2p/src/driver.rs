@@ -262,10 +262,8 @@ impl Driver {
                 lock(&self.shared.own).listening.retain(|known| !addresses.contains(known));
                 self.on_listener_closed(listener_id);
             }
-            SwarmEvent::ExternalAddrConfirmed { address } => {
-                if !convert::is_relayed(&address) {
-                    remember(&mut lock(&self.shared.own).external, address);
-                }
+            SwarmEvent::ExternalAddrConfirmed { address } if !convert::is_relayed(&address) => {
+                remember(&mut lock(&self.shared.own).external, address);
             }
             SwarmEvent::ExternalAddrExpired { address } => {
                 lock(&self.shared.own).external.retain(|known| *known != address);
@@ -309,11 +307,11 @@ impl Driver {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
                 self.on_identified(peer_id, connection_id, info);
             }
-            BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) }) => {
-                if !matches!(failure, ping::Failure::Unsupported) {
-                    tracing::debug!(target: "potluck::net", %peer, %failure, "silent, closing");
-                    self.swarm.close_connection(connection);
-                }
+            BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) })
+                if !matches!(failure, ping::Failure::Unsupported) =>
+            {
+                tracing::debug!(target: "potluck::net", %peer, %failure, "silent, closing");
+                self.swarm.close_connection(connection);
             }
             BehaviourEvent::Kad(kad::Event::OutboundQueryProgressed { id, result, step, .. }) => {
                 if let kad::QueryResult::GetClosestPeers(result) = result

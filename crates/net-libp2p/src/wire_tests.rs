@@ -1,4 +1,5 @@
 //! Tests of the framing on byte streams in memory, random bytes included.
+#![expect(clippy::arithmetic_side_effects, reason = "small numbers in a test")]
 
 use super::*;
 use futures::io::Cursor;

@@ -46,14 +46,19 @@ impl Network for Loopback {
         let second = peer_on(&[self.listen], |config| config.security = self.security).await;
         first.add_addresses(second.local_peer(), &second.addresses());
         second.add_addresses(first.local_peer(), &first.addresses());
-        let mut alive = self.alive.lock().unwrap();
+        let mut alive = self.alive.lock().expect("no test thread has panicked");
         alive.insert(first.local_peer(), first.clone());
         alive.insert(second.local_peer(), second.clone());
         (first, second)
     }
 
     async fn kill(&self, peer: PeerId) {
-        self.alive.lock().unwrap().remove(&peer).expect("a peer of this network").abort();
+        self.alive
+            .lock()
+            .expect("no test thread has panicked")
+            .remove(&peer)
+            .expect("a peer of this network")
+            .abort();
     }
 
     fn ahead_bytes_max(&self) -> usize {
