@@ -113,6 +113,8 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {
         k: v for k, v in os.environ.items() if k not in ("POTLUCK_TOKEN", "INITIAL_PEERS", "PL_INITIAL_PEERS")
     }
+    if "PYTHONPATH" in extra and "PYTHONPATH" in kept:
+        extra["PYTHONPATH"] += os.pathsep + kept["PYTHONPATH"]
     return {**kept, "PYTHONUNBUFFERED": "1", **extra}
 
 
