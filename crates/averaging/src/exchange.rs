@@ -415,8 +415,7 @@ impl Exchange {
     /// Do what can be done of a part that we reduce.
     async fn reduce(&mut self, part: usize) {
         let start = self.shared.board().store.parts[part].range.start;
-        loop {
-            let Some(reducer) = self.reducers.get_mut(&part) else { break };
+        while let Some(reducer) = self.reducers.get_mut(&part) {
             let index = start + self.shared.board().store.parts[part].done.len();
             let mut sum = self.sum.take().unwrap_or_else(ChunkSum::new);
             let shared = self.shared.clone();

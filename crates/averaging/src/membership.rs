@@ -359,11 +359,12 @@ impl Membership {
     }
 
     pub(crate) fn next_wakeup(&self) -> Instant {
-        let detectors = self
-            .peers
-            .values()
-            .filter(|e| e.standing == Standing::Alive && e.linked || e.standing == Standing::Alive);
-        detectors.map(|e| e.detector.next_wakeup()).fold(self.next_beat, Instant::min)
+        // Exactly the peers that `tick` judges: a deadline that nobody acts on would never pass.
+        let neighbours = self.neighbours();
+        let judged = self.peers.iter().filter(|(peer, e)| {
+            e.standing == Standing::Alive && (e.linked || neighbours.binary_search(peer).is_ok())
+        });
+        judged.map(|(_, e)| e.detector.next_wakeup()).fold(self.next_beat, Instant::min)
     }
 
     /// The next heartbeat.

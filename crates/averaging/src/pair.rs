@@ -17,6 +17,9 @@ const WINDOW: usize = 4;
 /// First and longest pause between attempts to connect.
 const PAUSE: std::ops::Range<Duration> = Duration::from_millis(20)..Duration::from_millis(640);
 
+/// Chunks from which parts are wanted.
+type Positions = Vec<(u16, u32)>;
+
 /// An encoded contribution; its place in the window is free again when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Payload {
@@ -138,7 +141,7 @@ async fn talk(
     shared: &Arc<Shared>,
     member: usize,
     stream: Stream,
-    wanted: Option<(Vec<(u16, u32)>, Vec<(u16, u32)>)>,
+    wanted: Option<(Positions, Positions)>,
     fresh: bool,
     events: &mpsc::Sender<Event>,
     window: &Arc<Semaphore>,
@@ -154,14 +157,12 @@ async fn talk(
         return;
     }
     // The first stream of a pair starts at the beginning without waiting for an answer.
-    if wanted.is_none() {
-        if !fresh {
-            let Ok(Some(frame)) = receiver.recv().await else { return };
-            let Ok(PairFrame::Hello { contributions, averages, .. }) = PairFrame::decode(frame) else {
-                return;
-            };
-            resume(shared, member, &contributions, &averages);
-        }
+    if wanted.is_none() && !fresh {
+        let Ok(Some(frame)) = receiver.recv().await else { return };
+        let Ok(PairFrame::Hello { contributions, averages, .. }) = PairFrame::decode(frame) else {
+            return;
+        };
+        resume(shared, member, &contributions, &averages);
     }
     let read = read(shared, member, &mut receiver, events, window);
     let write = write(shared, member, &mut sender);

@@ -1,7 +1,7 @@
 //! One peer's part in a run. The training program drives: it calls `step` and does what it answers.
 
 use crate::core::Core;
-use crate::dialect::{Channel, Dialect, RoundCall, RoundStats, Snapshot};
+use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot};
 use crate::events::{EVENTS_MAX, Event};
 use crate::policy::{Background, Step};
 use crate::status::Status;
@@ -19,6 +19,9 @@ const ROUND_ATTEMPTS: u32 = 3;
 
 /// How long the news of a member's result may take to reach us: a heartbeat and a slow link.
 const FINISHING_MAX: Duration = Duration::from_millis(1500);
+
+/// A round whose other members have gone on is given up after at least this long.
+const LEFT_BEHIND_MIN: Duration = Duration::from_secs(4);
 
 /// An average, or what this peer goes on with when there was none.
 #[derive(Debug, Clone, PartialEq)]
@@ -339,7 +342,18 @@ impl Inner {
             let call = RoundCall { epoch, lineage, vector, weight, timeout };
             self.core().waiting = Some(channel);
             self.tell(true);
-            let result = self.dialect.average(channel, call).await;
+            let values = call.vector.len();
+            let result = tokio::select! {
+                biased;
+                result = self.dialect.average(channel, call) => result,
+                () = self.left_behind() => Err(RoundFailed {
+                    epoch,
+                    reason: "the others have finished it and gone on".to_owned(),
+                    // What is applied now is replaced by the state of the others in the next step.
+                    vector: vec![0.0; values],
+                    faults: Vec::new(),
+                }),
+            };
             self.core().waiting = None;
             match result {
                 Ok(outcome) if outcome.value.members.len() > 1 => {
@@ -375,6 +389,25 @@ impl Inner {
                 return;
             }
             let _news_or_deadline = tokio::time::timeout_at(until, self.dialect.changed()).await;
+        }
+    }
+
+    /// Resolves when others are epochs ahead and have been for as long as the round took until then (a slow link ends
+    /// later than the others, but not for ever).
+    async fn left_behind(&self) {
+        let begun = self.env.now();
+        let mut ahead_since = None;
+        loop {
+            let _news_or_tick = tokio::time::timeout(LEFT_BEHIND_MIN / 4, self.dialect.changed()).await;
+            let now = self.env.now();
+            if !self.is_behind() {
+                ahead_since = None;
+                continue;
+            }
+            let since = *ahead_since.get_or_insert(now);
+            if now.duration_since(since) >= LEFT_BEHIND_MIN.max(since.duration_since(begun)) {
+                return;
+            }
         }
     }
 

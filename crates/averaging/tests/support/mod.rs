@@ -8,13 +8,13 @@ use potluck_net_sim::{PeerSpec, SimNet, SimTransport};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub struct Peer {
-    pub swarm: Swarm,
-    pub averager: Averager,
-    pub id: PeerId,
+pub(crate) struct Peer {
+    pub(crate) swarm: Swarm,
+    pub(crate) averager: Averager,
+    pub(crate) id: PeerId,
 }
 
-pub fn config(values: usize, scheme: Scheme) -> AveragerConfig {
+pub(crate) fn config(values: usize, scheme: Scheme) -> AveragerConfig {
     let tensors = vec![
         TensorInfo::vector("first", values / 3, TensorRole::Gradient),
         TensorInfo::vector("second", values - values / 3, TensorRole::Gradient),
@@ -22,11 +22,16 @@ pub fn config(values: usize, scheme: Scheme) -> AveragerConfig {
     AveragerConfig::new(tensors, Policy::Fixed(scheme))
 }
 
-pub async fn peer(net: &SimNet, spec: PeerSpec, bootstrap: Vec<PeerId>, config: AveragerConfig) -> Peer {
+pub(crate) async fn peer(
+    net: &SimNet,
+    spec: PeerSpec,
+    bootstrap: Vec<PeerId>,
+    config: AveragerConfig,
+) -> Peer {
     join(net.add_peer(spec), SwarmConfig::new("test", bootstrap), config).await
 }
 
-pub async fn join(transport: Arc<SimTransport>, swarm: SwarmConfig, config: AveragerConfig) -> Peer {
+pub(crate) async fn join(transport: Arc<SimTransport>, swarm: SwarmConfig, config: AveragerConfig) -> Peer {
     let env = transport.env();
     let swarm = Swarm::join(transport.clone(), env, swarm).await.expect("the bootstrap peer is up");
     let averager = Averager::new(&swarm, "grad", config);
@@ -34,7 +39,7 @@ pub async fn join(transport: Arc<SimTransport>, swarm: SwarmConfig, config: Aver
 }
 
 /// `count` peers that all see one another.
-pub async fn peers(net: &SimNet, count: usize, spec: PeerSpec, config: &AveragerConfig) -> Vec<Peer> {
+pub(crate) async fn peers(net: &SimNet, count: usize, spec: PeerSpec, config: &AveragerConfig) -> Vec<Peer> {
     let mut peers: Vec<Peer> = Vec::new();
     for _ in 0..count {
         let bootstrap = peers.first().map(|peer| peer.id).into_iter().collect();
@@ -44,7 +49,7 @@ pub async fn peers(net: &SimNet, count: usize, spec: PeerSpec, config: &Averager
     peers
 }
 
-pub async fn all_see(peers: &[Peer], count: usize) {
+pub(crate) async fn all_see(peers: &[Peer], count: usize) {
     for peer in peers {
         let mut members = peer.swarm.members();
         members.wait_for(|view| view.members.len() == count).await.expect("the swarm lives");
@@ -52,37 +57,37 @@ pub async fn all_see(peers: &[Peer], count: usize) {
 }
 
 /// Values that differ by peer and position.
-pub fn values(peer: usize, len: usize) -> Vec<f32> {
+pub(crate) fn values(peer: usize, len: usize) -> Vec<f32> {
     (0..len).map(|at| ((at * 7 + peer * 13) % 101) as f32 / 50.0 - 1.0 + peer as f32 * 0.01).collect()
 }
 
-pub fn request(epoch: u64, vector: Vec<f32>, weight: f64) -> RoundRequest {
+pub(crate) fn request(epoch: u64, vector: Vec<f32>, weight: f64) -> RoundRequest {
     RoundRequest { timeout: Duration::from_secs(60), ..RoundRequest::new(Some(epoch), vector, weight) }
 }
 
-pub type Stepped = Result<Outcome<Round>, RoundError>;
+pub(crate) type Stepped = Result<Outcome<Round>, RoundError>;
 
 /// One step of each peer at the same time, with weight 1.
-pub async fn step_all(peers: &[Peer], epoch: u64, len: usize) -> Vec<Stepped> {
+pub(crate) async fn step_all(peers: &[Peer], epoch: u64, len: usize) -> Vec<Stepped> {
     let steps =
         peers.iter().enumerate().map(|(at, peer)| peer.averager.step(request(epoch, values(at, len), 1.0)));
     futures::future::join_all(steps).await
 }
 
 /// The f32 mean of these peers' values, weight 1 each, in f64.
-pub fn mean(peers: &[usize], len: usize) -> Vec<f32> {
+pub(crate) fn mean(peers: &[usize], len: usize) -> Vec<f32> {
     let all: Vec<Vec<f32>> = peers.iter().map(|peer| values(*peer, len)).collect();
     (0..len).map(|at| (all.iter().map(|v| f64::from(v[at])).sum::<f64>() / all.len() as f64) as f32).collect()
 }
 
-pub fn distance(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     assert!(a.iter().chain(b).all(|value| value.is_finite()));
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// All results exist and hold the same bits; the first of them.
-pub fn agreed(results: &[Stepped]) -> &Round {
+pub(crate) fn agreed(results: &[Stepped]) -> &Round {
     let rounds: Vec<&Round> = results.iter().map(|result| &result.as_ref().expect("a round").value).collect();
     for round in &rounds {
         let equal = round.vector.iter().zip(&rounds[0].vector).all(|(a, b)| a.to_bits() == b.to_bits());
