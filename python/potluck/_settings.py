@@ -72,6 +72,55 @@ def positive(name: str, value: Any, optional: bool = False) -> Any:
     return value
 
 
+def check_modes(**given: Any) -> None:
+    """Refuse combinations in which an argument cannot have an effect."""
+    load = check_compression("load_state_compression", given["load_state_compression"])
+    if type(load) is not NoCompression:
+        raise ValueError("load_state_compression cannot have an effect: newcomers load the exact state")
+    if given["use_local_updates"]:
+        for name in (
+            "delay_grad_averaging",
+            "reuse_grad_buffers",
+            "grad_averager_factory",
+            "delay_optimizer_step",
+        ):
+            if given[name]:
+                raise ValueError(
+                    f"{name} cannot have an effect with use_local_updates=True: gradients stay local"
+                )
+        if given["delay_state_averaging"]:
+            raise ValueError(
+                "delay_state_averaging cannot have an effect with use_local_updates=True: the average of the "
+                "parameters ends the epoch, and everybody waits for it"
+            )
+        if given["grad_compression"] != NoCompression():
+            raise ValueError(
+                "grad_compression cannot have an effect with use_local_updates=True: use state_averaging_compression"
+            )
+    if given["delay_grad_averaging"] and not given["delay_optimizer_step"]:
+        raise ValueError(
+            "delay_grad_averaging=True implies a delayed optimizer step: leave delay_optimizer_step out"
+        )
+    if given["delay_optimizer_step"] and not given["offload_optimizer"]:
+        raise ValueError(
+            "delay_optimizer_step needs offload_optimizer=True: the step changes copies of the parameters while the "
+            "model still computes with the old ones. Give params= and a function as optimizer="
+        )
+    if given["delay_optimizer_step"] and given["reuse_grad_buffers"]:
+        raise ValueError(
+            "reuse_grad_buffers cannot work with a delayed step: the next gradients would gather in the same memory"
+        )
+    if given["auxiliary"]:
+        if given["batch_size_per_step"] is not None:
+            raise ValueError(
+                "batch_size_per_step cannot have an effect with auxiliary=True: it has no samples"
+            )
+        if given["client_mode"]:
+            raise ValueError(
+                "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
+            )
+
+
 def choose_policy(
     *, use_local_updates: bool, delay_grad: bool, delay_optimizer: bool, delay_state: bool
 ) -> str:

@@ -36,16 +36,6 @@ def test_tensors_become_the_weighted_mean(local_dht: Callable[[], DHT]) -> None:
             assert torch.equal(tensors[1], torch.full((2, 2), -3.75))
 
 
-def test_several_rounds_and_a_late_peer(local_dht: Callable[[], DHT]) -> None:
-    one, two = averagers(local_dht, [0.0, 4.0])
-    together(one.step, two.step)
-    (three,) = averagers(local_dht, [8.0])
-    together(one.step, two.step, three.step)
-    for peer in (one, two, three):
-        with peer.get_tensors() as tensors:
-            assert torch.allclose(tensors[0], torch.full((3,), 4.0), atol=1e-6)
-
-
 def test_without_a_group_nothing_changes(local_dht: Callable[[], DHT]) -> None:
     (alone,) = averagers(local_dht, [5.0])
     assert alone.step(timeout=0.2) is None

@@ -84,7 +84,7 @@ class Optimizer(torch.optim.Optimizer):
             delay_optimizer_step = delay_grad_averaging
         if offload_optimizer is None:
             offload_optimizer = params is not None and not use_local_updates
-        _check_modes(
+        _settings.check_modes(
             use_local_updates=use_local_updates,
             delay_grad_averaging=delay_grad_averaging,
             delay_optimizer_step=delay_optimizer_step,
@@ -96,12 +96,8 @@ class Optimizer(torch.optim.Optimizer):
             batch_size_per_step=batch_size_per_step,
             grad_averager_factory=grad_averager_factory,
             grad_compression=grad_compression,
+            load_state_compression=load_state_compression,
         )
-        if (
-            type(_settings.check_compression("load_state_compression", load_state_compression))
-            is not NoCompression
-        ):
-            raise ValueError("load_state_compression cannot have an effect: newcomers load the exact state")
         _settings.check_opts("averager_opts", averager_opts, _settings.TIMING)
         _settings.check_opts("tracker_opts", tracker_opts, _settings.TRACKER_TIMING)
         self.run_id, self.dht = run_id, dht
@@ -109,22 +105,35 @@ class Optimizer(torch.optim.Optimizer):
         self.batch_size_per_step = _settings.positive(
             "batch_size_per_step", batch_size_per_step, optional=True
         )
-        average_state_every = _settings.positive("average_state_every", average_state_every)
         self.offload_optimizer, self.auxiliary = offload_optimizer, auxiliary
         self.reuse_grad_buffers, self.use_local_updates = reuse_grad_buffers, use_local_updates
         self.use_gradient_averaging = not use_local_updates
         self.delay_optimizer_step, self.delay_grad_averaging = delay_optimizer_step, delay_grad_averaging
-        delay_state = not use_local_updates if delay_state_averaging is None else delay_state_averaging
-        self.delay_state_averaging = delay_state
+        self.delay_state_averaging = (
+            not use_local_updates if delay_state_averaging is None else delay_state_averaging
+        )
         self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
         self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
-
         self._inner = InnerOptimizer(optimizer, params, offload_optimizer, scheduler)
         self._adopt_hooks()
-        for name in average_opt_statistics:
+        self._hold_state(average_opt_statistics, extra_tensors)
+        self.grad_averager = self._make_grad_averager(grad_averager_factory)
+        self._join(
+            grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
+            state_compression=_settings.check_compression(
+                "state_averaging_compression", state_averaging_compression
+            ).policy(),
+            average_state_every=_settings.positive("average_state_every", average_state_every),
+            load_state_timeout=float(load_state_timeout),
+            alpha=performance_ema_alpha,
+        )
+
+    def _hold_state(self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor]) -> None:
+        """Memory for what state averaging exchanges, and the codec of what newcomers load."""
+        for name in statistics:
             if not isinstance(name, str):
                 raise TypeError(f"average_opt_statistics: expected names such as 'exp_avg', got {name!r}")
-        self._statistics, self._extra_tensors = tuple(average_opt_statistics), list(extra_tensors)
+        self._statistics, self._extra_tensors = tuple(statistics), list(extra_tensors)
         self._state = FlatTensors(
             [p.shape for p in self._inner.main] * (1 + len(self._statistics))
             + [t.shape for t in self._extra_tensors]
@@ -132,65 +141,69 @@ class Optimizer(torch.optim.Optimizer):
         self._codec = StateCodec(
             self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler
         )
-        self.grad_averager = self._make_grad_averager(grad_averager_factory)
-        policy = _settings.choose_policy(
-            use_local_updates=use_local_updates,
-            delay_grad=delay_grad_averaging,
-            delay_optimizer=delay_optimizer_step,
-            delay_state=delay_state,
-        )
-        names = [f"{i:06}" for i in range(len(self._inner.main))]
+
+    def _tensor_infos(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What gradient rounds and state rounds carry, in order."""
         shapes = [p.shape for p in self._inner.main]
-        losses = [("loss", (1,))] if self._averages_loss else []
-        state_infos = _settings.tensor_infos([f"param.{n}" for n in names], shapes, "Parameter")
+        names = [f"{i:06}" for i in range(len(shapes))]
+        state = _settings.tensor_infos([f"param.{n}" for n in names], shapes, "Parameter")
         for statistic in self._statistics:
-            state_infos += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
-        extra_names = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
-        state_infos += _settings.tensor_infos(
-            extra_names, [t.shape for t in self._extra_tensors], "Unspecified"
-        )
+            state += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
+        extra = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
+        state += _settings.tensor_infos(extra, [t.shape for t in self._extra_tensors], "Unspecified")
+        if self.use_local_updates:
+            return [], state
+        losses = [("loss", (1,))] if self._averages_loss else []
+        # Keys by position, as in hivemind: PerTensorCompression names them so.
+        keys = [str(i) for i in range(len(shapes))] + [n for n, _ in losses]
+        return _settings.tensor_infos(keys, [*shapes, *(s for _, s in losses)], "Gradient"), state
+
+    def _join(
+        self,
+        *,
+        grad_compression: Any,
+        state_compression: Any,
+        average_state_every: int,
+        load_state_timeout: float,
+        alpha: float,
+    ) -> None:
+        tensors, state_tensors = self._tensor_infos()
         options = _settings.session_options(
-            run_id=run_id,
+            run_id=self.run_id,
             target_batch_size=self.target_batch_size,
-            tensors=[]
-            if use_local_updates
-            else _settings.tensor_infos(
-                # Keys by position, as in hivemind: PerTensorCompression names them so.
-                [str(i) for i in range(len(shapes))] + [n for n, _ in losses],
-                [*shapes, *(s for _, s in losses)],
-                "Gradient",
-            ),
-            state_tensors=state_infos,
-            grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
-            state_compression=_settings.check_compression(
-                "state_averaging_compression", state_averaging_compression
-            ).policy(),
+            tensors=tensors,
+            state_tensors=state_tensors,
+            grad_compression=grad_compression,
+            state_compression=state_compression,
             powersgd=None if self.grad_averager is None else self.grad_averager.powersgd(),
-            policy=policy,
-            average_state_every="never" if use_local_updates else {"epochs": average_state_every},
+            policy=_settings.choose_policy(
+                use_local_updates=self.use_local_updates,
+                delay_grad=self.delay_grad_averaging,
+                delay_optimizer=self.delay_optimizer_step,
+                delay_state=self.delay_state_averaging,
+            ),
+            average_state_every="never" if self.use_local_updates else {"epochs": average_state_every},
             manifest_extra={"optimizer": type(self._inner.optimizer).__name__},
-            auxiliary=auxiliary,
+            auxiliary=self.auxiliary,
             client_mode=self.client_mode,
-            load_state_timeout=float(load_state_timeout),
+            load_state_timeout=load_state_timeout,
         )
-        self._session = _core.Session.join(dht.node, options)
+        self._session = _core.Session.join(self.dht.node, options)
         self.tracker = SessionTracker(
             self.status,
             target_batch_size=self.target_batch_size,
             client_mode=self.client_mode,
             epoch_of=lambda epoch: epoch,
-            alpha=performance_ema_alpha,
+            alpha=alpha,
         )
         self._worker: threading.Thread | None = None
         self._worker_error: BaseException | None = None
         self._loss: float | None = None
-        self._samples_since_epoch = 0
         self._closed = False
-        self._scheduled_epoch = 0
         self._pid = os.getpid()
-        if not auxiliary:
+        if not self.auxiliary:
             self._publish()
-        dht.own(weakref.WeakMethod(self.shutdown))
+        self.dht.own(weakref.WeakMethod(self.shutdown))
 
     def _adopt_hooks(self) -> None:
         # torch's own constructor would add parameter groups; hooks, groups and state are those of the inner optimizer.
@@ -611,49 +624,3 @@ class Optimizer(torch.optim.Optimizer):
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-
-def _check_modes(**given: Any) -> None:
-    """Refuse combinations in which an argument cannot have an effect."""
-    if given["use_local_updates"]:
-        for name in (
-            "delay_grad_averaging",
-            "reuse_grad_buffers",
-            "grad_averager_factory",
-            "delay_optimizer_step",
-        ):
-            if given[name]:
-                raise ValueError(
-                    f"{name} cannot have an effect with use_local_updates=True: gradients stay local"
-                )
-        if given["delay_state_averaging"]:
-            raise ValueError(
-                "delay_state_averaging cannot have an effect with use_local_updates=True: the average of the "
-                "parameters ends the epoch, and everybody waits for it"
-            )
-        if given["grad_compression"] != NoCompression():
-            raise ValueError(
-                "grad_compression cannot have an effect with use_local_updates=True: use state_averaging_compression"
-            )
-    if given["delay_grad_averaging"] and not given["delay_optimizer_step"]:
-        raise ValueError(
-            "delay_grad_averaging=True implies a delayed optimizer step: leave delay_optimizer_step out"
-        )
-    if given["delay_optimizer_step"] and not given["offload_optimizer"]:
-        raise ValueError(
-            "delay_optimizer_step needs offload_optimizer=True: the step changes copies of the parameters while the "
-            "model still computes with the old ones. Give params= and a function as optimizer="
-        )
-    if given["delay_optimizer_step"] and given["reuse_grad_buffers"]:
-        raise ValueError(
-            "reuse_grad_buffers cannot work with a delayed step: the next gradients would gather in the same memory"
-        )
-    if given["auxiliary"]:
-        if given["batch_size_per_step"] is not None:
-            raise ValueError(
-                "batch_size_per_step cannot have an effect with auxiliary=True: it has no samples"
-            )
-        if given["client_mode"]:
-            raise ValueError(
-                "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
-            )
