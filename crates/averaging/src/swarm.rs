@@ -59,6 +59,8 @@ pub struct SwarmConfig {
     pub owner: Option<PeerId>,
     /// Our invite to a closed run.
     pub invite: Option<Invite>,
+    /// What we say of ourselves from the first message on, until the first report.
+    pub progress: Progress,
     /// How long [`Swarm::join`] may take.
     pub join_timeout: Duration,
 }
@@ -75,6 +77,7 @@ impl SwarmConfig {
             auxiliary: false,
             owner: None,
             invite: None,
+            progress: Progress::default(),
             join_timeout: Duration::from_secs(15),
         }
     }
@@ -173,7 +176,12 @@ impl Swarm {
         let me = transport.local_peer();
         let incoming = transport.accept(link::protocol(&config.run), BACKLOG)?;
         let round_streams = transport.accept(crate::router::protocol(&config.run), BACKLOG)?;
-        let pulse = Pulse { client: config.client_mode, auxiliary: config.auxiliary, ..Pulse::default() };
+        let pulse = Pulse {
+            client: config.client_mode,
+            auxiliary: config.auxiliary,
+            progress: config.progress.clone(),
+            ..Pulse::default()
+        };
         let (spawner, spawned) = mpsc::channel(1024);
         let inner = Arc::new(Inner {
             me,
@@ -223,14 +231,19 @@ impl Swarm {
         let mut attempts: futures::stream::FuturesUnordered<_> =
             known.iter().map(|peer| link::connect_patiently(inner, *peer, deadline)).collect();
         let mut lines = Vec::new();
+        let mut reached = false;
         while let Some((peer, result)) = futures::StreamExt::next(&mut attempts).await {
             match result {
                 Ok(()) => return Ok(()),
                 Err(link::LinkError::Refused(reason)) => return Err(JoinError::Refused { peer, reason }),
-                Err(link::LinkError::Failed(fault)) => lines.push(fault.to_string()),
+                Err(link::LinkError::Failed(fault)) => {
+                    // It is there but not in this run: a bootstrap node, through which others will find us.
+                    reached |= fault.kind == potluck_net::FaultKind::Refused;
+                    lines.push(fault.to_string());
+                }
             }
         }
-        if must_answer { Err(JoinError::Unreachable { attempts: lines }) } else { Ok(()) }
+        if must_answer && !reached { Err(JoinError::Unreachable { attempts: lines }) } else { Ok(()) }
     }
 
     /// Who is here, as it changes; ourselves included.

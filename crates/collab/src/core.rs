@@ -18,7 +18,7 @@ const AGREED_BLOB: &str = "potluck.agreed";
 /// Name of the outer optimizer's blob.
 const VELOCITY_BLOB: &str = "potluck.velocity";
 /// Name of the lineage's samples in a snapshot.
-const SAMPLES_META: &str = "potluck.samples";
+pub(crate) const SAMPLES_META: &str = "potluck.samples";
 
 pub(crate) struct Core {
     pub(crate) me: PeerId,
@@ -112,10 +112,12 @@ impl Core {
         for peer in self.peers.keys().filter(|peer| !seen.contains_key(peer)) {
             events.push(Event::Lost { peer: *peer, peers: count });
         }
-        if seen.is_empty() && self.was_in_company {
+        // A keeper or a helper computes nothing: with only them, this peer trains alone.
+        let company = seen.values().any(|view| !view.auxiliary);
+        if !company && self.was_in_company {
             events.push(Event::Alone { epoch: self.lineage.epoch });
         }
-        self.was_in_company = !seen.is_empty();
+        self.was_in_company = company;
         self.peers = seen;
     }
 
@@ -467,7 +469,7 @@ impl Core {
             samples_per_second: swarm.samples_per_second,
             eta_seconds: progress::eta_seconds(&swarm, self.config.target_batch_size),
             peers: std::iter::once(me).chain(others).collect(),
-            alone: views.is_empty(),
+            alone: views.iter().all(|view| view.auxiliary),
             last_round: self.last_round.clone(),
             rounds: self.rounds,
             rounds_failed: self.rounds_failed,

@@ -52,6 +52,12 @@ impl Lineage {
         Self { hash: self.chain("potluck lineage spoiled v1", nonce), samples, ..*self }
     }
 
+    /// The history of a state that a session has published.
+    pub fn of(snapshot: &crate::Snapshot) -> Option<Self> {
+        let samples = snapshot.meta.get(crate::core::SAMPLES_META)?.parse().ok()?;
+        Some(Self { epoch: snapshot.epoch, samples, hash: snapshot.lineage })
+    }
+
     /// Whether this history replaces `other` when both meet.
     pub fn beats(&self, other: &Self) -> bool {
         self.rank(other) == Ordering::Greater

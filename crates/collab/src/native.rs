@@ -196,13 +196,17 @@ impl Dialect for Native {
         epoch_min: u64,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
-        let ahead: Vec<PeerView> =
-            self.peers().into_iter().filter(|view| view.epoch >= epoch_min && !view.auxiliary).collect();
+        let (helpers, ahead): (Vec<PeerView>, Vec<PeerView>) =
+            self.peers().into_iter().filter(|view| view.epoch >= epoch_min).partition(|view| view.auxiliary);
         // Those with the history that won, as far as they say; else whoever has the epoch.
         let winners = ahead.iter().filter(|view| says_lineage(view, &lineage));
         let mut donors: Vec<PeerId> = winners.map(|view| view.peer).collect();
         if donors.is_empty() {
             donors = ahead.iter().map(|view| view.peer).collect();
+        }
+        if donors.is_empty() {
+            // Of those who compute nothing, keepers have the state.
+            donors = helpers.iter().map(|view| view.peer).collect();
         }
         Box::pin(async move {
             let failed = |error: DownloadError| {

@@ -130,8 +130,13 @@ impl Behind {
 
     /// The best history that replaces ours, if it must be loaded now.
     pub(crate) fn check(&mut self, now: Instant, ours: &Lineage, peers: &[PeerView]) -> Option<Winner> {
-        let others: Vec<(PeerId, Lineage)> =
-            peers.iter().filter_map(|peer| Some((peer.peer, Note::decode(&peer.note)?.lineage))).collect();
+        let others: Vec<(PeerId, Lineage)> = peers
+            .iter()
+            .filter_map(|view| Some((view, Note::decode(&view.note)?.lineage)))
+            // Helpers and keepers take over the histories of others, late: only being ahead says anything.
+            .filter(|(view, lineage)| !view.auxiliary || lineage.epoch > ours.epoch)
+            .map(|(view, lineage)| (view.peer, lineage))
+            .collect();
         self.notice_fork(now, ours, &others);
         let (peer, lineage) = others
             .into_iter()

@@ -76,8 +76,11 @@ impl Session {
     ) -> Result<Self, JoinError> {
         config.validate()?;
         Invite::admit(config.owner, &config.run_id, config.invite.as_deref())?;
-        let dialect = crate::native::Native::join(transport, env.clone(), &config).await?;
-        Self::with_dialect(Arc::new(dialect), env, config)
+        let dialect = crate::native::Native::join(transport.clone(), env.clone(), &config).await?;
+        let session = Self::with_dialect(Arc::new(dialect), env, config)?;
+        crate::sight::serve(&*transport, &session.tasks, &session.inner.config, session.status());
+        crate::serve_speed(&*transport, &session.tasks);
+        Ok(session)
     }
 
     /// Join over a protocol that is already running.
