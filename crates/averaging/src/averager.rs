@@ -1,7 +1,9 @@
 //! Rounds of one channel: gather, exchange, agree, apply. The caller's vector goes in and comes back as the average; if
 //! the round fails it comes back unchanged inside the error.
 
+use crate::detector::HEARTBEAT;
 use crate::exchange::Exchange;
+use crate::membership::Member;
 use crate::spans::Layout;
 use crate::station::{Agreed, Gathering, Out, PlanHash, Station, Wish};
 use crate::sum::square_sum;
@@ -216,6 +218,17 @@ impl ChannelHandler for Channel {
     }
 }
 
+/// The number of one step. Its upper half names the process, so that a plan shows which one promised to take part.
+fn nonce(me: Option<&Member>, random: u64) -> u64 {
+    u64::from(me.map_or(0, |me| me.process)) << 32 | random & u64::from(u32::MAX)
+}
+
+/// Whether another process than the one that promised to take part is there now. It owes nothing, and nobody may wait
+/// for its predecessor. A plan may also be ahead of the heartbeats, so these get the time to follow.
+fn is_restarted(now: &Member, nonce: u64, age: Duration) -> bool {
+    age > HEARTBEAT * 2 && u64::from(now.process) != nonce >> 32
+}
+
 /// Ends the round for the others when a step fails or is dropped.
 struct Leaving<'a>(&'a Channel);
 
@@ -331,7 +344,7 @@ impl Averager {
         let auxiliary = swarm.config.auxiliary;
         Ready {
             epoch: request.epoch,
-            nonce: swarm.env.random_u64(),
+            nonce: nonce(swarm.current_view().members.get(&swarm.me), swarm.env.random_u64()),
             attempt: self.channel.station().attempt(request.epoch),
             weight: if auxiliary || bad { 0.0 } else { request.weight },
             norm,
@@ -450,7 +463,7 @@ impl Averager {
         exchange.kick().await;
         loop {
             let now = channel.swarm.env.now();
-            self.lose_the_gone(exchange, plan).await;
+            self.lose_the_gone(exchange, plan, now - begun).await;
             if finished_at.is_none() && exchange.is_complete() {
                 finished_at = Some(now);
                 let auxiliary = channel.swarm.config.auxiliary;
@@ -481,7 +494,7 @@ impl Averager {
         }
     }
 
-    async fn lose_the_gone(&self, exchange: &mut Exchange, plan: &Plan) {
+    async fn lose_the_gone(&self, exchange: &mut Exchange, plan: &Plan, age: Duration) {
         let channel = &self.channel;
         let withdrawn = channel.station().withdrawn();
         let view = channel.swarm.current_view();
@@ -491,7 +504,7 @@ impl Averager {
             }
             if withdrawn.contains(&member.peer) {
                 exchange.lose(at, FaultKind::Left).await;
-            } else if !view.members.contains_key(&member.peer) {
+            } else if view.members.get(&member.peer).is_none_or(|now| is_restarted(now, member.nonce, age)) {
                 exchange.lose(at, FaultKind::Silent).await;
             }
         }

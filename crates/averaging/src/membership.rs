@@ -41,6 +41,8 @@ pub struct Member {
     pub path: Option<Path>,
     /// How often it came back.
     pub incarnation: u64,
+    /// Random at each start of its program.
+    pub process: u32,
     /// Helps reducing, has no vector.
     pub auxiliary: bool,
     /// Dials out only.
@@ -201,6 +203,12 @@ impl Membership {
         pulse: Pulse,
         actions: &mut Vec<Action>,
     ) {
+        if let Some(entry) = self.peers.get_mut(&peer)
+            && entry.pulse.process != pulse.process
+        {
+            // Its predecessor counted its heartbeats higher.
+            entry.pulse.sequence = 0;
+        }
         self.hear_of(now, peer, incarnation, Standing::Alive, Some(pulse), actions);
         let Some(entry) = self.peers.get_mut(&peer) else { return };
         entry.detector.heard(now);
@@ -255,8 +263,13 @@ impl Membership {
         } else if incarnation < entry.incarnation {
             return;
         }
+        // Of a restarted peer, what others relay counts only where it does not speak for itself.
         if let Some(pulse) = pulse
-            && pulse.sequence > entry.pulse.sequence
+            && if pulse.process == entry.pulse.process || entry.linked {
+                pulse.sequence > entry.pulse.sequence
+            } else {
+                true
+            }
         {
             entry.pulse = pulse;
             entry.pulse_at = now;
@@ -431,6 +444,7 @@ fn member(pulse: &Pulse, incarnation: u64, path: Option<Path>, local: bool) -> M
         reachability: pulse.reachability,
         path,
         incarnation,
+        process: pulse.process,
         auxiliary: pulse.auxiliary,
         client: pulse.client,
         app: pulse.progress.app.clone(),

@@ -121,6 +121,10 @@ impl Station {
     }
 
     pub(crate) fn start(&mut self, wish: Wish) {
+        if wish.ready.epoch <= self.finished_epoch {
+            // Another history, loaded from others, has taken us back; those at our side are not late.
+            self.finished_epoch = wish.ready.epoch.map_or(self.finished_epoch, |epoch| epoch.checked_sub(1));
+        }
         self.wish = Some(wish);
         self.left_out = false;
         self.skipped.clear();
@@ -319,11 +323,18 @@ impl Station {
     }
 
     fn on_ready(&mut self, now: Instant, from: PeerId, ready: Ready, out: &mut Out) {
-        if let Some(current) = self.current.as_ref().filter(|c| c.plan.epoch == ready.epoch) {
-            let planned = current.plan.members.iter().any(|m| m.peer == from && m.nonce == ready.nonce);
-            if planned {
-                out.push((from, RoundMessage::Begin(Box::new((*current.plan).clone()))));
-                return;
+        if let Some(current) = self.current.as_mut().filter(|c| c.plan.epoch == ready.epoch) {
+            match current.plan.members.iter().find(|member| member.peer == from) {
+                Some(member) if member.nonce == ready.nonce => {
+                    out.push((from, RoundMessage::Begin(Box::new((*current.plan).clone()))));
+                    return;
+                }
+                // It asks for a new round, so it is no longer in this one: it has restarted, faster than anybody could
+                // miss it, and nobody may wait for what its predecessor owed.
+                Some(_) => {
+                    current.withdrawn.insert(from);
+                }
+                None => {}
             }
             if ready.epoch.is_some() {
                 let attempt = current.plan.attempt;

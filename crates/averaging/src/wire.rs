@@ -66,6 +66,8 @@ pub(crate) enum Standing {
 /// One heartbeat's content.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Pulse {
+    /// Random at the start of the program: a restart shows even when nobody had time to miss its predecessor.
+    pub(crate) process: u32,
     pub(crate) sequence: u64,
     pub(crate) progress: Progress,
     pub(crate) up: f64,

@@ -47,6 +47,10 @@ pub struct Started {
     pub averaged: Outcome<Averaged>,
 }
 
+/// The status is renewed at most this often, and at least this often, beside the calls that change it.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// One peer's part in a run. Cheap to clone; the last clone that goes ends everything it started.
 #[derive(Clone)]
 pub struct Session {
@@ -106,7 +110,10 @@ impl Session {
             events: broadcast::Sender::new(EVENTS_MAX),
         };
         inner.tell(false);
-        Ok(Self { inner: Arc::new(inner), tasks: Tasks::new() })
+        let (inner, tasks) = (Arc::new(inner), Tasks::new());
+        let watched = inner.clone();
+        tasks.spawn(async move { watched.keep_looking().await });
+        Ok(Self { inner, tasks })
     }
 
     /// Who we are.
@@ -288,10 +295,29 @@ impl Inner {
         }
     }
 
+    /// Who came and went shows in the status and the events also while the program computes and asks for nothing.
+    async fn keep_looking(&self) {
+        loop {
+            tokio::time::sleep(LOOK_PAUSE).await;
+            let _timeout = tokio::time::timeout(LOOK_EVERY, self.dialect.changed()).await;
+            let mut core = self.core();
+            self.look(&mut core);
+            drop(core);
+            self.show();
+        }
+    }
+
     /// Let the other peers and the watchers of the status know.
     fn tell(&self, urgent: bool) {
         let core = self.core();
         self.dialect.report(core.report(urgent));
+        drop(core);
+        self.show();
+    }
+
+    /// Let the watchers of the status know.
+    fn show(&self) {
+        let core = self.core();
         let traffic = self.dialect.traffic();
         let status = Status {
             bytes_sent: traffic.bytes_sent,
