@@ -7,6 +7,9 @@ use potluck_dht::{Dht, rendezvous};
 use potluck_net::PeerId;
 use std::time::Duration;
 
+/// How long the DHT may take to join before it is asked all the same.
+const JOIN_LIMIT: Duration = Duration::from_secs(4);
+
 /// The DHT as the directory of runs.
 pub(crate) struct DhtDirectory(pub(crate) Dht);
 
@@ -21,6 +24,7 @@ impl Directory for DhtDirectory {
 
     fn lookup<'a>(&'a self, run: &'a str) -> BoxFuture<'a, Vec<(PeerId, Vec<String>)>> {
         async move {
+            self.0.wait_joined(JOIN_LIMIT).await;
             let found = rendezvous::lookup(&self.0, run.as_bytes()).await.value;
             found.into_iter().map(|peer| (peer.peer, peer.addresses)).collect()
         }

@@ -26,6 +26,8 @@ const LINK_QUEUE: usize = 256;
 const BEAT_PAUSE: Duration = Duration::from_millis(20);
 /// Control streams that may wait to be accepted.
 const BACKLOG: usize = 64;
+/// Between the first look-ups and announcements in the directory; doubles up to `DIRECTORY_PERIOD`.
+const DIRECTORY_PAUSE_FIRST: Duration = Duration::from_secs(1);
 /// Between look-ups and announcements in the directory.
 const DIRECTORY_PERIOD: Duration = Duration::from_secs(20);
 
@@ -349,6 +351,7 @@ fn start_tasks(
     if let Some(directory) = inner.config.directory.clone() {
         let inner = inner.clone();
         tasks.spawn(async move {
+            let mut pause = DIRECTORY_PAUSE_FIRST;
             loop {
                 let both = async {
                     directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
@@ -361,7 +364,8 @@ fn start_tasks(
                         inner.connect_soon(peer);
                     }
                 }
-                tokio::time::sleep(DIRECTORY_PERIOD).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(DIRECTORY_PERIOD);
             }
         });
     }

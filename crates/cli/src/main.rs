@@ -2,15 +2,39 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks through its output")]
 
 mod bench;
+mod checkpoint;
 mod delay;
+mod doctor;
+mod export;
+mod failure;
+mod invite;
+mod keeper;
+mod keygen;
+mod machine;
+mod manual;
+mod monitor;
 mod node;
+mod pickle;
 mod probe;
+mod status;
+mod view;
+mod visit;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+/// What every command's exit code means, in `--help` and the man page.
+const EXIT_CODES: &str = "Exit codes: 0 it worked; 1 it did not, and the last lines on stderr say why and what to do; \
+     2 the command line is wrong. `potluck doctor` has its own, see `potluck doctor --help`.";
+
 #[derive(Parser)]
-#[command(name = "potluck", version, about = "Train one neural network on whatever machines turn up")]
+#[command(
+    name = "potluck",
+    version,
+    about = "Train one neural network on whatever machines turn up",
+    after_help = EXIT_CODES
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -18,18 +42,54 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a bootstrap peer (and, with --relay, a relay) until told to stop; prints a join token
+    /// Look at this machine and the way into a run, before joining it
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::Args),
+    /// Show how a run is going, without taking part in it
+    #[command(after_help = status::HELP)]
+    Status(status::Args),
+    /// Serve a run's dashboard, without taking part in it
+    #[command(after_help = monitor::HELP)]
+    Monitor(monitor::Args),
+    /// Keep the newest state of a run on disk, for those who come when everybody has left
+    #[command(after_help = keeper::HELP)]
+    Keeper(keeper::Args),
+    /// Turn a keeper's checkpoint into a file that torch loads
+    #[command(after_help = export::HELP)]
+    Export(export::Args),
+    /// Run a bootstrap peer until told to stop; prints a join token
+    #[command(after_help = node::HELP)]
     Node(node::Args),
+    /// Run a bootstrap peer that also carries the connections of peers behind NAT
+    #[command(after_help = node::RELAY_HELP)]
+    Relay(node::Args),
+    /// Make the identity of a machine, or show the one that is there
+    #[command(after_help = keygen::HELP)]
+    Keygen(keygen::Args),
+    /// Put the owner's invite to a closed run into its token
+    #[command(after_help = invite::HELP)]
+    Invite(invite::Args),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Connect to a peer by its id and say how: direct, hole-punched or relayed
+    #[command(after_help = probe::HELP)]
     Probe(probe::Args),
+    /// Print the version and what it speaks
+    #[command(after_help = "Example:\n  potluck version --json")]
+    Version(manual::VersionArgs),
+    /// Print the completions of a shell
+    #[command(after_help = manual::COMPLETIONS_HELP)]
+    Completions(manual::CompletionsArgs),
+    /// Print the manual page, or write one for every command
+    #[command(after_help = manual::MAN_HELP)]
+    Man(manual::ManArgs),
 }
 
 #[derive(Subcommand)]
 enum BenchCommand {
     /// The network: MB/s and processor seconds per GB between two processes, as JSON
+    #[command(after_help = "Example:\n  potluck bench net > net.json")]
     Net(bench::Args),
     /// One end of `bench net`; started by it
     #[command(hide = true)]
@@ -37,7 +97,10 @@ enum BenchCommand {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -45,21 +108,73 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(async {
-        match cli.command {
-            Command::Node(args) => node::run(args).await,
-            Command::Bench(BenchCommand::Net(args)) => bench::run(args).await,
-            Command::Bench(BenchCommand::NetPeer(args)) => bench::run_peer(args).await,
-            Command::Probe(args) => probe::run(args).await,
-        }
-    });
+    let result = runtime.block_on(run(cli.command));
     // Whatever a library still runs on blocking threads must not hold up the end.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
-            eprintln!("potluck: {error:#}");
+            eprintln!("potluck: {}", failure::text(&error));
+            if let Some(hint) = failure::hint(&error) {
+                eprintln!("hint: {hint}");
+            }
             ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Doctor(args) => return doctor::run(args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Monitor(args) => monitor::run(args).await,
+        Command::Keeper(args) => keeper::run(args).await,
+        Command::Export(args) => export::run(&args),
+        Command::Node(args) => node::run(args).await,
+        Command::Relay(args) => node::run(args.relaying()).await,
+        Command::Keygen(args) => keygen::run(&args),
+        Command::Invite(args) => invite::run(&args),
+        Command::Bench(BenchCommand::Net(args)) => bench::run(args).await,
+        Command::Bench(BenchCommand::NetPeer(args)) => bench::run_peer(args).await,
+        Command::Probe(args) => probe::run(args).await,
+        Command::Version(args) => manual::version(&args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
+    }
+    .map(|()| ExitCode::SUCCESS)
+}
+
+/// A wrong command line: clap's message, and where a token was expected, where tokens come from.
+fn refuse(error: &clap::Error) -> ExitCode {
+    // Nobody may be reading; the exit code says it all the same.
+    let _printed = error.print();
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        return ExitCode::SUCCESS;
+    }
+    let about_token = matches!(
+        error.get(ContextKind::InvalidArg),
+        Some(ContextValue::String(argument)) if argument.contains("TOKEN") || argument.starts_with("--join")
+    );
+    if about_token && error.kind() == ErrorKind::ValueValidation {
+        eprintln!("hint: {}", failure::TOKEN_HINT);
+    }
+    ExitCode::from(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example() {
+        let mut command = Cli::command();
+        command.clone().debug_assert();
+        command.build();
+        for sub in command.get_subcommands().filter(|sub| !["help", "bench"].contains(&sub.get_name())) {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let example = format!("  potluck {}", sub.get_name());
+            assert!(help.contains("Example") && help.contains(&example), "{}: {help}", sub.get_name());
         }
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use potluck_dht::{Dht, DhtConfig};
-use potluck_net::{Env, Token, Transport};
+use potluck_net::{Env, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport, identity_file};
 use serde::Serialize;
 use std::io::Write;
@@ -17,6 +17,11 @@ use tokio::time::Instant;
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a start waits before it reports the bootstrap addresses that failed.
 const BOOTSTRAP_REPORT_AFTER: Duration = Duration::from_secs(12);
+
+pub(crate) const HELP: &str = "Stops politely at SIGINT and SIGTERM. The token goes to everybody who is to join.\n\nExamples:\n  \
+potluck node --run my-run\n  potluck node --listen /ip4/0.0.0.0/tcp/4001 --listen /ip4/0.0.0.0/udp/4001/quic-v1";
+pub(crate) const RELAY_HELP: &str = "For a machine with a public address and these ports open. Same as `potluck node --relay`.\n\n\
+Example:\n  potluck relay --listen /ip4/0.0.0.0/tcp/4001 --listen /ip4/0.0.0.0/udp/4001/quic-v1";
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -46,6 +51,13 @@ pub(crate) struct Args {
     json: bool,
 }
 
+impl Args {
+    /// As `potluck relay` has it.
+    pub(crate) fn relaying(self) -> Self {
+        Self { relay: true, ..self }
+    }
+}
+
 #[derive(Serialize)]
 struct Started {
     peer: String,
@@ -73,6 +85,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let transport = Libp2pTransport::start(config, env.clone()).await?;
     let dht_config = DhtConfig { initial_peers: transport.bootstrap_peers(), ..DhtConfig::default() };
     let dht = Dht::start(transport.clone(), env.clone(), dht_config).await.context("cannot start the DHT")?;
+    // `potluck doctor` measures its way here.
+    let serving = Tasks::new();
+    potluck_collab::serve_speed(&*transport, &serving);
 
     let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
     print_start(&args, &transport, run)?;

@@ -17,6 +17,9 @@ const FRAME_BYTES: usize = 64 << 10;
 /// Callers that may wait while one is served.
 const BACKLOG: usize = 16;
 
+pub(crate) const HELP: &str = "Example, on two machines:\n  potluck probe --join potluck1…\n  \
+potluck probe --join potluck1… --call 12D3KooW…";
+
 #[derive(ClapArgs)]
 pub(crate) struct Args {
     /// Join through this token (see `potluck node`)

@@ -20,6 +20,9 @@ const CONCURRENT_MAX: usize = 256;
 /// News that wait for the upkeep task.
 const NEWS_MAX: usize = 256;
 
+/// How often a waiting caller looks whether the node has joined.
+const JOIN_POLL: Duration = Duration::from_millis(20);
+
 /// One node of the DHT. Clones are the same node; its tasks end when the last clone is dropped or after
 /// [`Dht::shutdown`].
 #[derive(Clone)]
@@ -60,6 +63,19 @@ impl Dht {
         }
         tasks.spawn(upkeep::run(node.clone(), news));
         Ok(Self { node, tasks })
+    }
+
+    /// Wait until one initial peer has answered, at most this long; whether one has. At once if there are none. What is
+    /// looked up before that is not found.
+    pub async fn wait_joined(&self, limit: Duration) -> bool {
+        let deadline = self.node.env.now() + limit;
+        while self.routing_table_len() == 0 && !self.node.config.initial_peers.is_empty() {
+            if self.node.env.now() >= deadline {
+                return false;
+            }
+            tokio::time::sleep(JOIN_POLL).await;
+        }
+        true
     }
 
     /// Keep `value` under `key` (or under `subkey` of `key`) on the nodes nearest to the key for `expires_in`.

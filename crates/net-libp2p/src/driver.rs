@@ -98,7 +98,11 @@ impl Driver {
                     tracing::info!(target: "potluck::net", %address, %error, "no IPv6 here");
                 }
                 Err(error) => {
-                    let (address, detail) = (address.to_string(), error.to_string());
+                    // The outer errors say nothing themselves: the reason is a cause further in.
+                    let detail = crate::stage::StageError::new(crate::stage::Stage::Address, &error).detail;
+                    let detail =
+                        detail.trim_start_matches([' ', ':']).trim_start_matches("connect: ").to_owned();
+                    let address = address.to_string();
                     return Err(StartError::Listen { address, detail });
                 }
             }

@@ -1,0 +1,315 @@
+//! A run's state on disk: `epoch-000000000012/state.safetensors` with all tensors, and `checkpoint.json` with the rest.
+//!
+//! A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed. Reading checks a hash
+//! over the tensors, so what a failing disk returns is never taken for a state.
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use potluck_collab::{Lineage, Snapshot};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const FORMAT: u32 = 1;
+const TENSORS: &str = "state.safetensors";
+const FACTS: &str = "checkpoint.json";
+const PARTIAL: &str = ".partial-";
+/// Larger descriptions are not read.
+const FACTS_BYTES_MAX: u64 = 256 << 20;
+
+/// A state with what is needed to restart its run.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Checkpoint {
+    pub(crate) run_id: String,
+    pub(crate) manifest: BTreeMap<String, String>,
+    pub(crate) snapshot: Snapshot,
+}
+
+/// A checkpoint and where it lies.
+pub(crate) type Found = Option<(PathBuf, Checkpoint)>;
+
+#[derive(Serialize, Deserialize)]
+struct Facts {
+    format: u32,
+    run_id: String,
+    epoch: u64,
+    samples: u64,
+    /// Hash of the history that made it, in hex.
+    lineage: String,
+    /// What must be equal on all peers of the run.
+    manifest: BTreeMap<String, String>,
+    /// Optimizer, scheduler and the like, as the training program published them.
+    facts: BTreeMap<String, String>,
+    /// BLAKE3 of the file of tensors, in hex.
+    tensors_blake3: String,
+}
+
+/// How a tensor's bytes are to be read.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(crate) struct Shape {
+    pub(crate) dtype: String,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// Shapes of the tensors, as far as the training program said.
+pub(crate) fn shapes(meta: &BTreeMap<String, String>) -> BTreeMap<String, Shape> {
+    let read = |name: &str| meta.get(name).map(String::as_str).unwrap_or("{}");
+    let mut shapes: BTreeMap<String, Shape> = serde_json::from_str(read("tensors")).unwrap_or_default();
+    let optimizer: BTreeMap<String, BTreeMap<String, serde_json::Value>> =
+        serde_json::from_str(read("optimizer")).unwrap_or_default();
+    for (index, entries) in optimizer {
+        for (name, facts) in entries {
+            if let Ok(shape) = serde_json::from_value(facts) {
+                shapes.insert(format!("opt.{index}.{name}"), shape);
+            }
+        }
+    }
+    shapes
+}
+
+/// The element type by torch's name, with the bytes of one element.
+pub(crate) fn dtype_of(name: &str) -> Option<(Dtype, usize)> {
+    Some(match name {
+        "float64" => (Dtype::F64, 8),
+        "float32" => (Dtype::F32, 4),
+        "float16" => (Dtype::F16, 2),
+        "bfloat16" => (Dtype::BF16, 2),
+        "int64" => (Dtype::I64, 8),
+        "int32" => (Dtype::I32, 4),
+        "int16" => (Dtype::I16, 2),
+        "int8" => (Dtype::I8, 1),
+        "uint8" => (Dtype::U8, 1),
+        "bool" => (Dtype::BOOL, 1),
+        _ => return None,
+    })
+}
+
+impl Checkpoint {
+    /// Write it into `dir` and let go of all but the newest `keep`. The older ones stay until this one is safe.
+    pub(crate) fn save(&self, dir: &Path, keep: usize) -> Result<PathBuf> {
+        let name = format!("epoch-{:012}", self.snapshot.epoch);
+        let place = dir.join(&name);
+        let partial = dir.join(format!("{PARTIAL}{name}"));
+        let what = || format!("cannot save the checkpoint {}", place.display());
+        let written = self.write_into(&partial).and_then(|()| {
+            if place.exists() {
+                fs::remove_dir_all(&place)?;
+            }
+            fs::rename(&partial, &place)?;
+            sync_folder(dir)
+        });
+        if let Err(error) = written {
+            // What is half there is of no use; the error is what matters.
+            let _removed = fs::remove_dir_all(&partial);
+            return Err(error).with_context(what);
+        }
+        let mut older = list(dir)?;
+        older.drain(older.len().saturating_sub(keep.max(1))..);
+        for path in older {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(place)
+    }
+
+    fn write_into(&self, folder: &Path) -> std::io::Result<()> {
+        if folder.is_dir() {
+            fs::remove_dir_all(folder)?;
+        }
+        fs::create_dir(folder)?;
+        let tensors = folder.join(TENSORS);
+        let shapes = shapes(&self.snapshot.meta);
+        let views = self.snapshot.blobs.iter().map(|(name, blob)| (name, view(blob, shapes.get(name))));
+        let bytes = safetensors::serialize(views, None).map_err(std::io::Error::other)?;
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        write_synced(&tensors, &bytes)?;
+        let snapshot = &self.snapshot;
+        let facts = Facts {
+            format: FORMAT,
+            run_id: self.run_id.clone(),
+            epoch: snapshot.epoch,
+            samples: Lineage::of(snapshot).map_or(0, |lineage| lineage.samples),
+            lineage: hex(&snapshot.lineage),
+            manifest: self.manifest.clone(),
+            facts: snapshot.meta.clone(),
+            tensors_blake3: hash,
+        };
+        write_synced(&folder.join(FACTS), &serde_json::to_vec_pretty(&facts)?)?;
+        sync_folder(folder)
+    }
+
+    /// Read one checkpoint.
+    pub(crate) fn load(folder: &Path) -> Result<Self> {
+        let broken = || format!("the checkpoint {} is damaged", folder.display());
+        let path = folder.join(FACTS);
+        let size = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
+        if size > FACTS_BYTES_MAX {
+            bail!("{}: {FACTS} has {size} bytes", broken());
+        }
+        let facts: Facts = serde_json::from_slice(&fs::read(&path)?).with_context(broken)?;
+        if facts.format != FORMAT {
+            bail!(
+                "the checkpoint {} has format {}, this version reads {FORMAT}",
+                folder.display(),
+                facts.format
+            );
+        }
+        let path = folder.join(TENSORS);
+        let bytes = Bytes::from(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        if blake3::hash(&bytes).to_hex().as_str() != facts.tensors_blake3 {
+            bail!("{}: {TENSORS} does not match its hash", broken());
+        }
+        let tensors = SafeTensors::deserialize(&bytes).with_context(broken)?;
+        let blobs =
+            tensors.iter().map(|(name, view)| (name.to_owned(), bytes.slice_ref(view.data()))).collect();
+        let lineage = unhex(&facts.lineage).with_context(broken)?;
+        let snapshot = Snapshot { epoch: facts.epoch, lineage, meta: facts.facts, blobs };
+        Ok(Self { run_id: facts.run_id, manifest: facts.manifest, snapshot })
+    }
+}
+
+/// The newest checkpoint of `dir` that can be read, and what was wrong with newer ones.
+pub(crate) fn newest(dir: &Path) -> Result<(Found, Vec<anyhow::Error>)> {
+    let mut wrong = Vec::new();
+    for path in list(dir)?.into_iter().rev() {
+        match Checkpoint::load(&path) {
+            Ok(checkpoint) => return Ok((Some((path, checkpoint)), wrong)),
+            Err(error) => wrong.push(error),
+        }
+    }
+    Ok((None, wrong))
+}
+
+/// Make `dir` ready: it is there, it can be written to, and nothing half-written is left in it.
+pub(crate) fn prepare(dir: &Path) -> Result<()> {
+    let what = || format!("cannot write into {}", dir.display());
+    fs::create_dir_all(dir).with_context(what)?;
+    for entry in fs::read_dir(dir).with_context(what)? {
+        let entry = entry.with_context(what)?;
+        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            fs::remove_dir_all(entry.path()).with_context(what)?;
+        }
+    }
+    let probe = dir.join(format!("{PARTIAL}probe"));
+    fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)).with_context(what)
+}
+
+/// The checkpoints of `dir`, oldest first.
+fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| entry.ok())
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("epoch-"))
+        .map(|entry| entry.path())
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// With its shape where that is known and fits; else as plain bytes.
+fn view<'a>(blob: &'a Bytes, shape: Option<&Shape>) -> TensorView<'a> {
+    let known = shape.and_then(|shape| {
+        let (dtype, _) = dtype_of(&shape.dtype)?;
+        TensorView::new(dtype, shape.shape.clone(), blob).ok()
+    });
+    known.unwrap_or_else(|| {
+        TensorView::new(Dtype::U8, vec![blob.len()], blob).expect("bytes are as many as they are")
+    })
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Result<[u8; 32]> {
+    let bytes = blake3::Hash::from_hex(text).context("lineage")?;
+    Ok(*bytes.as_bytes())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn checkpoint(epoch: u64) -> Checkpoint {
+        let meta = BTreeMap::from([
+            ("potluck.samples".to_owned(), "640".to_owned()),
+            ("tensors".to_owned(), r#"{"param.000000": {"dtype": "float32", "shape": [2, 3]}}"#.to_owned()),
+            (
+                "optimizer".to_owned(),
+                r#"{"0": {"step": {"value": 3}, "m": {"dtype": "float32", "shape": [1]}}}"#.to_owned(),
+            ),
+        ]);
+        let blobs = BTreeMap::from([
+            (
+                "param.000000".to_owned(),
+                Bytes::from((0..6).flat_map(|x| (x as f32).to_le_bytes()).collect::<Vec<u8>>()),
+            ),
+            ("opt.0.m".to_owned(), Bytes::from_static(&[0; 4])),
+            ("potluck.agreed".to_owned(), Bytes::from_static(&[1, 2, 3])),
+        ]);
+        let snapshot = Snapshot { epoch, lineage: [9; 32], meta, blobs };
+        Checkpoint {
+            run_id: "run".into(),
+            manifest: BTreeMap::from([("policy".into(), "x".into())]),
+            snapshot,
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded_and_only_the_newest_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path()).unwrap();
+        for epoch in [3, 12, 7, 20] {
+            checkpoint(epoch).save(dir.path(), 2).unwrap();
+        }
+        let (found, wrong) = newest(dir.path()).unwrap();
+        assert_eq!(found.unwrap().1, checkpoint(20));
+        assert!(wrong.is_empty());
+        let names: Vec<_> = list(dir.path()).unwrap();
+        assert_eq!(names.len(), 2, "{names:?}");
+        let bytes = fs::read(names[1].join(TENSORS)).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let param = tensors.tensor("param.000000").unwrap();
+        assert_eq!((param.dtype(), param.shape()), (Dtype::F32, &[2, 3][..]));
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_named_and_the_one_before_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        checkpoint(1).save(dir.path(), 9).unwrap();
+        let bad = checkpoint(2).save(dir.path(), 9).unwrap();
+        let path = bad.join(TENSORS);
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        let (found, wrong) = newest(dir.path()).unwrap();
+        assert_eq!(found.unwrap().1.snapshot.epoch, 1);
+        assert!(wrong[0].to_string().contains("does not match its hash"), "{wrong:?}");
+    }
+
+    #[test]
+    fn a_save_that_fails_leaves_the_old_ones_and_no_rubbish() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = checkpoint(1).save(dir.path(), 1).unwrap();
+        // A file in the way of the folder.
+        let way = dir.path().join(".partial-epoch-000000000002");
+        fs::write(&way, "").unwrap();
+        let error = checkpoint(2).save(dir.path(), 1).unwrap_err();
+        assert!(format!("{error:#}").starts_with("cannot save the checkpoint"), "{error:#}");
+        assert_eq!(Checkpoint::load(&old).unwrap(), checkpoint(1));
+        assert_eq!(list(dir.path()).unwrap(), [old]);
+    }
+}

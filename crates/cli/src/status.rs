@@ -1,0 +1,169 @@
+//! `potluck status`: how a run is going, asked from outside. Once, repeatedly, or as a view that fills the terminal.
+
+use crate::view;
+use crate::visit::Visit;
+use anyhow::Result;
+use clap::Args as ClapArgs;
+use potluck_collab::Status;
+use potluck_net::Token;
+use ratatui::crossterm::event::{self, Event, KeyCode};
+use ratatui::layout::{Constraint, Layout};
+use ratatui::widgets::{Block, Gauge, Paragraph, Row, Table};
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+use tokio::time::Instant;
+
+pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
+potluck status potluck1…\n  potluck status potluck1… --json | jq .epoch\n  potluck status potluck1… --watch";
+
+/// How long keys may go unanswered.
+const KEYS_EVERY: Duration = Duration::from_millis(100);
+/// How long a run may stay silent while it is watched, before that is an error.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+#[derive(ClapArgs)]
+pub(crate) struct Args {
+    /// The run's token
+    token: Token,
+    /// Print JSON instead of text; with --watch, one line each time
+    #[arg(long)]
+    json: bool,
+    /// Go on until stopped: a view in a terminal (q ends it), plain text elsewhere
+    #[arg(long)]
+    watch: bool,
+    /// Seconds between two looks with --watch
+    #[arg(long, default_value_t = 2.0, value_parser = positive)]
+    every: f64,
+    /// Stop watching after so many looks
+    #[arg(long)]
+    count: Option<u64>,
+    /// How long to look for the run, in seconds
+    #[arg(long, default_value_t = 20.0, value_parser = positive)]
+    limit: f64,
+}
+
+/// A number of seconds that makes sense.
+pub(crate) fn positive(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.01..=1e6).contains(&seconds) { Ok(seconds) } else { Err("allowed is 0.01 to 1000000".to_owned()) }
+}
+
+/// Look.
+pub(crate) async fn run(args: Args) -> Result<()> {
+    let visit = Visit::enter(&args.token).await?;
+    let result = tokio::select! {
+        biased;
+        _ = tokio::signal::ctrl_c() => Ok(()),
+        result = show(&visit, &args) => result,
+    };
+    visit.leave().await;
+    result
+}
+
+async fn show(visit: &Visit, args: &Args) -> Result<()> {
+    let first = visit.look(Duration::from_secs_f64(args.limit)).await?.1.status;
+    if !args.watch {
+        let text = if args.json {
+            format!("{}\n", serde_json::to_string_pretty(&first)?)
+        } else {
+            view::text(&first)
+        };
+        return Ok(std::io::stdout().lock().write_all(text.as_bytes())?);
+    }
+    if args.json || !std::io::stdout().is_terminal() {
+        return print_on(visit, args, first).await;
+    }
+    let mut terminal = ratatui::init();
+    let result = draw_on(visit, args, first, &mut terminal).await;
+    ratatui::restore();
+    result
+}
+
+/// Plain lines, for pipes and logs.
+async fn print_on(visit: &Visit, args: &Args, mut status: Status) -> Result<()> {
+    let mut looks = 1;
+    loop {
+        let text = if args.json { serde_json::to_string(&status)? } else { view::text(&status) };
+        let mut out = std::io::stdout().lock();
+        let written = writeln!(out, "{text}").and_then(|()| out.flush());
+        drop(out);
+        if written.is_err() || args.count.is_some_and(|count| looks >= count) {
+            // The reader of the pipe has gone: that is how watching ends.
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_secs_f64(args.every)).await;
+        status = visit.look(SILENCE_MAX).await?.1.status;
+        looks += 1;
+    }
+}
+
+/// The view that fills the terminal.
+async fn draw_on(
+    visit: &Visit,
+    args: &Args,
+    mut status: Status,
+    terminal: &mut ratatui::DefaultTerminal,
+) -> Result<()> {
+    let mut looks = 1;
+    loop {
+        let next = Instant::now() + Duration::from_secs_f64(args.every);
+        while Instant::now() < next {
+            terminal.draw(|frame| draw(frame, &status))?;
+            while event::poll(Duration::ZERO)? {
+                if let Event::Key(key) = event::read()?
+                    && matches!(key.code, KeyCode::Char('q' | 'c') | KeyCode::Esc)
+                {
+                    return Ok(());
+                }
+            }
+            tokio::time::sleep(KEYS_EVERY).await;
+        }
+        if args.count.is_some_and(|count| looks >= count) {
+            return Ok(());
+        }
+        status = visit.look(SILENCE_MAX).await?.1.status;
+        looks += 1;
+    }
+}
+
+fn draw(frame: &mut ratatui::Frame<'_>, status: &Status) {
+    let headline = view::headline(status);
+    let lines = u16::try_from(headline.lines().count()).unwrap_or(u16::MAX).saturating_add(2);
+    let areas = Layout::vertical([Constraint::Length(lines), Constraint::Length(3), Constraint::Min(3)]);
+    let [above, middle, below] = areas.areas(frame.area());
+    frame.render_widget(Paragraph::new(headline).block(Block::bordered().title("potluck (q ends)")), above);
+    let gauge = Gauge::default().ratio(view::fraction(status));
+    frame.render_widget(gauge.block(Block::bordered().title("this epoch")), middle);
+    let widths = [4, 10, 7, 9, 6, 10, 12, 12, 8].map(Constraint::Length);
+    let table = Table::new(view::rows(status).into_iter().map(Row::new), widths)
+        .header(Row::new(view::COLUMNS))
+        .block(Block::bordered().title("peers"));
+    frame.render_widget(table, below);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    #[test]
+    fn the_view_shows_run_progress_and_peers() {
+        let status =
+            Status { run_id: "demo".into(), samples: 30, target_batch_size: 60, ..Status::default() };
+        let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
+        terminal.draw(|frame| draw(frame, &status)).unwrap();
+        let screen = terminal.backend().to_string();
+        for text in ["demo: 0 peers train, epoch 0", "30 of 60 samples (50 %)", "50%", "contributed"] {
+            assert!(screen.contains(text), "{text:?} is not on\n{screen}");
+        }
+    }
+
+    #[test]
+    fn only_sensible_numbers_of_seconds() {
+        assert_eq!(positive("2.5"), Ok(2.5));
+        for text in ["0", "-1", "nan", "inf", "soon"] {
+            assert!(positive(text).is_err(), "{text}");
+        }
+    }
+}

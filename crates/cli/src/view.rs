@@ -1,0 +1,175 @@
+//! A status as text: the same lines for a pipe, a file and the terminal view.
+
+use potluck_collab::{PeerStatus, Status};
+use potluck_net::Path;
+use std::fmt::Write;
+
+/// Everything, as plain lines.
+pub(crate) fn text(status: &Status) -> String {
+    let mut lines = headline(status);
+    lines.push_str(&table(status));
+    lines
+}
+
+/// What there is to say about the run as a whole.
+pub(crate) fn headline(status: &Status) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    let peers = status.peers.iter().filter(|peer| !peer.auxiliary).count();
+    line(format!("run      {}: {peers} peers train, epoch {}", status.run_id, status.epoch));
+    let eta = match status.eta_seconds {
+        Some(eta) if eta > 0.0 => format!(", full in {}", seconds(f64::from(eta))),
+        Some(_) => ", full".to_owned(),
+        None => ", nobody computes".to_owned(),
+    };
+    line(format!(
+        "progress {} of {} samples ({:.0} %), {:.1} samples/s{eta}",
+        status.samples,
+        status.target_batch_size,
+        fraction(status) * 100.0,
+        status.samples_per_second
+    ));
+    line(match &status.last_round {
+        None => "round    none yet".to_owned(),
+        Some(round) => format!(
+            "round    of epoch {}: {} members in {}, {} sent, {} received{}",
+            round.epoch,
+            round.members.len(),
+            seconds(round.stats.seconds),
+            bytes(round.stats.bytes_sent),
+            bytes(round.stats.bytes_received),
+            round.faults.iter().map(|fault| format!("\n         {fault}")).collect::<String>()
+        ),
+    });
+    let faults: Vec<String> = status.faults.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let faults = if faults.is_empty() { "none".to_owned() } else { faults.join(", ") };
+    line(format!("rounds   {} done, {} failed; faults: {faults}", status.rounds, status.rounds_failed));
+    line(format!(
+        "traffic  {} sent, {} received, compressed {:.1} times",
+        bytes(status.bytes_sent),
+        bytes(status.bytes_received),
+        status.compression_ratio
+    ));
+    let memory: Vec<String> =
+        status.memory.iter().map(|(purpose, held)| format!("{purpose} {}", bytes(*held))).collect();
+    if !memory.is_empty() {
+        line(format!("memory   {}", memory.join(", ")));
+    }
+    if status.alone {
+        line("ALERT    this peer trains alone: every other peer is gone".to_owned());
+    }
+    out
+}
+
+/// The head of the table of peers.
+pub(crate) const COLUMNS: [&str; 9] =
+    ["rank", "peer", "epoch", "samples", "share", "samples/s", "contributed", "path", "loss"];
+
+/// One line for each peer, whoever gave most first.
+pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
+    let mut peers: Vec<&PeerStatus> = status.peers.iter().collect();
+    peers.sort_by_key(|peer| (peer.auxiliary, std::cmp::Reverse(peer.contributed), peer.peer));
+    let row = |(rank, peer): (usize, &PeerStatus)| {
+        [
+            if peer.auxiliary { "-".to_owned() } else { (rank + 1).to_string() },
+            format!("{}{}", peer.peer.short(), if peer.is_me { "*" } else { "" }),
+            peer.epoch.to_string(),
+            peer.samples.to_string(),
+            format!("{:.0} %", peer.share * 100.0),
+            format!("{:.1}", peer.samples_per_second),
+            peer.contributed.to_string(),
+            match (peer.is_me, peer.path) {
+                (true, _) => "-",
+                (false, Some(Path::Direct)) => "direct",
+                (false, Some(Path::HolePunched)) => "hole-punched",
+                (false, Some(Path::Relayed)) => "relayed",
+                (false, _) => "none",
+            }
+            .to_owned(),
+            peer.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
+        ]
+    };
+    peers.into_iter().enumerate().map(row).collect()
+}
+
+fn table(status: &Status) -> String {
+    let mut rows = rows(status);
+    rows.insert(0, COLUMNS.map(str::to_owned));
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
+    let mut out = String::new();
+    for row in &rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        // Writing to a string cannot fail.
+        let _written = writeln!(out, "{}", cells.join("  ").trim_end());
+    }
+    out.push_str("* answered; paths are as it sees them\n");
+    out
+}
+
+/// How much of the epoch is in, 0 to 1.
+pub(crate) fn fraction(status: &Status) -> f64 {
+    (status.samples as f64 / status.target_batch_size.max(1) as f64).min(1.0)
+}
+
+/// A duration for people.
+pub(crate) fn seconds(value: f64) -> String {
+    match value {
+        value if value < 1.0 => format!("{:.0} ms", value * 1e3),
+        value if value < 120.0 => format!("{value:.1} s"),
+        value if value < 7200.0 => format!("{:.0} min", value / 60.0),
+        value => format!("{:.1} h", value / 3600.0),
+    }
+}
+
+/// A size for people, in powers of ten.
+pub(crate) fn bytes(value: u64) -> String {
+    let mut size = value as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if size < 999.5 {
+            let digits = usize::from(size < 99.95 && unit != "B");
+            return format!("{size:.digits$} {unit}");
+        }
+        size /= 1000.0;
+    }
+    format!("{size:.1} TB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_a_unit_and_few_digits() {
+        assert_eq!(
+            [0, 999, 1000, 123_456, 5_000_000_000_000].map(bytes),
+            ["0 B", "999 B", "1.0 kB", "123 kB", "5.0 TB"]
+        );
+        assert_eq!([0.0123, 3.21, 600.0, 9000.0].map(seconds), ["12 ms", "3.2 s", "10 min", "2.5 h"]);
+    }
+
+    #[test]
+    fn whoever_gave_most_is_first_and_helpers_have_no_rank() {
+        let peer = |seed: u8, contributed, auxiliary| PeerStatus {
+            peer: potluck_net::PeerId::from_ed25519(&[seed; 32]),
+            is_me: seed == 1,
+            epoch: 2,
+            samples: 3,
+            samples_per_second: 1.0,
+            path: Some(Path::Relayed),
+            share: 0.5,
+            contributed,
+            auxiliary,
+            loss: None,
+        };
+        let peers = vec![peer(1, 5, false), peer(2, 90, true), peer(3, 7, false)];
+        let rows = rows(&Status { peers, ..Status::default() });
+        let ranks: Vec<(&str, &str)> = rows.iter().map(|row| (row[0].as_str(), row[6].as_str())).collect();
+        assert_eq!(ranks, [("1", "7"), ("2", "5"), ("-", "90")]);
+        assert_eq!((rows[0][7].as_str(), rows[1][7].as_str()), ("relayed", "-"));
+    }
+}

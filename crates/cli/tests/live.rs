@@ -1,0 +1,200 @@
+//! The commands that look at a run, against a real one: peers in this process, sockets on loopback, the built command.
+
+mod support;
+
+use potluck_net::Token;
+use std::io::{Read, Write};
+use std::time::Duration;
+use support::{Running, TARGET, Trainer, VALUES, checkpoints, golden, node, potluck, stderr, stdout, text};
+
+/// The command runs while the peers of the test go on training.
+async fn run(arguments: Vec<String>) -> std::process::Output {
+    let arguments: Vec<String> = arguments;
+    let command = move || {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        potluck(&arguments).output().expect("the command starts")
+    };
+    tokio::task::spawn_blocking(command).await.expect("it ends")
+}
+
+fn arguments(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("it ends")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_and_doctor_see_a_run_and_do_not_disturb_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_node, token) = node(dir.path(), "seen");
+    let code = token.to_string();
+    let nobody = run(arguments(&["status", &code, "--limit", "1"])).await;
+    golden("status-nobody", &nobody, &[], false);
+
+    let mut first = Trainer::join(&token).await;
+    let second = Trainer::join(&token).await;
+    first.reach(3).await;
+    let output = run(arguments(&["status", &code])).await;
+    let ids = [first.session.local_peer().short(), second.session.local_peer().short()];
+    let short = [(ids[0].as_str(), "PEER"), (ids[1].as_str(), "PEER"), ("PEER*", "PEER")];
+    golden("status", &output, &short, true);
+    let json = run(arguments(&["status", &code, "--json"])).await;
+    let status: serde_json::Value = serde_json::from_str(&stdout(&json)).unwrap();
+    assert_eq!(status["run_id"], "seen");
+    assert_eq!(status["target_batch_size"], TARGET);
+    assert!(status["epoch"].as_u64().unwrap() >= 3);
+    let mut peers: Vec<&str> =
+        status["peers"].as_array().unwrap().iter().map(|peer| peer["peer"].as_str().unwrap()).collect();
+    peers.sort_unstable();
+    let mut expected = [first.session.local_peer().to_string(), second.session.local_peer().to_string()];
+    expected.sort_unstable();
+    assert_eq!(peers, expected, "whoever looks is not among them");
+
+    let watch = ["status", code.as_str(), "--watch", "--json", "--every", "0.3", "--count", "3"];
+    let lines = stdout(&run(arguments(&watch)).await);
+    assert_eq!(lines.lines().count(), 3, "{lines}");
+
+    let doctor = run(arguments(&["doctor", &code, "--listen", "/ip4/127.0.0.1/tcp/0", "--json"])).await;
+    let report: serde_json::Value = serde_json::from_str(&stdout(&doctor)).unwrap();
+    let network = &report["network"];
+    assert_eq!(network["bootstrap"][0]["stage"], "connected", "{report}");
+    assert!(network["speed"]["up_mbit_per_second"].as_f64().unwrap() > 0.0, "{report}");
+    assert!(network["speed"]["down_mbit_per_second"].as_f64().unwrap() > 0.0, "{report}");
+    assert_ne!(doctor.status.code(), Some(2), "{report}");
+
+    assert_eq!(first.session.status().borrow().rounds_failed, 0);
+    first.leave().await;
+    second.leave().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn monitor_serves_the_dashboard_of_a_run_it_is_not_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_node, token) = node(dir.path(), "shown");
+    let mut first = Trainer::join(&token).await;
+    first.reach(1).await;
+    let log = dir.path().join("events.jsonl");
+    let code = token.to_string();
+    let mut command = potluck(&["monitor", &code, "--dashboard", "127.0.0.1:0"]);
+    command.arg("--log").arg(&log);
+    let (monitor, url) = blocking(move || {
+        let monitor = Running::start(command);
+        let url = monitor.line("dashboard");
+        (monitor, url)
+    })
+    .await;
+    let address = url.trim_start_matches("http://").trim_end_matches('/').to_owned();
+    let second = Trainer::join(&token).await;
+    let joined = format!("\"peer\":\"{}\"", second.session.local_peer());
+    let patience = tokio::time::Instant::now() + Duration::from_secs(60);
+    while !std::fs::read_to_string(&log).unwrap_or_default().contains(&joined) {
+        assert!(tokio::time::Instant::now() < patience, "the newcomer is not in the log");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let get = |path: &'static str| {
+        let address = address.clone();
+        blocking(move || {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            write!(stream, "GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        })
+    };
+    let metrics = get("/metrics").await;
+    assert!(metrics.contains("potluck_peers{run=\"shown\"} 2"), "{metrics}");
+    assert!(get("/").await.contains("<html"));
+    let busy = run(arguments(&["monitor", &code, "--dashboard", &address])).await;
+    golden("monitor-busy-port", &busy, &[], false);
+    assert!(blocking(move || monitor.stop()).await, "SIGTERM ends it with 0");
+    first.leave().await;
+    second.leave().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_comes_back_from_its_keeper_when_everybody_has_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = dir.path().join("kept");
+    let (_node, token) = node(dir.path(), "kept");
+    let mut first = Trainer::join(&token).await;
+    let mut second = Trainer::join(&token).await;
+    let mut keeper = start_keeper(&token, &kept, &[]).await;
+    first.reach(6).await;
+    second.reach(6).await;
+    assert_eq!(first.session.status().borrow().rounds_failed, 0, "nobody waits for a keeper");
+    let (_, loss_before) = *first.losses.borrow().last().unwrap();
+    first.leave().await;
+    second.leave().await;
+    keeper = blocking(move || {
+        keeper.line("everybody has left");
+        keeper
+    })
+    .await;
+    // The keeper's machine restarts as well.
+    assert!(blocking(move || keeper.stop()).await, "SIGTERM ends it with 0");
+    assert!(!checkpoints(&kept).is_empty());
+    let keeper = start_keeper(&token, &kept, &[]).await;
+
+    let mut third = Trainer::join(&token).await;
+    let fourth = Trainer::join(&token).await;
+    third.reach(9).await;
+    let losses = third.losses.borrow().clone();
+    let (epoch, loss) = losses[0];
+    assert!(epoch >= 5, "it begins where the checkpoint was, not at 0: {losses:?}");
+    assert!(loss < loss_before * 1.2, "the curve goes on: {loss_before} then {losses:?}");
+    third.leave().await;
+    fourth.leave().await;
+    assert!(blocking(move || keeper.stop()).await);
+
+    let newest = checkpoints(&kept).pop().unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    let export = run(arguments(&["export", text(&newest), "--output", text(&weights)])).await;
+    golden("export", &export, &[(text(dir.path()), "DIR")], true);
+    let bytes = std::fs::read(&weights).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.tensor("param.000000").unwrap().shape(), [VALUES]);
+}
+
+async fn start_keeper(token: &Token, kept: &std::path::Path, more: &[&str]) -> Running {
+    let code = token.to_string();
+    let mut command = potluck(&["keeper", &code, "--no-port-mapping", "--every", "1"]);
+    command.arg("--dir").arg(kept).args(["--listen", "/ip4/127.0.0.1/tcp/0"]).args(more);
+    blocking(move || {
+        let keeper = Running::start(command);
+        keeper.line("keeping");
+        keeper
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_leaves_the_old_checkpoint_and_the_keeper_alive() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = dir.path().join("kept");
+    let (_node, token) = node(dir.path(), "full");
+    let mut trainer = Trainer::join(&token).await;
+    let keeper = start_keeper(&token, &kept, &[]).await;
+    trainer.reach(3).await;
+    let keeper = blocking(move || {
+        keeper.line("saved");
+        keeper
+    })
+    .await;
+    assert!(blocking(move || keeper.stop()).await);
+    let before = checkpoints(&kept);
+    // No file may grow beyond 1 kB: what a full disk says, without filling one.
+    let limited = format!(
+        "trap '' XFSZ; ulimit -f 1; exec timeout -s TERM 6 {} keeper {token} --dir {} --every 1 --no-port-mapping \
+         --listen /ip4/127.0.0.1/tcp/0",
+        env!("CARGO_BIN_EXE_potluck"),
+        text(&kept)
+    );
+    let output =
+        blocking(move || std::process::Command::new("bash").args(["-c", &limited]).output().unwrap()).await;
+    assert!(stderr(&output).contains("cannot save the checkpoint"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("older checkpoints are untouched"), "{}", stderr(&output));
+    assert_eq!(checkpoints(&kept), before, "nothing was lost, nothing half-written stays");
+    trainer.leave().await;
+}

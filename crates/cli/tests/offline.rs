@@ -1,0 +1,163 @@
+//! Whole outputs of the commands that need no run: help, keys, invites, and what is said about bad input.
+
+mod support;
+
+use potluck_collab::Invite;
+use potluck_net::{PeerId, Token};
+use support::{golden, potluck, run, stderr, stdout, text};
+
+fn token(addresses: &[&str]) -> String {
+    let bootstrap = addresses.iter().map(|&address| address.to_owned()).collect();
+    Token { run_id: "demo".into(), bootstrap, invite: None }.to_string()
+}
+
+/// A port of loopback at which nobody listens.
+fn dead_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+    let port = listener.local_addr().expect("it is bound").port();
+    format!("/ip4/127.0.0.1/tcp/{port}/p2p/{}", PeerId::from_ed25519(&[7; 32]))
+}
+
+#[test]
+fn help_of_every_command() {
+    golden("help", &run(&["--help"]), &[], false);
+    let commands = [
+        "doctor",
+        "status",
+        "monitor",
+        "keeper",
+        "export",
+        "node",
+        "relay",
+        "keygen",
+        "invite",
+        "bench",
+        "probe",
+        "version",
+        "completions",
+        "man",
+    ];
+    for command in commands {
+        golden(&format!("help-{command}"), &run(&[command, "--help"]), &[], false);
+    }
+    golden("help-bench-net", &run(&["bench", "net", "--help"]), &[], false);
+}
+
+#[test]
+fn version_as_text_and_json() {
+    let this = [(std::env::consts::OS, "SYSTEM"), (std::env::consts::ARCH, "PROCESSOR")];
+    golden("version", &run(&["version"]), &this, false);
+    golden("version-json", &run(&["version", "--json"]), &this, false);
+}
+
+#[test]
+fn completions_and_manual_pages_name_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = run(&["completions", shell]);
+        assert!(output.status.success());
+        assert!(stdout(&output).contains("doctor") && stdout(&output).contains("keeper"), "{shell}");
+    }
+    golden("man", &run(&["man"]), &[], false);
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&["man", "--dir", text(dir.path())]).status.success());
+    for page in ["potluck.1", "potluck-doctor.1", "potluck-keeper.1", "potluck-bench-net.1"] {
+        let page = std::fs::read_to_string(dir.path().join(page)).unwrap();
+        assert!(page.contains(".TH"), "{page}");
+    }
+}
+
+#[test]
+fn a_key_is_made_once_and_shown_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("owner.key");
+    let here = [(text(dir.path()), "DIR")];
+    let first = run(&["keygen", "--identity", text(&file)]);
+    golden("keygen-new", &first, &here, false);
+    let again = run(&["keygen", "--identity", text(&file)]);
+    golden("keygen-again", &again, &here, false);
+    assert_eq!(stdout(&first).lines().next(), stdout(&again).lines().next(), "the same peer");
+    std::fs::write(&file, "something else").unwrap();
+    golden("keygen-malformed", &run(&["keygen", "--identity", text(&file)]), &here, false);
+}
+
+#[test]
+fn an_invite_is_signed_by_its_owner_for_its_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("owner.key");
+    let token = token(&["/ip4/127.0.0.1/tcp/4001"]);
+    let here = [(text(dir.path()), "DIR")];
+    let missing = run(&["invite", &token, "--identity", text(&file)]);
+    golden("invite-without-identity", &missing, &here, false);
+    assert!(run(&["keygen", "--identity", text(&file)]).status.success());
+    golden("invite", &run(&["invite", &token, "--identity", text(&file)]), &here, false);
+    let json = stdout(&run(&["invite", &token, "--identity", text(&file), "--json"]));
+    let issued: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let invited: Token = issued["token"].as_str().unwrap().parse().unwrap();
+    let owner: PeerId = issued["owner"].as_str().unwrap().parse().unwrap();
+    let invite = String::from_utf8(invited.invite.unwrap()).unwrap();
+    assert_eq!(Invite::admit(Some(owner), "demo", Some(&invite)), Ok(()));
+    assert!(Invite::admit(Some(owner), "another", Some(&invite)).is_err());
+}
+
+#[test]
+fn a_bad_command_line_is_refused_with_2_and_a_hint() {
+    golden("no-command", &run(&[]), &[], false);
+    golden("token-malformed", &run(&["status", "hello"]), &[], false);
+    let whole = token(&["/ip4/127.0.0.1/tcp/4001"]);
+    golden("token-cut-off", &run(&["status", &whole[..whole.len() - 3]]), &[], false);
+    golden("bad-number", &run(&["keeper", &whole, "--dir", "x", "--every", "0"]), &[], false);
+}
+
+#[test]
+fn a_dead_run_is_told_from_a_bad_token() {
+    let dead = token(&[&dead_address()]);
+    golden("status-no-answer", &run(&["status", &dead]), &[], false);
+    golden("status-no-address", &run(&["status", &token(&[])]), &[], false);
+    golden("monitor-no-answer", &run(&["monitor", &dead, "--dashboard", "127.0.0.1:0"]), &[], false);
+    let doctor = run(&["doctor", &dead, "--listen", "/ip4/127.0.0.1/tcp/0"]);
+    assert_eq!(doctor.status.code(), Some(2), "{}", stderr(&doctor));
+    let said = stdout(&doctor);
+    for part in
+        ["processors", "failed at connect", "This machine cannot join: no address of the token answers."]
+    {
+        assert!(said.contains(part), "{part:?} is missing in\n{said}");
+    }
+}
+
+#[test]
+fn a_busy_port_and_a_bad_address_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("key");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let busy = format!("/ip4/127.0.0.1/tcp/{}", listener.local_addr().unwrap().port());
+    let node =
+        |address: &str| run(&["node", "--identity", text(&file), "--no-port-mapping", "--listen", address]);
+    golden("node-busy-port", &node(&busy), &[], false);
+    golden("node-bad-address", &node("somewhere"), &[], false);
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = [(text(dir.path()), "DIR")];
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let token = token(&[&dead_address()]);
+    golden("keeper-unwritable", &run(&["keeper", &token, "--dir", text(&file.join("kept"))]), &here, false);
+    let empty = dir.path().join("empty");
+    golden("keeper-nothing-to-keep", &run(&["keeper", "--dir", text(&empty)]), &here, false);
+    golden("export-nothing", &run(&["export", text(&empty), "--output", "weights.pt"]), &here, false);
+    let broken = empty.join("epoch-000000000007");
+    std::fs::create_dir(&broken).unwrap();
+    std::fs::write(broken.join("checkpoint.json"), "{").unwrap();
+    golden("keeper-damaged", &run(&["keeper", &token, "--dir", text(&empty)]), &here, false);
+}
+
+#[test]
+fn the_doctor_without_a_token_looks_at_the_machine() {
+    let output = potluck(&["doctor", "--json"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert!(report["machine"]["processors"].as_u64().unwrap() > 0);
+    assert!(report["machine"]["memory_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(report["exit_code"].as_i64(), output.status.code().map(i64::from));
+}
