@@ -157,12 +157,16 @@ impl Core {
             let mut calls = notes.filter(|note| note.waiting == Some(channel) && note.lineage == ours);
             calls.next().is_some() || open(channel)
         };
+        // Called by peers that have no samples either, everybody would wait for everybody and nobody would compute.
+        let something = swarm.samples > 0;
         let situation = Situation {
             samples_total: swarm.samples.saturating_sub(self.own.samples_under_way),
             target: self.config.target_batch_size,
             local_steps: self.own.steps,
-            gradients_open: called(Channel::Gradients),
-            state_open: self.state_averaged_at != Some(self.lineage.epoch) && called(Channel::State),
+            gradients_open: something && called(Channel::Gradients),
+            state_open: self.state_averaged_at != Some(self.lineage.epoch)
+                && (something || !self.epoch_ends_with_state())
+                && called(Channel::State),
             state_due: self.state_due,
             background: self.background,
             background_due: self.lineage.epoch > self.background_epoch,
@@ -329,8 +333,11 @@ impl Core {
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
         if std::mem::take(&mut self.void) {
-            // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state.
-            self.lineage = self.lineage.spoiled(&self.alone_hash());
+            // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state. Without
+            // samples it has not moved, so its history is what it was.
+            if used > 0 || !self.epoch_ends_with_state() {
+                self.lineage = self.lineage.spoiled(&self.alone_hash());
+            }
             self.background = Background::Idle;
             return;
         }
