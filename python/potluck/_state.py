@@ -77,7 +77,17 @@ class StateCodec:
             plain_part({k: _number(v) for k, v in group.items() if k != "params"})
             for group in saved["param_groups"]
         ]
-        meta = {"optimizer": json.dumps(described), "param_groups": json.dumps(groups)}
+        # Whoever keeps the state without torch (`potluck keeper`) stores it with these.
+        shapes = {
+            name: {"dtype": _dtype_name(t.dtype), "shape": list(t.shape)}
+            for name, t in tensors.items()
+            if not name.startswith("opt.")
+        }
+        meta = {
+            "optimizer": json.dumps(described),
+            "param_groups": json.dumps(groups),
+            "tensors": json.dumps(shapes),
+        }
         if self.scheduler is not None:
             meta["scheduler"] = json.dumps(plain_part(self.scheduler.state_dict()))
         blobs = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}

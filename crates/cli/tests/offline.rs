@@ -161,3 +161,32 @@ fn the_doctor_without_a_token_looks_at_the_machine() {
     assert!(report["machine"]["memory_bytes"].as_u64().unwrap() > 0);
     assert_eq!(report["exit_code"].as_i64(), output.status.code().map(i64::from));
 }
+
+/// A heading of docs/errors.md without its parts that differ: the longest run of words that are not in capitals.
+fn fixed_words(heading: &str) -> String {
+    let words: Vec<&str> = heading.split_whitespace().collect();
+    let differs = |word: &&str| !word.chars().any(char::is_lowercase);
+    let runs = words.split(differs).map(|run| run.join(" "));
+    runs.max_by_key(String::len).unwrap_or_default().trim_end_matches(['.', ':', ';', ',']).to_owned()
+}
+
+#[test]
+fn every_error_of_the_golden_files_is_explained() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("../../docs/errors.md")).unwrap();
+    let headings: Vec<String> =
+        page.lines().filter_map(|line| line.strip_prefix("### `")).map(fixed_words).collect();
+    assert!(headings.len() > 20 && headings.iter().all(|words| words.len() > 8), "{headings:?}");
+    let mut unexplained = Vec::new();
+    for file in std::fs::read_dir(root.join("tests/golden")).unwrap() {
+        let text = std::fs::read_to_string(file.unwrap().path()).unwrap().replace('`', "");
+        for line in
+            text.lines().filter(|line| line.starts_with("potluck: ") || line.contains("this token is "))
+        {
+            if !headings.iter().any(|words| line.contains(&words.replace('`', ""))) {
+                unexplained.push(line.to_owned());
+            }
+        }
+    }
+    assert!(unexplained.is_empty(), "docs/errors.md lacks {unexplained:#?}");
+}
