@@ -109,13 +109,17 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This environment without anything that would make a peer join somebody."""
+    """This environment without anything that would make a peer join somebody.
+
+    Several peers share this machine's cores here: each computes with one thread, or they spend their time waiting for
+    one another's threads.
+    """
     kept = {
         k: v for k, v in os.environ.items() if k not in ("POTLUCK_TOKEN", "INITIAL_PEERS", "PL_INITIAL_PEERS")
     }
     if "PYTHONPATH" in extra and "PYTHONPATH" in kept:
         extra["PYTHONPATH"] += os.pathsep + kept["PYTHONPATH"]
-    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+    return {**kept, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **extra}
 
 
 def start(script: Path, *arguments: str, **extra: str) -> subprocess.Popen:

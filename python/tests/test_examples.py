@@ -122,7 +122,7 @@ def most_peers(output: str) -> float:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", SEED)
 def test_an_example_is_joined_by_pasting_what_it_prints(name: str, tmp_path: Path) -> None:
-    options = ("--epochs", "12", *(() if name == "powersgd" else ("--target-batch-size", "1024")))
+    options = ("--epochs", "40", *(() if name == "powersgd" else ("--target-batch-size", "1024")))
     for file in ("common.py", f"{name}.py"):
         (tmp_path / file).write_text((EXAMPLES / file).read_text())
     first = start(tmp_path / f"{name}.py", *options)
@@ -136,8 +136,8 @@ def test_an_example_is_joined_by_pasting_what_it_prints(name: str, tmp_path: Pat
         first.kill()
     assert max(most_peers(output) for output in outputs) == 2, outputs
     assert any(re.search(r"epoch_of_run=[1-9]", output) for output in outputs)
-    # One of the two writes the run's artefacts; both share the working directory here.
-    assert len(list(tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt"))) == 1
+    # The first peer writes the run's artefacts; the second does once it is the last one.
+    assert len(list(tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt"))) in (1, 2)
 
 
 @pytest.mark.timeout(120)

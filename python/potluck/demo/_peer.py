@@ -80,11 +80,8 @@ class Reporter(_pl.Callback):
         self._samples += len(batch[0])
         loss = float(outputs["loss"])
         epoch = _epoch(trainer)
-        peers = getattr(trainer.strategy, "num_peers", 1)
-        traffic = getattr(trainer.strategy, "traffic", None) or {}
-        self.say(
-            "step", epoch=epoch, loss=loss, samples=self._samples, peers=peers, at=time.monotonic(), **traffic
-        )
+        network = _network(trainer.strategy)
+        self.say("step", epoch=epoch, loss=loss, samples=self._samples, at=time.monotonic(), **network)
         if epoch >= self._scale.epochs:
             trainer.should_stop = True
 
@@ -94,14 +91,13 @@ class Reporter(_pl.Callback):
         self.wait_for("leave", timeout=_LEAVE_SECONDS)
         with torch.no_grad():
             held_out = float(pl_module.loss(*self._held_out))
-        traffic = getattr(trainer.strategy, "traffic", None) or {}
         self.say(
             "end",
             epoch=_epoch(trainer),
             held_out=held_out,
             digest=digest(pl_module),
             samples=self._samples,
-            **traffic,
+            **_network(trainer.strategy),
         )
 
 
