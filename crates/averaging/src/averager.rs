@@ -226,7 +226,9 @@ fn nonce(me: Option<&Member>, random: u64) -> u64 {
 /// Whether another process than the one that promised to take part is there now. It owes nothing, and nobody may wait
 /// for its predecessor. A plan may also be ahead of the heartbeats, so these get the time to follow.
 fn is_restarted(now: &Member, nonce: u64, age: Duration) -> bool {
-    age > HEARTBEAT * 2 && u64::from(now.process) != nonce >> 32
+    let promised = nonce >> 32;
+    // 0: not known yet.
+    age > HEARTBEAT * 2 && now.process != 0 && promised != 0 && u64::from(now.process) != promised
 }
 
 /// Ends the round for the others when a step fails or is dropped.

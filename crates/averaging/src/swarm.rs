@@ -179,7 +179,7 @@ impl Swarm {
         let incoming = transport.accept(link::protocol(&config.run), BACKLOG)?;
         let round_streams = transport.accept(crate::router::protocol(&config.run), BACKLOG)?;
         let pulse = Pulse {
-            process: env.random_u64() as u32,
+            process: env.random_u64() as u32 | 1,
             client: config.client_mode,
             auxiliary: config.auxiliary,
             progress: config.progress.clone(),
