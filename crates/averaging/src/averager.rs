@@ -1,14 +1,13 @@
 //! Rounds of one channel: gather, exchange, agree, apply. The caller's vector goes in and comes back as the average; if
 //! the round fails it comes back unchanged inside the error.
 
-use crate::detector::HEARTBEAT;
-use crate::exchange::Exchange;
 use crate::membership::Member;
+use crate::phases::{Finished, Own};
 use crate::spans::Layout;
-use crate::station::{Agreed, Gathering, Out, PlanHash, Station, Wish};
+use crate::station::{Out, Station, Wish};
 use crate::sum::square_sum;
 use crate::swarm::{ChannelHandler, Inner, Swarm};
-use crate::wire::{GATHER_BYTES_MAX, Plan, Ready, RoundMessage};
+use crate::wire::{GATHER_BYTES_MAX, Ready, RoundMessage};
 use bytes::Bytes;
 use potluck_compression::{Policy, TensorInfo, first_non_finite};
 use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, Reachability};
@@ -22,6 +21,8 @@ use tokio::time::Instant;
 pub struct AveragerConfig {
     /// The tensors that make up the vector, in order.
     pub tensors: Vec<TensorInfo>,
+    /// The tensors of a second vector, which follows from the average of the first and is averaged by the same plan.
+    pub second: Option<Vec<TensorInfo>>,
     /// How each travels.
     pub compression: Policy,
     /// Largest group; larger swarms average in a grid of groups. At most [`crate::GROUP_MAX`].
@@ -33,9 +34,12 @@ pub struct AveragerConfig {
 impl AveragerConfig {
     /// With the usual settings.
     pub fn new(tensors: Vec<TensorInfo>, compression: Policy) -> Self {
-        Self { tensors, compression, target_group_size: None, check_own: true }
+        Self { tensors, second: None, compression, target_group_size: None, check_own: true }
     }
 }
+
+/// Makes the second vector of a round from the average of the first, or says why this peer gives the round up.
+pub type Between = dyn Fn(&[f32]) -> Result<Vec<f32>, String> + Send + Sync;
 
 /// Whom a round waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,6 +58,8 @@ pub struct RoundRequest {
     pub vector: Vec<f32>,
     /// Their weight, such as the number of samples.
     pub weight: f64,
+    /// The Euclidean norm that is announced; `None`: that of `vector`. No vector of this round may be much longer.
+    pub norm: Option<f64>,
     /// Handed to all members, at most [`GATHER_BYTES_MAX`] bytes.
     pub gather: Bytes,
     /// Whom to wait for.
@@ -73,6 +79,7 @@ impl RoundRequest {
             epoch,
             vector,
             weight,
+            norm: None,
             gather: Bytes::new(),
             expected: Expect::AllLive,
             gather_timeout: None,
@@ -117,6 +124,8 @@ pub struct RoundStats {
 pub struct Round {
     /// The average; empty for auxiliary peers.
     pub vector: Vec<f32>,
+    /// The average of the second vector, if there is one.
+    pub second: Vec<f32>,
     /// Who took part, in group order.
     pub members: Vec<MemberReport>,
     /// Sum of their weights.
@@ -162,6 +171,12 @@ pub enum RoundErrorKind {
         /// What was missing.
         reason: String,
     },
+    /// The average of the first vector gave no second one. Load the state of the others, then step again.
+    #[error("the first phase gave nothing to go on with: {reason}")]
+    Unusable {
+        /// Why.
+        reason: String,
+    },
     /// Nobody contributed with a positive weight. Step again when there is something to average.
     #[error("no member contributed with a positive weight")]
     Empty,
@@ -177,8 +192,8 @@ pub enum RoundErrorKind {
 
 /// One channel of a swarm: a vector that all peers average now and then.
 pub struct Averager {
-    channel: Arc<Channel>,
-    config: AveragerConfig,
+    pub(crate) channel: Arc<Channel>,
+    pub(crate) config: AveragerConfig,
     layout_hash: [u8; 32],
     values: usize,
     stepping: tokio::sync::Mutex<()>,
@@ -186,19 +201,19 @@ pub struct Averager {
     _swarm: Swarm,
 }
 
-struct Channel {
-    swarm: Arc<Inner>,
-    name: String,
+pub(crate) struct Channel {
+    pub(crate) swarm: Arc<Inner>,
+    pub(crate) name: String,
     station: Mutex<Station>,
-    changed: Notify,
+    pub(crate) changed: Notify,
 }
 
 impl Channel {
-    fn station(&self) -> MutexGuard<'_, Station> {
+    pub(crate) fn station(&self) -> MutexGuard<'_, Station> {
         self.station.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn deliver(&self, out: Out) {
+    pub(crate) fn deliver(&self, out: Out) {
         for (peer, message) in out {
             self.swarm.send_round(peer, &self.name, message);
         }
@@ -223,14 +238,6 @@ fn nonce(me: Option<&Member>, random: u64) -> u64 {
     u64::from(me.map_or(0, |me| me.process)) << 32 | random & u64::from(u32::MAX)
 }
 
-/// Whether another process than the one that promised to take part is there now. It owes nothing, and nobody may wait
-/// for its predecessor. A plan may also be ahead of the heartbeats, so these get the time to follow.
-fn is_restarted(now: &Member, nonce: u64, age: Duration) -> bool {
-    let promised = nonce >> 32;
-    // 0: not known yet.
-    age > HEARTBEAT * 2 && now.process != 0 && promised != 0 && u64::from(now.process) != promised
-}
-
 /// Ends the round for the others when a step fails or is dropped.
 struct Leaving<'a>(&'a Channel);
 
@@ -248,8 +255,10 @@ impl Averager {
         let inner = swarm.inner.clone();
         let group = config.target_group_size.unwrap_or(crate::GROUP_MAX).clamp(2, crate::GROUP_MAX);
         let layout = Layout::new(&config.tensors, &config.compression, 1);
+        let second = config.second.as_ref().map(|tensors| Layout::new(tensors, &config.compression, 1));
+        let phases = if second.is_some() { 2 } else { 1 };
         let channel = Arc::new(Channel {
-            station: Mutex::new(Station::new(inner.me, &inner.config.run, channel, group)),
+            station: Mutex::new(Station::new(inner.me, &inner.config.run, channel, group, phases)),
             name: channel.to_owned(),
             changed: Notify::new(),
             swarm: inner,
@@ -257,7 +266,10 @@ impl Averager {
         let handler: Weak<dyn ChannelHandler> = Arc::downgrade(&channel) as Weak<dyn ChannelHandler>;
         channel.swarm.register(&channel.name, handler);
         Self {
-            layout_hash: layout.hash(),
+            layout_hash: match second {
+                None => layout.hash(),
+                Some(second) => *blake3::hash(&[layout.hash(), second.hash()].concat()).as_bytes(),
+            },
             values: layout.values,
             channel,
             config,
@@ -272,8 +284,29 @@ impl Averager {
     /// # Errors
     /// [`RoundError`], with the vector unchanged inside.
     pub async fn step(&self, request: RoundRequest) -> Result<Outcome<Round>, RoundError> {
+        self.run(request, None).await
+    }
+
+    /// Average twice with the same group: first the request's vector, then what `between` makes of its average. Either
+    /// both come back, or neither does. (Auxiliary peers have no vectors and call [`step`](Self::step).)
+    ///
+    /// # Errors
+    /// [`RoundError`], with the vector unchanged inside.
+    pub async fn step_twice(
+        &self,
+        request: RoundRequest,
+        between: Arc<Between>,
+    ) -> Result<Outcome<Round>, RoundError> {
+        self.run(request, Some(between)).await
+    }
+
+    async fn run(
+        &self,
+        request: RoundRequest,
+        between: Option<Arc<Between>>,
+    ) -> Result<Outcome<Round>, RoundError> {
         let _one_at_a_time = self.stepping.lock().await;
-        if let Err(kind) = self.check(&request) {
+        if let Err(kind) = self.check(&request, between.is_some()) {
             return Err(RoundError { kind, vector: request.vector, faults: Vec::new() });
         }
         let env = self.channel.swarm.env.clone();
@@ -289,7 +322,8 @@ impl Averager {
             })
             .await;
         let request = RoundRequest { vector: Vec::new(), ..request };
-        let ready = self.ready(&request, if bad.is_some() { 0.0 } else { norm }, bad.is_some());
+        let norm = if bad.is_some() { 0.0 } else { request.norm.unwrap_or(norm) };
+        let ready = self.ready(&request, norm, bad.is_some());
         let mut faults = Vec::new();
         if let Some(at) = bad {
             let context = format!("our own value {at} is {}: averaging without it", vector[at]);
@@ -300,17 +334,18 @@ impl Averager {
         self.channel.station().start(wish);
         let leaving = Leaving(&self.channel);
         let vector = Arc::new(vector);
-        let result =
-            self.round(&request, vector.clone(), bad.is_some(), started, deadline, &mut faults).await;
+        let own = Own { vector: vector.clone(), bad: bad.is_some(), between };
+        let result = self.round(&request, own, started, deadline, &mut faults).await;
         faults.append(&mut self.channel.station().faults);
         drop(leaving);
         let original = Arc::try_unwrap(vector).unwrap_or_else(|shared| shared.as_ref().clone());
         match result {
             Ok(Finished::Alone) => Ok(Outcome { value: self.alone(request, original), faults }),
-            Ok(Finished::Averaged { average, plan, hash, contributors, stats }) => {
+            Ok(Finished::Averaged { average, second, plan, hash, contributors, stats }) => {
                 let members: Vec<MemberReport> = plan.members.iter().map(report).collect();
                 let round = Round {
                     vector: average,
+                    second,
                     weight_total: members.iter().map(|member| member.weight).sum(),
                     members,
                     plan_hash: hash,
@@ -324,12 +359,18 @@ impl Averager {
         }
     }
 
-    fn check(&self, request: &RoundRequest) -> Result<(), RoundErrorKind> {
+    fn check(&self, request: &RoundRequest, twice: bool) -> Result<(), RoundErrorKind> {
         let auxiliary = self.channel.swarm.config.auxiliary;
         let values = if auxiliary { 0 } else { self.values };
         let wrong = |field, reason| Err(RoundErrorKind::Request { field, reason });
         if request.vector.len() != values {
             return wrong("vector", format!("{} values, {values} expected", request.vector.len()));
+        }
+        if twice != self.config.second.is_some() && !auxiliary {
+            return wrong(
+                "second",
+                "step_twice is for channels with a second vector, step for others".into(),
+            );
         }
         if !(request.weight.is_finite() && request.weight >= 0.0) {
             return wrong("weight", format!("{} is not a finite number of at least 0", request.weight));
@@ -362,6 +403,7 @@ impl Averager {
         let peer = self.channel.swarm.me;
         Round {
             vector,
+            second: Vec::new(),
             members: vec![MemberReport { peer, weight: request.weight, gathered: request.gather }],
             weight_total: request.weight,
             plan_hash: [0; 32],
@@ -370,184 +412,6 @@ impl Averager {
             stats: RoundStats::default(),
         }
     }
-
-    async fn round(
-        &self,
-        request: &RoundRequest,
-        vector: Arc<Vec<f32>>,
-        bad: bool,
-        started: Instant,
-        deadline: Instant,
-        faults: &mut Vec<PeerFault>,
-    ) -> Result<Finished, RoundErrorKind> {
-        let swarm = &self.channel.swarm;
-        let Some((plan, hash)) = self.gather(deadline).await? else {
-            return if bad { Err(RoundErrorKind::Empty) } else { Ok(Finished::Alone) };
-        };
-        if plan.members.iter().all(|member| member.weight == 0.0) {
-            return Err(RoundErrorKind::Empty);
-        }
-        tracing::debug!(target: "potluck::round", channel = %self.channel.name, epoch = ?request.epoch,
-            members = plan.members.len(), "round begins");
-        let begun = swarm.env.now();
-        let layout = Layout::new(&self.config.tensors, &self.config.compression, plan.members.len());
-        let mut exchange = Exchange::start(swarm, &plan, hash, 0, layout, vector.clone());
-        let agreed = self.exchange(&mut exchange, &plan, deadline).await;
-        faults.append(&mut exchange.faults);
-        let finished_at = agreed?;
-        let shared = exchange.shared.clone();
-        let mut stats = RoundStats {
-            gather_seconds: (begun - started).as_secs_f64(),
-            transfer_seconds: (finished_at - begun).as_secs_f64(),
-            encoded_bytes: shared.layout.encoded_bytes() as u64,
-            parts_reassigned: exchange.reassigned,
-            ..RoundStats::default()
-        };
-        drop(exchange);
-        let auxiliary = swarm.config.auxiliary;
-        let decoding = shared.clone();
-        let (average, contributors) = swarm
-            .env
-            .offload(move || {
-                let board = decoding.board();
-                let mut average = vec![0.0; if auxiliary { 0 } else { decoding.layout.values }];
-                let decoded =
-                    if auxiliary { Ok(()) } else { board.store.decode(&decoding.layout, &mut average) };
-                let masks = board.store.parts.iter().flat_map(|part| &part.done).map(|average| average.mask);
-                decoded.map(|()| (average, masks.fold(u64::MAX, |all, mask| all & mask)))
-            })
-            .await
-            .map_err(|reason| RoundErrorKind::Diverged { reason })?;
-        stats.agree_seconds = (swarm.env.now() - finished_at).as_secs_f64();
-        {
-            let board = shared.board();
-            (stats.bytes_sent, stats.bytes_received) = (board.traffic.sent, board.traffic.received);
-        }
-        let everybody = u64::MAX >> (64 - plan.members.len().clamp(1, 64));
-        Ok(Finished::Averaged { average, plan, hash, contributors: contributors & everybody, stats })
-    }
-
-    async fn gather(&self, deadline: Instant) -> Result<Option<(Arc<Plan>, PlanHash)>, RoundErrorKind> {
-        let channel = &self.channel;
-        loop {
-            let now = channel.swarm.env.now();
-            let mut out = Vec::new();
-            let view = channel.swarm.current_view();
-            let state = channel.station().gather(now, &view, &mut out);
-            channel.deliver(out);
-            let wakeup = match state {
-                Gathering::Wait(at) => at,
-                Gathering::Alone => return Ok(None),
-                Gathering::Begun(plan, hash) => return Ok(Some((plan, hash))),
-                Gathering::LeftOut => return Err(RoundErrorKind::LeftOut),
-            };
-            if now >= deadline {
-                return Err(RoundErrorKind::TimedOut { phase: "waiting for the group" });
-            }
-            tokio::select! {
-                biased;
-                () = channel.changed.notified() => {}
-                () = tokio::time::sleep_until(wakeup.min(deadline)) => {}
-            }
-        }
-    }
-
-    /// Move the bytes until the group has agreed and we hold what it agreed on. Returns when we first held everything.
-    async fn exchange(
-        &self,
-        exchange: &mut Exchange,
-        plan: &Plan,
-        deadline: Instant,
-    ) -> Result<Instant, RoundErrorKind> {
-        let channel = &self.channel;
-        let begun = channel.swarm.env.now();
-        let mut finished_at = None;
-        exchange.kick().await;
-        loop {
-            let now = channel.swarm.env.now();
-            self.lose_the_gone(exchange, plan, now - begun).await;
-            if finished_at.is_none() && exchange.is_complete() {
-                finished_at = Some(now);
-                let auxiliary = channel.swarm.config.auxiliary;
-                let digests = if auxiliary { Vec::new() } else { exchange.shared.board().store.digests() };
-                channel.station().finished(now, digests);
-            }
-            let spent = finished_at.unwrap_or(now) - begun;
-            let alive: Vec<PeerId> = channel.swarm.current_view().members.keys().copied().collect();
-            let mut out = Vec::new();
-            let agreed =
-                channel.station().agree(now, &alive, spent.max(Duration::from_secs(2)) * 2, &mut out);
-            channel.deliver(out);
-            if let (Some(agreed), Some(finished)) = (agreed, finished_at)
-                && self.conforms(exchange, plan, &agreed)?
-            {
-                return Ok(finished);
-            }
-            if now >= deadline {
-                return Err(RoundErrorKind::TimedOut { phase: "averaging" });
-            }
-            let tick = (now + Duration::from_millis(250)).min(deadline);
-            tokio::select! {
-                biased;
-                event = exchange.next_event() => exchange.handle(event).await,
-                () = channel.changed.notified() => {}
-                () = tokio::time::sleep_until(tick) => {}
-            }
-        }
-    }
-
-    async fn lose_the_gone(&self, exchange: &mut Exchange, plan: &Plan, age: Duration) {
-        let channel = &self.channel;
-        let withdrawn = channel.station().withdrawn();
-        let view = channel.swarm.current_view();
-        for (at, member) in plan.members.iter().enumerate() {
-            if member.peer == channel.swarm.me {
-                continue;
-            }
-            if withdrawn.contains(&member.peer) {
-                exchange.lose(at, FaultKind::Left).await;
-            } else if view.members.get(&member.peer).is_none_or(|now| is_restarted(now, member.nonce, age)) {
-                exchange.lose(at, FaultKind::Silent).await;
-            }
-        }
-    }
-
-    /// Whether we hold what was agreed; parts that differ are fetched again.
-    fn conforms(
-        &self,
-        exchange: &mut Exchange,
-        plan: &Plan,
-        agreed: &Agreed,
-    ) -> Result<bool, RoundErrorKind> {
-        if self.channel.swarm.config.auxiliary {
-            return Ok(true);
-        }
-        if !exchange.is_complete() {
-            return Ok(false);
-        }
-        let own = exchange.shared.board().store.digests();
-        let mut conforms = true;
-        for (part, (ours, theirs)) in own.iter().zip(&agreed.digests).enumerate() {
-            if ours == theirs {
-                continue;
-            }
-            conforms = false;
-            let holder = agreed.holders.get(part).and_then(|peer| plan.index_of(*peer));
-            match holder.filter(|holder| *holder != exchange.shared.me) {
-                Some(holder) => exchange.refetch(part, holder),
-                None => {
-                    let reason = format!("nobody is named for part {part}");
-                    return Err(RoundErrorKind::Diverged { reason });
-                }
-            }
-        }
-        Ok(conforms)
-    }
-}
-
-enum Finished {
-    Alone,
-    Averaged { average: Vec<f32>, plan: Arc<Plan>, hash: PlanHash, contributors: u64, stats: RoundStats },
 }
 
 fn report(member: &crate::wire::PlanMember) -> MemberReport {

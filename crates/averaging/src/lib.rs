@@ -6,7 +6,8 @@
 //!   the weighted mean, the same bits at every member.
 //!
 //! Decisions are sans-I/O, one file each (`membership`, `detector`, `plan`, `partition`, `station`, `reducer`, `spans`,
-//! `rates`, `grid`); `swarm`, `link`, `router`, `exchange`, `pair` and `averager` move bytes. `docs/protocol.md` is the
+//! `rates`, `grid`); `swarm`, `link`, `router`, `exchange`, `pair`, `phases` and
+//! `averager` move bytes. `docs/protocol.md` is the
 //! specification.
 
 mod averager;
@@ -18,6 +19,7 @@ mod link;
 mod membership;
 mod pair;
 mod partition;
+mod phases;
 mod plan;
 mod rates;
 mod reducer;
@@ -30,7 +32,7 @@ mod swarm;
 mod wire;
 
 pub use averager::{
-    Averager, AveragerConfig, Expect, MemberReport, Round, RoundError, RoundErrorKind, RoundRequest,
+    Averager, AveragerConfig, Between, Expect, MemberReport, Round, RoundError, RoundErrorKind, RoundRequest,
     RoundStats,
 };
 pub use detector::HEARTBEAT;

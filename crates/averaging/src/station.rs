@@ -16,7 +16,7 @@ use tokio::time::Instant;
 /// Peers whose readiness is remembered.
 const READY_MAX: usize = 1024;
 /// Rounds whose verdict is remembered for those who ask late.
-const RECENT_MAX: usize = 8;
+const RECENT_MAX: usize = 16;
 /// What is not acknowledged is repeated this often.
 const REPEAT: Duration = Duration::from_millis(250);
 /// Readiness that was not repeated for this long is void.
@@ -61,6 +61,10 @@ pub(crate) struct Wish {
 struct Current {
     plan: Arc<Plan>,
     hash: PlanHash,
+    /// Names the phase that is under way; the first is named as the plan.
+    phase: PlanHash,
+    /// What was agreed on in the phases before.
+    earlier: Vec<(PlanHash, Agreed)>,
     withdrawn: BTreeSet<PeerId>,
     done: BTreeMap<PeerId, Vec<[u8; 32]>>,
     own: Option<(Instant, Vec<[u8; 32]>)>,
@@ -75,6 +79,8 @@ pub(crate) struct Station {
     run: String,
     channel: String,
     group_max: usize,
+    /// Of a round.
+    phases: usize,
     wish: Option<Wish>,
     left_out: bool,
     skipped: BTreeSet<PeerId>,
@@ -93,12 +99,13 @@ pub(crate) struct Station {
 }
 
 impl Station {
-    pub(crate) fn new(me: PeerId, run: &str, channel: &str, group_max: usize) -> Self {
+    pub(crate) fn new(me: PeerId, run: &str, channel: &str, group_max: usize, phases: usize) -> Self {
         Self {
             me,
             run: run.to_owned(),
             channel: channel.to_owned(),
             group_max,
+            phases,
             wish: None,
             left_out: false,
             skipped: BTreeSet::new(),
@@ -139,13 +146,15 @@ impl Station {
         let Some(current) = self.current.take() else { return };
         let others = current.plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
         match current.agreed {
-            Some(agreed) => {
+            Some(agreed) if current.earlier.len() + 1 == self.phases => {
                 self.finished_epoch = self.finished_epoch.max(current.plan.epoch);
                 self.last_members = (current.plan.members.iter().map(|m| m.peer).collect(), Some(now));
-                self.recent.push_front((current.hash, agreed));
+                for finished in current.earlier.into_iter().chain([(current.phase, agreed)]) {
+                    self.recent.push_front(finished);
+                }
                 self.recent.truncate(RECENT_MAX);
             }
-            None => out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash }))),
+            _ => out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash }))),
         }
         self.next_attempt = (current.plan.epoch, current.plan.attempt.saturating_add(1));
     }
@@ -275,6 +284,8 @@ impl Station {
         self.current = Some(Current {
             plan: plan.clone(),
             hash,
+            phase: hash,
+            earlier: Vec::new(),
             withdrawn: BTreeSet::new(),
             done: BTreeMap::new(),
             own: None,
@@ -301,7 +312,7 @@ impl Station {
             }
             RoundMessage::Done { plan, digests } => self.on_done(from, plan, digests, out),
             RoundMessage::Verdict { plan, digests, holders } => {
-                if let Some(current) = self.current.as_mut().filter(|c| c.hash == plan && c.agreed.is_none())
+                if let Some(current) = self.current.as_mut().filter(|c| c.phase == plan && c.agreed.is_none())
                     && current.plan.index_of(from).is_some()
                     && digests.len() == current.plan.members.len()
                 {
@@ -309,17 +320,23 @@ impl Station {
                 }
             }
             RoundMessage::Query { plan } => {
-                if let Some(current) = self.current.as_ref().filter(|c| c.hash == plan) {
+                if let Some(current) = self.current.as_ref().filter(|c| c.phase == plan) {
                     if let Some(agreed) = &current.agreed {
                         out.push((from, verdict(plan, agreed)));
                     } else if let Some((_, digests)) = &current.own {
                         out.push((from, RoundMessage::Done { plan, digests: digests.clone() }));
                     }
-                } else if let Some((_, agreed)) = self.recent.iter().find(|(hash, _)| *hash == plan) {
+                } else if let Some(agreed) = self.past(&plan) {
                     out.push((from, verdict(plan, agreed)));
                 }
             }
         }
+    }
+
+    /// What was agreed on in a phase that is over for us.
+    fn past(&self, phase: &PlanHash) -> Option<&Agreed> {
+        let earlier = self.current.iter().flat_map(|current| &current.earlier);
+        earlier.chain(&self.recent).find(|(name, _)| name == phase).map(|(_, agreed)| agreed)
     }
 
     fn on_ready(&mut self, now: Instant, from: PeerId, ready: Ready, out: &mut Out) {
@@ -381,13 +398,13 @@ impl Station {
     }
 
     fn on_done(&mut self, from: PeerId, plan: PlanHash, digests: Vec<[u8; 32]>, out: &mut Out) {
-        if let Some(current) = self.current.as_mut().filter(|c| c.hash == plan) {
+        if let Some(current) = self.current.as_mut().filter(|c| c.phase == plan) {
             if let Some(agreed) = &current.agreed {
                 out.push((from, verdict(plan, agreed)));
             } else if current.plan.index_of(from).is_some() {
                 current.done.insert(from, digests);
             }
-        } else if let Some((_, agreed)) = self.recent.iter().find(|(hash, _)| *hash == plan) {
+        } else if let Some(agreed) = self.past(&plan) {
             out.push((from, verdict(plan, agreed)));
         }
     }
@@ -395,6 +412,17 @@ impl Station {
     /// Members that gave the current round up.
     pub(crate) fn withdrawn(&self) -> Vec<PeerId> {
         self.current.as_ref().map(|c| c.withdrawn.iter().copied().collect()).unwrap_or_default()
+    }
+
+    /// The phase was agreed on; the next one of the same plan begins, under this name.
+    pub(crate) fn next_phase(&mut self, name: PlanHash) {
+        let Some(current) = &mut self.current else { return };
+        let Some(agreed) = current.agreed.take() else { return };
+        current.earlier.push((std::mem::replace(&mut current.phase, name), agreed));
+        current.done.clear();
+        current.own = None;
+        current.authority = None;
+        current.told_at = None;
     }
 
     /// We hold every part.
@@ -431,7 +459,9 @@ impl Station {
                 let begin = RoundMessage::Begin(Box::new((**plan).clone()));
                 out.extend(others.iter().map(|peer| (*peer, begin.clone())));
                 if authority == me {
-                    out.extend(others.iter().map(|peer| (*peer, RoundMessage::Query { plan: current.hash })));
+                    out.extend(
+                        others.iter().map(|peer| (*peer, RoundMessage::Query { plan: current.phase })),
+                    );
                 }
             }
             current.authority = Some(authority);
@@ -441,7 +471,7 @@ impl Station {
         if authority != me {
             if current.told_at.is_none_or(|at| now >= at + REPEAT) {
                 current.told_at = Some(now);
-                out.push((authority, RoundMessage::Done { plan: current.hash, digests: own }));
+                out.push((authority, RoundMessage::Done { plan: current.phase, digests: own }));
             }
             return None;
         }
@@ -452,7 +482,7 @@ impl Station {
         current.done.insert(me, own);
         let agreed = majority(me, &current.done);
         let members = plan.members.iter().map(|m| m.peer).filter(|peer| *peer != me);
-        out.extend(members.map(|peer| (peer, verdict(current.hash, &agreed))));
+        out.extend(members.map(|peer| (peer, verdict(current.phase, &agreed))));
         current.agreed = Some(agreed.clone());
         Some(agreed)
     }

@@ -239,6 +239,11 @@ impl ConfigError {
     fn new(field: &'static str, value: impl Into<String>, allowed: &'static str) -> Self {
         Self { field, value: value.into(), allowed }
     }
+
+    /// A tensor that cannot have factors of this rank.
+    pub(crate) fn powersgd(key: &str, error: &potluck_compression::low_rank::LowRankError) -> Self {
+        Self::new("powersgd", format!("{key}: {error}"), "a smaller rank")
+    }
 }
 
 /// Why a session could not start.

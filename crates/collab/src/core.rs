@@ -1,6 +1,7 @@
 //! Sans-I/O. Everything that a session remembers, and its decisions: events in, a step or a report out.
 
 use crate::dialect::{PeerView, Report, RoundResult};
+use crate::factors::Factors;
 use crate::policy::diloco::Outer;
 use crate::policy::{self, Background, Situation, Step};
 use crate::progress::{self, Behind, Own, Winner};
@@ -11,12 +12,15 @@ use crate::{Channel, Event, Lineage, PolicyKind, SessionConfig, Snapshot, StateE
 use bytes::Bytes;
 use potluck_net::{PeerFault, PeerId};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tokio::time::Instant;
 
 /// Name of the blob that a session adds to a snapshot.
 const AGREED_BLOB: &str = "potluck.agreed";
 /// Name of the outer optimizer's blob.
 const VELOCITY_BLOB: &str = "potluck.velocity";
+/// Name of the blob with PowerSGD's Q.
+const Q_BLOB: &str = "potluck.powersgd.q";
 /// Name of the lineage's samples in a snapshot.
 pub(crate) const SAMPLES_META: &str = "potluck.samples";
 
@@ -43,6 +47,8 @@ pub(crate) struct Core {
     /// What will be agreed on when the state that was averaged in the background is applied.
     agreed_next: Option<Vec<f32>>,
     outer: Option<Outer>,
+    /// Low-rank compression, if the session uses it: what of a round is kept is decided here.
+    pub(crate) factors: Option<Arc<Factors>>,
     state_due: bool,
     /// The epoch at whose start the state was averaged last: once is enough, whoever calls.
     state_averaged_at: Option<u64>,
@@ -84,6 +90,7 @@ impl Core {
             agreed: None,
             agreed_next: None,
             outer,
+            factors: None,
             state_due: false,
             state_averaged_at: None,
             state_due_from: None,
@@ -333,6 +340,7 @@ impl Core {
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
         if std::mem::take(&mut self.void) {
+            self.settle_factors(false);
             // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state. Without
             // samples it has not moved, so its history is what it was.
             if used > 0 || !self.epoch_ends_with_state() {
@@ -341,6 +349,7 @@ impl Core {
             self.background = Background::Idle;
             return;
         }
+        self.settle_factors(self.applied.is_some());
         let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
         self.lineage = self.lineage.next_epoch(&plan_hash, samples);
         self.contributed = self.contributed.saturating_add(used);
@@ -355,6 +364,15 @@ impl Core {
         } && !self.epoch_ends_with_state();
         if self.state_due_from.is_some_and(|due| due <= epoch) {
             self.state_due_from = None;
+        }
+    }
+
+    /// Low-rank compression moves on with the parameters, or not at all.
+    fn settle_factors(&self, applied: bool) {
+        match &self.factors {
+            Some(factors) if applied => factors.commit(),
+            Some(factors) => factors.abort(),
+            None => {}
         }
     }
 
@@ -390,6 +408,9 @@ impl Core {
         if let Some(outer) = self.outer.as_ref().filter(|outer| !outer.velocity.is_empty()) {
             snapshot.blobs.insert(VELOCITY_BLOB.to_owned(), to_bytes(&outer.velocity));
         }
+        if let Some(factors) = &self.factors {
+            snapshot.blobs.insert(Q_BLOB.to_owned(), factors.q());
+        }
         snapshot
     }
 
@@ -412,6 +433,10 @@ impl Core {
         };
         let agreed = read(snapshot.blobs.remove(AGREED_BLOB))?;
         let velocity = read(snapshot.blobs.remove(VELOCITY_BLOB))?;
+        let q = snapshot.blobs.remove(Q_BLOB);
+        if let Some(factors) = &self.factors {
+            factors.import(&q.ok_or("the state has no Q of low-rank compression")?)?;
+        }
         self.adopt_lineage(lineage, now);
         self.agreed = agreed;
         if let Some(outer) = &mut self.outer {

@@ -32,6 +32,7 @@ mod config;
 mod core;
 mod dialect;
 mod events;
+mod factors;
 mod invite;
 mod keeper;
 mod lineage;

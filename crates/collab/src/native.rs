@@ -4,14 +4,16 @@ use crate::dialect::{
     Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
     Snapshot, Traffic,
 };
+use crate::factors::Factors;
 use crate::wire::Note;
 use crate::{JoinError, SessionConfig, manifest};
 use futures::future::BoxFuture;
 use potluck_averaging::{
-    Averager, AveragerConfig, JoinError as SwarmError, Progress, RoundRequest, Swarm, SwarmConfig, View,
+    Averager, AveragerConfig, JoinError as SwarmError, Progress, Round, RoundError, RoundErrorKind,
+    RoundRequest, Swarm, SwarmConfig, View,
 };
 use potluck_compression::Policy;
-use potluck_net::{Env, Outcome, PeerId, Transport};
+use potluck_net::{Env, FaultKind, Outcome, PeerFault, PeerId, Transport};
 use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,6 +28,7 @@ pub(crate) struct Native {
     swarm: Swarm,
     members: watch::Receiver<View>,
     gradients: Averager,
+    factors: Option<Arc<Factors>>,
     state: Averager,
     exchange: Exchange,
     sent: AtomicU64,
@@ -38,6 +41,7 @@ impl Native {
         transport: Arc<dyn Transport>,
         env: Env,
         config: &SessionConfig,
+        factors: Option<Arc<Factors>>,
     ) -> Result<Self, JoinError> {
         let mut swarm = SwarmConfig::new(config.run_id.clone(), config.bootstrap.clone());
         swarm.manifest = manifest(config);
@@ -58,11 +62,20 @@ impl Native {
         let averager = |name: &str, tensors: &Vec<_>, compression: &Policy| {
             Averager::new(&swarm, name, AveragerConfig::new(tensors.clone(), compression.clone()))
         };
+        let gradients = match &factors {
+            None => averager("gradients", &config.tensors, &config.grad_compression),
+            Some(factors) => {
+                let mut phases = AveragerConfig::new(factors.first.clone(), config.grad_compression.clone());
+                phases.second = Some(factors.second.clone());
+                Averager::new(&swarm, "gradients", phases)
+            }
+        };
         let exchange = Exchange::start(transport, env, &config.run_id)
             .map_err(|error| JoinError::Network(error.to_string()))?;
         Ok(Self {
             members: swarm.members(),
-            gradients: averager("gradients", &config.tensors, &config.grad_compression),
+            gradients,
+            factors,
             state: averager("state", &config.state_tensors, &config.state_compression),
             exchange,
             swarm,
@@ -85,7 +98,11 @@ impl Native {
         let mut request = RoundRequest::new(Some(epoch), vector, call.weight);
         request.gather = call.lineage.to_vec().into();
         request.timeout = call.timeout.unwrap_or(ROUND_TIMEOUT);
-        let outcome = averager.step(request).await.map_err(|error| RoundFailed {
+        let stepped = match (channel, &self.factors) {
+            (Channel::Gradients, Some(factors)) if !self.auxiliary => self.low_rank(factors, request).await,
+            _ => averager.step(request).await,
+        };
+        let outcome = stepped.map_err(|error| RoundFailed {
             epoch,
             reason: error.kind.to_string(),
             vector: error.vector,
@@ -119,7 +136,7 @@ impl Native {
             .swarm
             .env()
             .offload(move || {
-                let hash = result_hash(&round.plan_hash, &round.vector);
+                let hash = result_hash(&round.plan_hash, [&round.vector, &round.second]);
                 (round.vector, hash)
             })
             .await;
@@ -131,6 +148,63 @@ impl Native {
             stats: round_stats,
         };
         Ok(Outcome { value, faults })
+    }
+
+    /// A round of gradients whose matrices travel as factors. The factors' state is as before unless the session
+    /// commits it later.
+    async fn low_rank(
+        &self,
+        factors: &Arc<Factors>,
+        request: RoundRequest,
+    ) -> Result<Outcome<Round>, RoundError> {
+        let env = self.swarm.env();
+        let (mut request, vector) = (RoundRequest { vector: Vec::new(), ..request.clone() }, request.vector);
+        let starting = factors.clone();
+        let (begun, vector) = env
+            .offload(move || {
+                let begun = starting.begin(&vector);
+                (begun, vector)
+            })
+            .await;
+        let mut faults = Vec::new();
+        if let Some(reason) = &begun.refused {
+            let context = format!("{reason}: averaging without it");
+            faults.push(PeerFault::new(self.swarm.local_peer(), FaultKind::NotFinite, context));
+            request.weight = 0.0;
+        }
+        (request.vector, request.norm) = (begun.first, Some(begun.norm));
+        let (round, next) = (begun.round, factors.clone());
+        let between = Arc::new(move |average: &[f32]| next.between(round, average));
+        let mut outcome = match self.gradients.step_twice(request, between).await {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                faults.extend(error.faults);
+                return Err(RoundError { kind: error.kind, vector, faults });
+            }
+        };
+        faults.append(&mut outcome.faults);
+        let mut averaged = outcome.value;
+        if averaged.members.len() <= 1 {
+            factors.abort();
+            if begun.refused.is_some() {
+                return Err(RoundError { kind: RoundErrorKind::Empty, vector, faults });
+            }
+            averaged.vector = vector;
+            return Ok(Outcome { value: averaged, faults });
+        }
+        let me = self.swarm.local_peer();
+        let contributed = averaged.members.iter().any(|member| member.peer == me && member.weight > 0.0);
+        let finishing = factors.clone();
+        let (finished, averaged) = env
+            .offload(move || {
+                let vector = finishing.finish(round, &averaged.vector, &averaged.second, contributed);
+                (vector, averaged)
+            })
+            .await;
+        match finished {
+            Ok(vector) => Ok(Outcome { value: Round { vector, ..averaged }, faults }),
+            Err(reason) => Err(RoundError { kind: RoundErrorKind::Unusable { reason }, vector, faults }),
+        }
     }
 }
 
@@ -241,11 +315,11 @@ impl Dialect for Native {
 
 /// Names the plan and what came out of it: a peer that was cut off may have finished the same plan with fewer senders,
 /// and must then have another history.
-fn result_hash(plan_hash: &[u8; 32], vector: &[f32]) -> [u8; 32] {
+fn result_hash(plan_hash: &[u8; 32], vectors: [&[f32]; 2]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("potluck round result v1");
     hasher.update(plan_hash);
     let mut bytes = Vec::with_capacity(1 << 16);
-    for chunk in vector.chunks(1 << 14) {
+    for chunk in vectors.into_iter().flat_map(|vector| vector.chunks(1 << 14)) {
         bytes.clear();
         bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
         hasher.update(&bytes);

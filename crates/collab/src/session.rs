@@ -3,6 +3,8 @@
 use crate::core::Core;
 use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot};
 use crate::events::{EVENTS_MAX, Event};
+use crate::factors::Factors;
+use crate::native::Native;
 use crate::policy::{Background, Step};
 use crate::status::Status;
 use crate::{Invite, JoinError, Lineage, PolicyKind, SessionConfig, manifest, manifest_hash};
@@ -80,8 +82,10 @@ impl Session {
     ) -> Result<Self, JoinError> {
         config.validate()?;
         Invite::admit(config.owner, &config.run_id, config.invite.as_deref())?;
-        let dialect = crate::native::Native::join(transport.clone(), env.clone(), &config).await?;
+        let factors = Factors::new(&config)?;
+        let dialect = Native::join(transport.clone(), env.clone(), &config, factors.clone()).await?;
         let session = Self::with_dialect(Arc::new(dialect), env, config)?;
+        session.inner.core().factors = factors;
         crate::sight::serve(&*transport, &session.tasks, &session.inner.config, session.status());
         crate::serve_speed(&*transport, &session.tasks);
         Ok(session)

@@ -233,19 +233,48 @@ impl LowRank {
         if self.stage != Stage::Finished {
             return Err(LowRankError::Order { called: "commit", expected: "finish" });
         }
-        for (kept, new) in self.q.chunks_exact_mut(self.columns).zip(self.round_q.chunks_exact(self.columns))
-        {
-            // A zero column would yield zero factors for ever: after a zero gradient, for one.
-            if new.iter().any(|value| *value != 0.0) {
-                kept.copy_from_slice(new);
-            }
-        }
+        self.keep_q();
         std::mem::swap(&mut self.base, &mut self.work);
         let (p, q) = self.correction.get_or_insert_default();
         std::mem::swap(p, &mut self.round_p);
         std::mem::swap(q, &mut self.round_q);
         self.stage = Stage::Idle;
         Ok(())
+    }
+
+    /// The round succeeded, but nothing of ours was in it: keep the new Q, and the memory as it was before `begin`.
+    ///
+    /// # Errors
+    /// Nothing was finished.
+    pub fn commit_q(&mut self) -> Result<(), LowRankError> {
+        if self.stage != Stage::Finished {
+            return Err(LowRankError::Order { called: "commit_q", expected: "finish" });
+        }
+        self.keep_q();
+        self.stage = Stage::Idle;
+        Ok(())
+    }
+
+    /// The averaged Q spans the next start. Made orthonormal, it keeps P at the scale of the gradient, where the product
+    /// with Q itself would square it (and 16-bit factors of small gradients would vanish); the span is the same.
+    fn keep_q(&mut self) {
+        let mut next = self.round_q.clone();
+        orthogonalize_columns(&mut next, self.rank);
+        orthogonalize_columns(&mut next, self.rank);
+        for (kept, new) in self.q.chunks_exact_mut(self.columns).zip(next.chunks_exact(self.columns)) {
+            // A zero column would yield zero factors for ever: after a zero gradient, for one.
+            if new.iter().any(|value| *value != 0.0) && first_non_finite(new).is_none() {
+                kept.copy_from_slice(new);
+            }
+        }
+    }
+
+    /// The sum of squares of memory plus gradient of the round in flight; no factor of it is larger, up to rounding.
+    #[must_use]
+    pub fn square_norm(&self) -> f64 {
+        // Pieces in f64: long sums of f32 squares would lose the small ones.
+        let square = |value: &f32| f64::from(*value) * f64::from(*value);
+        self.work.chunks(1024).map(|piece| piece.iter().map(square).sum::<f64>()).sum()
     }
 
     /// Drop the round in flight: memory and Q are as before `begin`.

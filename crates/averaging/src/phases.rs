@@ -1,0 +1,327 @@
+//! What a round does once it is wished for: gather the group, move the bytes of each phase, agree, decode.
+//!
+//! A round has one phase, or two that average two vectors with the same plan: the second vector follows from what the
+//! group agreed on in the first, and the name of the second phase from that agreement, so that peers which went on with
+//! different averages never mix. While the second phase runs, the first is still served to whoever lacks some of it.
+
+use crate::averager::{Averager, Between, RoundErrorKind, RoundRequest, RoundStats};
+use crate::detector::HEARTBEAT;
+use crate::exchange::Exchange;
+use crate::membership::Member;
+use crate::pair::Event;
+use crate::spans::Layout;
+use crate::station::{Agreed, Gathering, PlanHash};
+use crate::wire::Plan;
+use potluck_compression::TensorInfo;
+use potluck_net::{FaultKind, PeerFault, PeerId};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What we put into a round.
+pub(crate) struct Own {
+    pub(crate) vector: Arc<Vec<f32>>,
+    /// It is not finite: we take part without it.
+    pub(crate) bad: bool,
+    pub(crate) between: Option<Arc<Between>>,
+}
+
+pub(crate) enum Finished {
+    Alone,
+    Averaged {
+        average: Vec<f32>,
+        second: Vec<f32>,
+        plan: Arc<Plan>,
+        hash: PlanHash,
+        contributors: u64,
+        stats: RoundStats,
+    },
+}
+
+/// A phase that the group has agreed on.
+struct Phase {
+    average: Vec<f32>,
+    /// Members that are in every chunk.
+    contributors: u64,
+    agreed: Agreed,
+}
+
+/// Whether another process than the one that promised to take part is there now. It owes nothing, and nobody may wait
+/// for its predecessor. A plan may also be ahead of the heartbeats, so these get the time to follow.
+fn is_restarted(now: &Member, nonce: u64, age: Duration) -> bool {
+    let promised = nonce >> 32;
+    // 0: not known yet.
+    age > HEARTBEAT * 2 && now.process != 0 && promised != 0 && u64::from(now.process) != promised
+}
+
+impl Averager {
+    pub(crate) async fn round(
+        &self,
+        request: &RoundRequest,
+        own: Own,
+        started: Instant,
+        deadline: Instant,
+        faults: &mut Vec<PeerFault>,
+    ) -> Result<Finished, RoundErrorKind> {
+        let env = &self.channel.swarm.env;
+        let Some((plan, hash)) = self.gather(deadline).await? else {
+            return if own.bad { Err(RoundErrorKind::Empty) } else { Ok(Finished::Alone) };
+        };
+        if plan.members.iter().all(|member| member.weight == 0.0) {
+            return Err(RoundErrorKind::Empty);
+        }
+        tracing::debug!(target: "potluck::round", channel = %self.channel.name, epoch = ?request.epoch,
+            members = plan.members.len(), "round begins");
+        let mut stats =
+            RoundStats { gather_seconds: (env.now() - started).as_secs_f64(), ..RoundStats::default() };
+        let mut first = self.start(&plan, hash, 0, &self.config.tensors, own.vector);
+        let phase = self.phase(&mut first, None, &plan, deadline, &mut stats, faults).await?;
+        let (average, mut contributors) = (phase.average, phase.contributors);
+        let mut second = Vec::new();
+        if let Some(tensors) = &self.config.second {
+            let (average, between) = (average.clone(), own.between);
+            let made = match between {
+                Some(between) => env.offload(move || between(&average)).await,
+                None => Ok(Vec::new()),
+            };
+            let made = made.map_err(|reason| RoundErrorKind::Unusable { reason })?;
+            self.check_second(made.len(), tensors)?;
+            let hash = second_name(&hash, &phase.agreed);
+            self.channel.station().next_phase(hash);
+            let mut exchange = self.start(&plan, hash, 1, tensors, Arc::new(made));
+            self.inherit_losses(&first, &mut exchange).await;
+            let phase =
+                self.phase(&mut exchange, Some(&mut first), &plan, deadline, &mut stats, faults).await?;
+            second = phase.average;
+            contributors &= phase.contributors;
+        }
+        let everybody = u64::MAX >> (64 - plan.members.len().clamp(1, 64));
+        let contributors = contributors & everybody;
+        Ok(Finished::Averaged { average, second, plan, hash, contributors, stats })
+    }
+
+    fn check_second(&self, values: usize, tensors: &[TensorInfo]) -> Result<(), RoundErrorKind> {
+        let auxiliary = self.channel.swarm.config.auxiliary;
+        let expected: usize = if auxiliary { 0 } else { tensors.iter().map(TensorInfo::numel).sum() };
+        if values == expected {
+            return Ok(());
+        }
+        let reason = format!("{values} values, {expected} expected");
+        Err(RoundErrorKind::Request { field: "second", reason })
+    }
+
+    fn start(
+        &self,
+        plan: &Arc<Plan>,
+        hash: PlanHash,
+        phase: u8,
+        tensors: &[TensorInfo],
+        vector: Arc<Vec<f32>>,
+    ) -> Exchange {
+        let layout = Layout::new(tensors, &self.config.compression, plan.members.len());
+        Exchange::start(&self.channel.swarm, plan, hash, phase, layout, vector)
+    }
+
+    /// Whoever was lost in the first phase may have gone on with another average of it: not a member of the second.
+    async fn inherit_losses(&self, first: &Exchange, second: &mut Exchange) {
+        let lost = first.shared.board().lost.clone();
+        for (member, _) in lost.iter().enumerate().filter(|(_, lost)| **lost) {
+            second.lose(member, FaultKind::Left).await;
+        }
+        // They were reported once.
+        second.faults.clear();
+    }
+
+    /// One phase from its first byte to the decoded average; adds its figures to those of the round.
+    async fn phase(
+        &self,
+        exchange: &mut Exchange,
+        earlier: Option<&mut Exchange>,
+        plan: &Plan,
+        deadline: Instant,
+        stats: &mut RoundStats,
+        faults: &mut Vec<PeerFault>,
+    ) -> Result<Phase, RoundErrorKind> {
+        let env = &self.channel.swarm.env;
+        let begun = env.now();
+        let ended = self.exchange(exchange, earlier, plan, deadline).await;
+        faults.append(&mut exchange.faults);
+        let (finished_at, agreed) = ended?;
+        stats.transfer_seconds += (finished_at - begun).as_secs_f64();
+        let auxiliary = self.channel.swarm.config.auxiliary;
+        let decoding = exchange.shared.clone();
+        let (average, contributors) = env
+            .offload(move || {
+                let board = decoding.board();
+                let mut average = vec![0.0; if auxiliary { 0 } else { decoding.layout.values }];
+                let decoded =
+                    if auxiliary { Ok(()) } else { board.store.decode(&decoding.layout, &mut average) };
+                let masks = board.store.parts.iter().flat_map(|part| &part.done).map(|average| average.mask);
+                decoded.map(|()| (average, masks.fold(u64::MAX, |all, mask| all & mask)))
+            })
+            .await
+            .map_err(|reason| RoundErrorKind::Diverged { reason })?;
+        stats.agree_seconds += (env.now() - finished_at).as_secs_f64();
+        stats.encoded_bytes += exchange.shared.layout.encoded_bytes() as u64;
+        stats.parts_reassigned += exchange.reassigned;
+        let board = exchange.shared.board();
+        stats.bytes_sent += board.traffic.sent;
+        stats.bytes_received += board.traffic.received;
+        Ok(Phase { average, contributors, agreed })
+    }
+
+    async fn gather(&self, deadline: Instant) -> Result<Option<(Arc<Plan>, PlanHash)>, RoundErrorKind> {
+        let channel = &self.channel;
+        loop {
+            let now = channel.swarm.env.now();
+            let mut out = Vec::new();
+            let view = channel.swarm.current_view();
+            let state = channel.station().gather(now, &view, &mut out);
+            channel.deliver(out);
+            let wakeup = match state {
+                Gathering::Wait(at) => at,
+                Gathering::Alone => return Ok(None),
+                Gathering::Begun(plan, hash) => return Ok(Some((plan, hash))),
+                Gathering::LeftOut => return Err(RoundErrorKind::LeftOut),
+            };
+            if now >= deadline {
+                return Err(RoundErrorKind::TimedOut { phase: "waiting for the group" });
+            }
+            tokio::select! {
+                biased;
+                () = channel.changed.notified() => {}
+                () = tokio::time::sleep_until(wakeup.min(deadline)) => {}
+            }
+        }
+    }
+
+    /// Move the bytes until the group has agreed and we hold what it agreed on. Returns when we first held everything.
+    async fn exchange(
+        &self,
+        exchange: &mut Exchange,
+        mut earlier: Option<&mut Exchange>,
+        plan: &Plan,
+        deadline: Instant,
+    ) -> Result<(Instant, Agreed), RoundErrorKind> {
+        let channel = &self.channel;
+        let begun = channel.swarm.env.now();
+        let mut finished_at = None;
+        exchange.kick().await;
+        loop {
+            let now = channel.swarm.env.now();
+            self.lose_the_gone(exchange, plan, now - begun).await;
+            if let Some(earlier) = &mut earlier {
+                self.lose_the_gone(earlier, plan, now - begun).await;
+            }
+            if finished_at.is_none() && exchange.is_complete() {
+                finished_at = Some(now);
+                let auxiliary = channel.swarm.config.auxiliary;
+                let digests = if auxiliary { Vec::new() } else { exchange.shared.board().store.digests() };
+                channel.station().finished(now, digests);
+            }
+            let spent = finished_at.unwrap_or(now) - begun;
+            let alive = self.alive(exchange, earlier.is_some());
+            let mut out = Vec::new();
+            let agreed =
+                channel.station().agree(now, &alive, spent.max(Duration::from_secs(2)) * 2, &mut out);
+            channel.deliver(out);
+            if let (Some(agreed), Some(finished)) = (agreed, finished_at)
+                && self.conforms(exchange, plan, &agreed)?
+            {
+                return Ok((finished, agreed));
+            }
+            if now >= deadline {
+                return Err(RoundErrorKind::TimedOut { phase: "averaging" });
+            }
+            let tick = (now + Duration::from_millis(250)).min(deadline);
+            tokio::select! {
+                biased;
+                event = exchange.next_event() => exchange.handle(event).await,
+                event = event_of(&mut earlier) => if let Some(earlier) = &mut earlier {
+                    earlier.handle(event).await;
+                },
+                () = channel.changed.notified() => {}
+                () = tokio::time::sleep_until(tick) => {}
+            }
+        }
+    }
+
+    /// Who may still take part in the agreement.
+    fn alive(&self, exchange: &Exchange, second: bool) -> Vec<PeerId> {
+        let mut members = self.channel.swarm.current_view().members.clone();
+        if second {
+            // Whoever is lost to us may have another first phase, and then knows nothing of this one.
+            let board = exchange.shared.board();
+            let lost = board.lost.iter().enumerate().filter(|(_, lost)| **lost);
+            lost.for_each(|(member, _)| {
+                members.remove(&exchange.shared.peer(member));
+            });
+        }
+        members.keys().copied().collect()
+    }
+
+    async fn lose_the_gone(&self, exchange: &mut Exchange, plan: &Plan, age: Duration) {
+        let channel = &self.channel;
+        let withdrawn = channel.station().withdrawn();
+        let view = channel.swarm.current_view();
+        for (at, member) in plan.members.iter().enumerate() {
+            if member.peer == channel.swarm.me {
+                continue;
+            }
+            if withdrawn.contains(&member.peer) {
+                exchange.lose(at, FaultKind::Left).await;
+            } else if view.members.get(&member.peer).is_none_or(|now| is_restarted(now, member.nonce, age)) {
+                exchange.lose(at, FaultKind::Silent).await;
+            }
+        }
+    }
+
+    /// Whether we hold what was agreed; parts that differ are fetched again.
+    fn conforms(
+        &self,
+        exchange: &mut Exchange,
+        plan: &Plan,
+        agreed: &Agreed,
+    ) -> Result<bool, RoundErrorKind> {
+        if self.channel.swarm.config.auxiliary {
+            return Ok(true);
+        }
+        if !exchange.is_complete() {
+            return Ok(false);
+        }
+        let own = exchange.shared.board().store.digests();
+        let mut conforms = true;
+        for (part, (ours, theirs)) in own.iter().zip(&agreed.digests).enumerate() {
+            if ours == theirs {
+                continue;
+            }
+            conforms = false;
+            let holder = agreed.holders.get(part).and_then(|peer| plan.index_of(*peer));
+            match holder.filter(|holder| *holder != exchange.shared.me) {
+                Some(holder) => exchange.refetch(part, holder),
+                None => {
+                    let reason = format!("nobody is named for part {part}");
+                    return Err(RoundErrorKind::Diverged { reason });
+                }
+            }
+        }
+        Ok(conforms)
+    }
+}
+
+async fn event_of(exchange: &mut Option<&mut Exchange>) -> Event {
+    match exchange {
+        Some(exchange) => exchange.next_event().await,
+        None => futures::future::pending().await,
+    }
+}
+
+/// Names the second phase of a plan after what the group agreed on in the first.
+fn second_name(plan: &PlanHash, agreed: &Agreed) -> PlanHash {
+    let mut hasher = blake3::Hasher::new_derive_key("potluck second phase 1");
+    hasher.update(plan);
+    for digest in &agreed.digests {
+        hasher.update(digest);
+    }
+    *hasher.finalize().as_bytes()
+}
