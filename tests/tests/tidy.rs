@@ -104,7 +104,9 @@ fn files_open_with_a_header_and_are_short() {
         let first = text.lines().find(|line| !line.trim().is_empty() && !line.starts_with("#!["));
         let header = match path.extension().and_then(|extension| extension.to_str()) {
             Some("rs") => first.is_none_or(|line| line.starts_with("//!")),
-            _ => first.is_none_or(|line| line.starts_with("\"\"\"") || line.starts_with("r\"\"\"") || line.starts_with('#')),
+            _ => first.is_none_or(|line| {
+                line.starts_with("\"\"\"") || line.starts_with("r\"\"\"") || line.starts_with('#')
+            }),
         };
         if !header {
             problems.push(format!("{}: does not open with what it is", path.display()));
@@ -211,7 +213,16 @@ fn the_length_counters_count() {
     assert_eq!(rust_length(&rust, 0), 5);
     assert_eq!(rust_function("// a fn comment"), None);
     assert_eq!(rust_function("let x: fn (u8) = g;"), None);
-    let python = ["def f(a,", "      b):", "    \"\"\"Say", "    more.\"\"\"", "    x = 1", "", "    return x", "y = 2"];
+    let python = [
+        "def f(a,",
+        "      b):",
+        "    \"\"\"Say",
+        "    more.\"\"\"",
+        "    x = 1",
+        "",
+        "    return x",
+        "y = 2",
+    ];
     assert_eq!(python_function(python[0]), Some("f"));
     assert_eq!(python_length(&python, 0), 3);
 }

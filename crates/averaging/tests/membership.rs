@@ -8,7 +8,9 @@ use std::time::Duration;
 
 async fn join(net: &SimNet, transport: &Arc<potluck_net_sim::SimTransport>, bootstrap: Vec<PeerId>) -> Swarm {
     let config = SwarmConfig::new("test", bootstrap);
-    Swarm::join(transport.clone(), net.env(transport.local_peer()), config).await.unwrap()
+    Swarm::join(transport.clone(), net.env(transport.local_peer()), config)
+        .await
+        .expect("the simulated network lets everybody join")
 }
 
 async fn swarm(net: &SimNet, peers: usize) -> Vec<Swarm> {
@@ -25,7 +27,7 @@ async fn swarm(net: &SimNet, peers: usize) -> Vec<Swarm> {
 async fn all_see(swarms: &[Swarm], count: usize) {
     for swarm in swarms {
         let mut members = swarm.members();
-        members.wait_for(|view| view.members.len() == count).await.unwrap();
+        members.wait_for(|view| view.members.len() == count).await.expect("the swarm lives");
     }
 }
 
