@@ -196,7 +196,7 @@ def lookups(quick: bool) -> Iterator[Row]:
             found["potluck"][call],
             found["hivemind"][call],
             "hivemind",
-            note="no ratio: too short for a trip over the network, so not the same work as hivemind does",
+            note="no ratio: the peer that stores also reads, so potluck answers a get from its own memory",
         )
 
 
