@@ -72,8 +72,10 @@ def positive(name: str, value: Any, optional: bool = False) -> Any:
     return value
 
 
-def check_modes(**given: Any) -> None:
-    """Refuse combinations in which an argument cannot have an effect."""
+def check_arguments(**given: Any) -> None:
+    """Refuse combinations in which an argument of the optimizer cannot have an effect."""
+    check_opts("averager_opts", given["averager_opts"], TIMING)
+    check_opts("tracker_opts", given["tracker_opts"], TRACKER_TIMING)
     load = check_compression("load_state_compression", given["load_state_compression"])
     if type(load) is not NoCompression:
         raise ValueError("load_state_compression cannot have an effect: newcomers load the exact state")

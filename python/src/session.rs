@@ -9,6 +9,7 @@ use potluck_collab::{
     Averaged, Event, Policy, PolicyKind, PowerSgd, Session as Core, SessionConfig, Snapshot, StateEvery,
     Step, TensorInfo,
 };
+use potluck_dashboard::Dashboard;
 use potluck_net::Outcome;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -64,6 +65,8 @@ impl Options {
 pub(crate) struct Session {
     core: Core,
     events: Mutex<Receiver<Event>>,
+    /// Lives as long as the session.
+    dashboard: Mutex<Option<Dashboard>>,
 }
 
 /// An average: `(values, alone, members, weight)`.
@@ -85,7 +88,20 @@ impl Session {
         let config = options.config()?;
         let core = node.join(py, config)?;
         let events = Mutex::new(core.events());
-        Ok(Self { core, events })
+        Ok(Self { core, events, dashboard: Mutex::new(None) })
+    }
+
+    /// Serve the page that shows this run, at `"host:port"` (port 0: any free one), and answer its URL.
+    fn serve_dashboard(&self, py: Python<'_>, address: &str) -> Result<String, Error> {
+        let address = address
+            .parse()
+            .map_err(|_| Error::Value(format!("dashboard={address:?}: expected 'address:port'")))?;
+        let served = runtime::wait(py, async {
+            Dashboard::serve(&self.core, address).await.map_err(|error| Error::Value(error.to_string()))
+        })?;
+        let url = served.url();
+        *self.dashboard.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(served);
+        Ok(url)
     }
 
     /// Add samples; the name of what to do next.
@@ -239,6 +255,7 @@ impl Session {
         runtime::wait(py, async {
             // The others notice anyway; leaving politely only tells them sooner.
             let _left = tokio::time::timeout(limit, self.core.leave()).await;
+            self.dashboard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
             Ok(())
         })
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -314,3 +315,27 @@ def test_a_checkpoint_resumes_and_does_not_break_torch(local_dht: Callable[[], D
         train(opt, resumed, data[4:])
         assert opt.local_epoch == 8
     assert equal(reference, resumed)
+
+
+def test_the_dashboard_shows_the_run_and_ends_with_it(local_dht: Callable[[], DHT]) -> None:
+    model = torch.nn.Linear(3, 1)
+    options = {"target_batch_size": 64, "batch_size_per_step": 8, "dashboard": True}
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    with potluck.Optimizer(dht=local_dht(), run_id="shown", optimizer=inner, **options) as shared:
+        page = urllib.request.urlopen(shared.dashboard_url, timeout=30).read().decode()
+        assert "potluck" in page
+        metrics = urllib.request.urlopen(f"{shared.dashboard_url}metrics", timeout=30).read().decode()
+        assert "potluck_" in metrics and metrics.rstrip().endswith("# EOF")
+        taken = shared.dashboard_url.removeprefix("http://").strip("/")
+        second = torch.nn.Linear(3, 1)
+        other = potluck.Optimizer(
+            dht=local_dht(),
+            run_id="elsewhere",
+            optimizer=torch.optim.SGD(second.parameters(), lr=0.1),
+            target_batch_size=64,
+            dashboard=taken,
+        )
+        assert other.dashboard_url is None
+        other.shutdown()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(shared.dashboard_url, timeout=5)

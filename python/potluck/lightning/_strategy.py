@@ -47,7 +47,7 @@ class HivemindStrategy(_StrategyBase):
         run_id: name of the run; peers of different runs do not see one another.
         batch_size: samples per batch of this peer; by default read off every batch.
         delay_state_averaging, delay_optimizer_step, delay_grad_averaging, offload_optimizer, reuse_grad_buffers,
-        matchmaking_time, averaging_timeout, verbose, averager_opts: as in ``potluck.Optimizer``.
+        matchmaking_time, averaging_timeout, verbose, dashboard, averager_opts: as in ``potluck.Optimizer``.
         scheduler_fn: makes the learning-rate scheduler from the optimizer, instead of ``configure_optimizers``.
         dht: a ``potluck.DHT`` that runs already, instead of one of the strategy's own; it is left running at the end.
         token: joins the run whose peer printed this token.
@@ -82,6 +82,7 @@ class HivemindStrategy(_StrategyBase):
         matchmaking_time: float = _MATCHMAKING_SECONDS,
         averaging_timeout: float = _AVERAGING_SECONDS,
         verbose: bool = False,
+        dashboard: bool | str = False,
         averager_opts: dict[str, Any] | None = None,
         host_maddrs: Sequence[str] | None = None,
         initial_peers: str | Sequence[str] | None = None,
@@ -117,6 +118,7 @@ class HivemindStrategy(_StrategyBase):
             "reuse_grad_buffers": reuse_grad_buffers or None,
             "averager_opts": averager_opts,
             "verbose": verbose or None,
+            "dashboard": dashboard or None,
         }
         self._rebuild = bool(delay_optimizer_step or delay_grad_averaging or offload_optimizer)
         self._optimizer_kwargs = {

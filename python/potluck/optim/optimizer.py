@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from potluck import _core, _settings
+from potluck import _core, _dashboard, _settings
 from potluck._state import StateCodec
 from potluck._tensors import FlatTensors, flat, views_of
 from potluck.compression import CompressionBase, NoCompression
@@ -38,6 +38,9 @@ class Optimizer(torch.optim.Optimizer):
 
     Arguments are hivemind's. Timing arguments (``matchmaking_time`` and so on) are accepted and none is needed:
     potluck's deadlines follow what it measures. An argument that cannot have an effect is an error.
+
+    ``dashboard=True`` serves a page that shows the run on a free port of this machine only (``dashboard_url``), and
+    ``dashboard="127.0.0.1:8080"`` on that one.
 
     To clip what all peers averaged, register a hook: ``opt.register_step_pre_hook(lambda opt, args, kwargs:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))``; clipping between ``backward()`` and ``step()`` clips
@@ -79,27 +82,14 @@ class Optimizer(torch.optim.Optimizer):
         performance_ema_alpha: float = 0.1,
         shutdown_timeout: float = 5,
         verbose: bool = False,
+        dashboard: bool | str = False,
     ):
         if delay_optimizer_step is None:
             delay_optimizer_step = delay_grad_averaging
         if offload_optimizer is None:
             offload_optimizer = params is not None and not use_local_updates
-        _settings.check_modes(
-            use_local_updates=use_local_updates,
-            delay_grad_averaging=delay_grad_averaging,
-            delay_optimizer_step=delay_optimizer_step,
-            delay_state_averaging=delay_state_averaging,
-            reuse_grad_buffers=reuse_grad_buffers,
-            offload_optimizer=offload_optimizer,
-            auxiliary=auxiliary,
-            client_mode=client_mode,
-            batch_size_per_step=batch_size_per_step,
-            grad_averager_factory=grad_averager_factory,
-            grad_compression=grad_compression,
-            load_state_compression=load_state_compression,
-        )
-        _settings.check_opts("averager_opts", averager_opts, _settings.TIMING)
-        _settings.check_opts("tracker_opts", tracker_opts, _settings.TRACKER_TIMING)
+        # Every argument at once, because most checks are about two of them.
+        _settings.check_arguments(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
         self.run_id, self.dht = run_id, dht
         self.target_batch_size = _settings.positive("target_batch_size", target_batch_size)
         self.batch_size_per_step = _settings.positive(
@@ -127,6 +117,7 @@ class Optimizer(torch.optim.Optimizer):
             load_state_timeout=float(load_state_timeout),
             alpha=performance_ema_alpha,
         )
+        self.dashboard_url = _dashboard.serve(self._session, run_id, dashboard)
 
     def _hold_state(self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor]) -> None:
         """Memory for what state averaging exchanges, and the codec of what newcomers load."""
