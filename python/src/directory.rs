@@ -8,7 +8,7 @@ use potluck_net::PeerId;
 use std::time::Duration;
 
 /// How long the DHT may take to join before it is asked all the same.
-const JOIN_LIMIT: Duration = Duration::from_secs(4);
+pub(crate) const JOIN_LIMIT: Duration = Duration::from_secs(4);
 
 /// The DHT as the directory of runs.
 pub(crate) struct DhtDirectory(pub(crate) Dht);

@@ -1,6 +1,6 @@
 //! One peer: its identity, its way to others, and the DHT it shares with them. Runs are joined through it.
 
-use crate::directory::DhtDirectory;
+use crate::directory::{DhtDirectory, JOIN_LIMIT};
 use crate::error::Error;
 use crate::hub::{Hub, LocalDialect, Run};
 use crate::runtime;
@@ -128,7 +128,11 @@ impl Node {
         latest: bool,
     ) -> Result<Option<Vec<Entry<'py>>>, Error> {
         let dht = self.dht()?;
-        let found = runtime::wait(py, async { Ok(dht.get(&key, latest).await.value) })?;
+        let found = runtime::wait(py, async {
+            // What is looked up before an initial peer has answered is not found, whoever has it.
+            dht.wait_joined(JOIN_LIMIT).await;
+            Ok(dht.get(&key, latest).await.value)
+        })?;
         let bytes = |value: &Bytes| PyBytes::new(py, value);
         Ok(found.map(|found| match found {
             Found::Regular(value, left) => vec![(None, bytes(&value), left.as_secs_f64())],
