@@ -232,7 +232,19 @@ def test_work_beside_the_training(lightning: Any, options: dict[str, Any]) -> No
     def slow(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(optimizer, 40, 0.5)
 
-    module, _ = fit(lightning, strategy(**options), {"make_scheduler": slow}, max_epochs=8)
+    class UntilTrained(lightning.Callback):  # type: ignore[name-defined]
+        """How many batches one shared epoch takes depends on the machine here, so shared epochs are counted."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.strategy.local_epoch >= 60
+
+    module, _ = fit(
+        lightning,
+        strategy(**options),
+        {"make_scheduler": slow},
+        max_epochs=1000,
+        callbacks=[UntilTrained()],
+    )
     start = model_class(lightning)()
     with torch.no_grad():
         before = float(sum(start.error(batch) for batch in loader()))
