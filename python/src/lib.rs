@@ -1,7 +1,7 @@
 //! The door between Python and the Rust crates. This file is a list; each class lives in the file of its name.
 //!
 //! Rules of this crate: Python drives and Rust never calls Python; every wait releases the GIL and looks for Ctrl-C
-//! ([`runtime::wait`]); one file maps errors ([`error`]); only [`buffer`] holds unsafe code (DLPack).
+//! (`runtime::wait`); one file maps errors (`error`); only `buffer` holds unsafe code (DLPack).
 
 mod buffer;
 mod compression;
