@@ -60,10 +60,13 @@ struct Member {
 /// Which round: what is averaged, at which epoch of which history.
 type Key = (Channel, u64, [u8; 32]);
 
+/// The averaged vector, who is in it, and the sum of the weights.
+type Mean = (Vec<f32>, Vec<PeerId>, f64);
+
 #[derive(Default)]
 struct Round {
     inputs: BTreeMap<PeerId, (Vec<f32>, f64)>,
-    result: Option<Arc<(Vec<f32>, Vec<PeerId>, f64)>>,
+    result: Option<Arc<Mean>>,
 }
 
 /// One peer of a run.
@@ -114,7 +117,7 @@ impl LocalDialect {
     }
 }
 
-fn weighted_mean(inputs: BTreeMap<PeerId, (Vec<f32>, f64)>) -> (Vec<f32>, Vec<PeerId>, f64) {
+fn weighted_mean(inputs: BTreeMap<PeerId, (Vec<f32>, f64)>) -> Mean {
     let total: f64 = inputs.values().map(|(_, weight)| weight).sum();
     let length = inputs.values().map(|(vector, _)| vector.len()).max().unwrap_or(0);
     let mut sum = vec![0.0_f64; length];

@@ -60,6 +60,9 @@ impl Options {
     }
 }
 
+/// The epoch, facts and blobs of a state that others sent.
+type Loaded<'py> = (u64, BTreeMap<String, String>, Bound<'py, PyDict>);
+
 /// One peer's part in a run.
 #[pyclass(frozen, module = "potluck._core")]
 pub(crate) struct Session {
@@ -206,10 +209,7 @@ impl Session {
     }
 
     /// Load the state of others: `(epoch, facts, blobs)`, or `None` if nobody is ahead or it did not work.
-    fn load_state<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> Result<Option<(u64, BTreeMap<String, String>, Bound<'py, PyDict>)>, Error> {
+    fn load_state<'py>(&self, py: Python<'py>) -> Result<Option<Loaded<'py>>, Error> {
         let loaded = runtime::wait(py, async { Ok(self.core.load_state().await) })?;
         let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
         let dict = PyDict::new(py);

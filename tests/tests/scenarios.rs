@@ -114,7 +114,7 @@ fn a_poisoner_is_named_and_its_values_never_count() {
     {
         run(5, async |net| {
             let mut world = World::new(net, RunSpec::new(5));
-            (0..3).for_each(|_| drop(world.start(plan(100))));
+            (0..3).for_each(|_| _ = world.start(plan(100)));
             let poisoner = world.start(PeerPlan { mischief, ..plan(100) });
             agree(&world, 10).await;
             let found = world.record.faults();
@@ -145,7 +145,7 @@ fn everyone_behind_nat_trains_through_one_relay() {
 fn a_peer_twenty_times_slower_holds_nobody_up() {
     run(7, async |net| {
         let mut world = World::new(net, RunSpec { epochs: 20, ..RunSpec::new(7) });
-        (0..2).for_each(|_| drop(world.start(plan(100))));
+        (0..2).for_each(|_| _ = world.start(plan(100)));
         world.start(plan(2000));
         let took = agree(&world, 20).await;
         // Two fast peers fill an epoch in 400 ms; waiting for the slow one at each epoch would cost 2 s each.
@@ -160,7 +160,7 @@ fn every_compression_gives_everybody_the_same_bits() {
         run(8, async |net| {
             let compression = Policy::Fixed(*scheme);
             let mut world = World::new(net, RunSpec { compression, ..RunSpec::new(8) });
-            (0..3).for_each(|_| drop(world.start(plan(100))));
+            (0..3).for_each(|_| _ = world.start(plan(100)));
             agree(&world, 10).await;
             conclude(world, false).await;
         });
