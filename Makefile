@@ -69,8 +69,9 @@ nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root
 bench: wheel  ## Measure beside hivemind, Gloo and memcpy; writes bench/results.json
 	$(PY) bench/run.py
 
-hard-days: wheel  ## Real processes, real faults, real networks (needs root)
-	$(PY) tests/hard_days/run.py
+hard-days: wheel  ## Real processes, real faults, real networks (needs root); ARGS="--only spot_notice", "--minutes 60"
+	cargo build --release -p potluck-cli
+	$(PY) tests/hard_days/run.py $(ARGS)
 
 clean:  ## Remove what make built
 	rm -rf $(VENV) .build target demo-output

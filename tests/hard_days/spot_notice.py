@@ -1,0 +1,70 @@
+"""Day 2: a spot machine gets SIGTERM with 30 s of grace, and is back with another address and the same identity."""
+
+import signal
+import time
+
+import rules
+
+TITLE = "spot notice"
+TRAINING = {"epochs": 60, "target": 512}
+GRACE = 30.0
+
+
+def contributed(status, peer):
+    """Samples of a peer in finished rounds, as another sees them."""
+    return next((entry["contributed"] for entry in status["peers"] if entry["peer"] == peer), None)
+
+
+def play(crew):
+    """Two stay, one goes and comes back elsewhere."""
+    _, token = crew.node("node", crew.lab.public("node"))
+    stay = [
+        crew.peer(
+            f"stay{seed}",
+            crew.lab.public(f"stay{seed}"),
+            join=token,
+            seed=seed,
+            batch=32,
+            pace=0.05,
+            **TRAINING,
+        )
+        for seed in range(2)
+    ]
+    key = crew.folder / "spot.key"
+    spot = crew.peer(
+        "spot", crew.lab.public("spot"), join=token, seed=2, batch=32, pace=0.05, identity=key, **TRAINING
+    )
+    me = spot.said("ready")[0]["peer"]
+    stay[0].wait("epoch", lambda line: line["epoch"] >= 5 and line["peers"] >= 3)
+    crew.wait("its first samples", lambda: (contributed(stay[0].status(), me) or 0) > 0)
+    before = contributed(stay[0].status(), me)
+    began = time.monotonic()
+    spot.signal(signal.SIGTERM)
+    code = spot.end(GRACE + 10)
+    crew.check(
+        "gone within the grace of 30 s",
+        f"{time.monotonic() - began:.1f} s, code {code}",
+        code == -signal.SIGTERM,
+    )
+    at = stay[0].epoch
+    stay[0].wait("epoch", lambda line: line["epoch"] >= at + 5 and line["peers"] == 2)
+    back = crew.peer(
+        "back",
+        crew.lab.public("elsewhere"),
+        join=token,
+        seed=3,
+        batch=32,
+        pace=0.05,
+        identity=key,
+        **TRAINING,
+    )
+    crew.check("the same peer", back.said("ready")[0]["peer"][-8:], back.said("ready")[0]["peer"] == me)
+    joined = back.wait("epoch", lambda line: line["epoch"] > at)
+    stay[0].wait("epoch", lambda line: line["epoch"] > joined["epoch"] and line["peers"] == 3)
+    ends = crew.finish([*stay, back])
+    after = contributed(ends[0]["status"], me)
+    crew.check(
+        "credit goes on", f"{before} samples before, {after} at the end", before and after and after > before
+    )
+    rules.named_once(crew, "its leave", stay, rf"peer {me[-6:]} is gone")
+    rules.all_of_them(crew, ends, stay, **TRAINING)
