@@ -1,7 +1,7 @@
 """The training program of the hard days: a small torch model, trained as a user would train it.
 
 It prints JSON lines (`ready`, `epoch`, `arrived`, `end`, `left`) and obeys words on stdin (`leave`, `status`, `poison nan`,
-`poison big`, `poison off`, `overflow`). At its last epoch it holds still until it is told to leave. Without `--run` it
+`poison big`, `overflow`, `until EPOCH`). At its last epoch it holds still until it is told to leave. Without `--run` it
 trains alone in plain torch: the reference.
 """
 
@@ -97,6 +97,7 @@ class Orders:
         self.status = threading.Event()
         self.overflow = threading.Event()
         self.poison = "off"
+        self.until = None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
@@ -104,6 +105,8 @@ class Orders:
             word, _, rest = line.strip().partition(" ")
             if word == "poison":
                 self.poison = rest
+            elif word == "until":
+                self.until = int(rest)
             else:
                 getattr(self, word).set()
         self.leave.set()
@@ -201,17 +204,20 @@ class Peer:
         self.skipped = 0
 
     def poisoned(self):
-        """On the word `poison`, what is sent is spoilt behind the back of every check on this side."""
+        """On the word `poison`, one contribution is spoilt behind the back of every check on this side."""
         averager = self.optimizer.grad_averager
         honest = averager.load_accumulators_into_averager_
 
         def load():
             honest()
-            if self.orders.poison == "nan":
+            poison, self.orders.poison = self.orders.poison, "off"
+            if poison == "nan":
                 averager._flat.views[0].fill_(float("nan"))
-            elif self.orders.poison == "big":
+            elif poison == "big":
                 for view in averager._flat.views:
                     view.mul_(1e6)
+            if poison != "off":
+                say("poisoned", epoch=self.optimizer.local_epoch, how=poison)
 
         averager.load_accumulators_into_averager_ = load
 
@@ -262,7 +268,9 @@ class Peer:
     def train(self):
         """Train to the last epoch, hold still until everybody is there, leave."""
         self.optimizer.load_state_from_peers()
-        while self.optimizer.local_epoch < self.options.epochs and not self.orders.leave.is_set():
+        while self.optimizer.local_epoch < (self.orders.until or self.options.epochs):
+            if self.orders.leave.is_set():
+                break
             self.batch()
             self.report()
             self.answer()

@@ -1,0 +1,40 @@
+"""Day 7: one peer 20 times slower; batches of 64 and 3; fp16 with an overflow on one, fp32 and accumulation 4 on the other."""
+
+import re
+
+import rules
+
+TITLE = "odd couple"
+TRAINING = {"epochs": 40, "target": 2048}
+ROUND = re.compile(r"averaged gradients with (\d+) peers, (\d+) samples")
+
+
+def play(crew):
+    """Two peers that have little in common, from the first epoch to the last."""
+    _, token = crew.node("node", crew.lab.public("node"))
+    slow = crew.peer(
+        "slow", crew.lab.public("slow"), join=token, seed=1, batch=3, accumulate=4, pace=0.4, **TRAINING
+    )
+    fast = crew.peer(
+        "fast", crew.lab.public("fast"), join=token, seed=0, batch=64, pace=0.02, half=True, **TRAINING
+    )
+    at = fast.wait("epoch", lambda line: line["peers"] == 2 and line["epoch"] >= 5)["epoch"]
+    fast.order("overflow")
+    fast.wait("epoch", lambda line: line["epoch"] >= at + 5)
+    ends = crew.finish([slow, fast])
+    crew.check("one overflow, one batch skipped", f"{ends[1]['skipped']}", ends[1]["skipped"] == 1)
+    failed = [end["status"]["rounds_failed"] for end in ends]
+    crew.check("no round failed by it", f"{failed}", failed == [0, 0])
+    rounds = [tuple(map(int, found)) for found in ROUND.findall(fast.log())]
+    both = sum(members == 2 for members, _ in rounds)
+    crew.check(
+        "the slow one is in 95 % of the rounds", f"{both} of {len(rounds)}", both >= 0.95 * len(rounds) > 0
+    )
+    me = slow.said("ready")[0]["peer"]
+    credit = next(e["contributed"] for e in ends[1]["status"]["peers"] if e["peer"] == me)
+    crew.check(
+        "its samples count, none twice",
+        f"{credit} counted, {ends[0]['samples']} computed",
+        0.9 * ends[0]["samples"] <= credit <= ends[0]["samples"],
+    )
+    rules.all_of_them(crew, ends, [fast], **TRAINING)
