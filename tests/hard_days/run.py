@@ -20,7 +20,7 @@ import netlab
 import rules
 from crew import ROOT, Crew, HardDay, open_lab
 
-SCENARIOS = ("spot_notice", "odd_couple")
+SCENARIOS = ("spot_notice", "odd_couple", "monday")
 
 
 def binary():
