@@ -104,7 +104,7 @@ pub fn deserialize(tensor: &SerializedTensor, limits: &Limits) -> Result<RawTens
     let too_many = DecodeError::Limit {
         field: "size (elements)",
         limit: limits.elements_max as u64,
-        found: shape.iter().fold(1_u64, |count, dim| count.saturating_mul(*dim as u64)),
+        found: shape.iter().fold(1_u64, |count, dim| count.saturating_mul((*dim).max(1) as u64)),
     };
     let count = elements(&shape).filter(|count| *count <= limits.elements_max).ok_or(too_many)?;
     let buffer = &tensor.buffer;
@@ -152,12 +152,12 @@ fn rows_of(shape: &[usize]) -> Option<(usize, usize)> {
     Some((*width, elements(outer)?))
 }
 
+/// The number of elements; `None` if whoever multiplies the dimensions would overflow, which a zero among them does not
+/// excuse: the order of the dimensions is a stranger's choice.
 fn elements(shape: &[usize]) -> Option<usize> {
-    // A zero anywhere makes the product zero, whatever the other dimensions claim.
-    if shape.contains(&0) {
-        return Some(0);
-    }
-    shape.iter().try_fold(1_usize, |count, dim| count.checked_mul(*dim))
+    let others =
+        shape.iter().filter(|dim| **dim != 0).try_fold(1_usize, |count, dim| count.checked_mul(*dim))?;
+    Some(if shape.contains(&0) { 0 } else { others })
 }
 
 fn check_limit(field: &'static str, limit: usize, found: usize) -> Result<(), DecodeError> {

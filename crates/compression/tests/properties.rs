@@ -321,6 +321,21 @@ fn strangers_cannot_make_us_allocate() {
 }
 
 #[test]
+fn a_zero_does_not_hide_dimensions_that_overflow() {
+    let tensor = SerializedTensor {
+        buffer: Vec::new(),
+        size: vec![u32::MAX, u32::MAX, u32::MAX, 0],
+        requires_grad: false,
+        dtype: DType::Float32,
+        compression: Scheme::None,
+        chunks: 0,
+    };
+    // Found by the fuzz target: whoever multiplied the shape from the left overflowed before the zero came.
+    let refused = deserialize(&tensor, &Limits::default()).unwrap_err();
+    assert!(matches!(refused, DecodeError::Limit { field: "size (elements)", .. }), "{refused}");
+}
+
+#[test]
 fn headers_are_checked_by_name() {
     let values = [1.0_f32, 2.0, 3.0];
     let mut slots = [0.0_f32; 3];
