@@ -52,6 +52,8 @@ struct Target {
     dialing: Option<ConnectionId>,
     retry_at: Instant,
     backoff: Duration,
+    /// The first dial has ended, one way or the other.
+    tried: bool,
 }
 
 /// The dialing side; lives in the swarm's task.
@@ -76,13 +78,24 @@ impl Bootstrap {
             })
             .collect();
         let retry_at = Instant::now();
-        let target =
-            |(address, peer)| Target { address, peer, dialing: None, retry_at, backoff: RETRY_FIRST };
+        let target = |(address, peer)| Target {
+            address,
+            peer,
+            dialing: None,
+            retry_at,
+            backoff: RETRY_FIRST,
+            tried: false,
+        };
         Self { targets: addresses.into_iter().map(target).collect() }
     }
 
     pub(crate) fn contains(&self, peer: &libp2p::PeerId) -> bool {
         self.targets.iter().any(|target| target.peer == *peer)
+    }
+
+    /// Whether an address still waits for the answer to its first dial.
+    pub(crate) fn beginning(&self) -> bool {
+        self.targets.iter().any(|target| !target.tried)
     }
 
     /// The dials that are due.
@@ -113,6 +126,7 @@ impl Bootstrap {
                 target.dialing = None;
             }
             target.backoff = RETRY_FIRST;
+            target.tried = true;
             attempt.ok = true;
             attempt.stage = Stage::Connected;
             attempt.detail.clear();
@@ -147,6 +161,7 @@ impl Bootstrap {
                 continue;
             }
             target.dialing = None;
+            target.tried = true;
             target.retry_at = now + target.backoff;
             target.backoff = (target.backoff * 2).min(RETRY_MAX);
             // Another address of the same peer may have won meanwhile; then this one does not matter.

@@ -16,6 +16,7 @@ struct Dial {
     lines: Vec<String>,
     looked_up: bool,
     query: Option<QueryId>,
+    parked: bool,
 }
 
 /// The dials that callers wait for.
@@ -65,6 +66,25 @@ impl Dials {
         Some(*peer)
     }
 
+    /// Nothing is known that has not been tried, but more may be learned soon.
+    pub(crate) fn park(&mut self, peer: PeerId) {
+        if let Some(dial) = self.inner.get_mut(&peer) {
+            dial.parked = true;
+        }
+    }
+
+    /// The parked dials, to be tried again from the start.
+    pub(crate) fn unpark(&mut self) -> Vec<PeerId> {
+        let parked = self.inner.iter_mut().filter(|(_, dial)| dial.parked);
+        parked
+            .map(|(peer, dial)| {
+                dial.parked = false;
+                dial.looked_up = false;
+                *peer
+            })
+            .collect()
+    }
+
     pub(crate) fn give_up(&mut self, peer: PeerId) {
         self.finish(peer, |lines| Err(lines.to_vec()));
     }
@@ -105,6 +125,23 @@ mod tests {
         assert_eq!(first_answer.try_recv().unwrap(), lines);
         assert_eq!(second_answer.try_recv().unwrap(), lines);
         assert!(!dials.failed(peer, std::iter::empty()));
+    }
+
+    #[test]
+    fn a_parked_dial_is_tried_again_from_the_start_once() {
+        let peer = PeerId::from_ed25519(&[1; 32]);
+        let mut dials = Dials::default();
+        let (reply, mut answer) = oneshot::channel();
+        dials.wait(peer, reply);
+        assert!(dials.unpark().is_empty());
+        if let Some(dial) = dials.inner.get_mut(&peer) {
+            dial.looked_up = true;
+        }
+        dials.park(peer);
+        assert!(answer.try_recv().is_err(), "nobody is told yet");
+        assert_eq!(dials.unpark(), [peer]);
+        assert!(dials.may_look_up(peer));
+        assert!(dials.unpark().is_empty());
     }
 
     #[test]

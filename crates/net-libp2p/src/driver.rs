@@ -31,6 +31,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 const RELAYS_MAX: usize = 2;
 /// A relay that refused is asked again after this.
 const RELAY_RETRY: Duration = Duration::from_secs(10);
+/// A peer that has just connected and not yet said who it is may still teach us addresses for this long.
+const INTRODUCTION_MAX: Duration = Duration::from_secs(3);
 /// Addresses taken from one peer's identify message.
 const IDENTIFY_ADDRESSES_MAX: usize = 16;
 
@@ -57,6 +59,8 @@ pub(crate) struct Driver {
     dials: Dials,
     bootstrap: Bootstrap,
     relays: BTreeMap<PeerId, Relay>,
+    /// Connected, but their identify message, which tells whether they relay and route, is still to come.
+    strangers: BTreeMap<libp2p::PeerId, Instant>,
     /// Whether this peer wants to be reached through relays at all.
     wants_relay: bool,
 }
@@ -79,8 +83,9 @@ impl Driver {
         lock(&shared.own).announced = announced;
         let bootstrap = Bootstrap::new(bootstrap, &shared);
         let dials = Dials::default();
-        let relays = BTreeMap::new();
-        let mut driver = Self { swarm, shared, env, commands, dials, bootstrap, relays, wants_relay };
+        let (relays, strangers) = (BTreeMap::new(), BTreeMap::new());
+        let mut driver =
+            Self { swarm, shared, env, commands, dials, bootstrap, relays, strangers, wants_relay };
         if !config.client_mode {
             driver.listen(listen).await?;
         }
@@ -169,6 +174,28 @@ impl Driver {
         }
         self.reserve_relays(now);
         self.dials.forget_withdrawn();
+        self.strangers.retain(|_, since| now < *since + INTRODUCTION_MAX);
+        if !self.may_learn_more() {
+            self.retry_parked();
+        }
+    }
+
+    /// Whether somebody may be about to tell us of peers: we know too little to call a peer unreachable.
+    fn may_learn_more(&self) -> bool {
+        !self.strangers.is_empty() || self.bootstrap.beginning()
+    }
+
+    /// Somebody has told us who they are, or will not: whoever could not be found before may be found now.
+    fn introduced(&mut self, id: &libp2p::PeerId) {
+        if self.strangers.remove(id).is_some() {
+            self.retry_parked();
+        }
+    }
+
+    fn retry_parked(&mut self) {
+        for peer in self.dials.unpark() {
+            self.dial_known(peer);
+        }
     }
 
     fn dial(&mut self, peer: PeerId, reply: oneshot::Sender<Result<(), Vec<String>>>) {
@@ -178,9 +205,14 @@ impl Driver {
             let _gone = reply.send(Ok(()));
             return;
         }
-        if !self.dials.wait(peer, reply) {
-            return;
+        if self.dials.wait(peer, reply) {
+            self.dial_known(peer);
         }
+    }
+
+    /// Dial all addresses that we know of.
+    fn dial_known(&mut self, peer: PeerId) {
+        let id = convert::to_libp2p(peer);
         let mut addresses = self.shared.book.get(peer);
         let direct = addresses.iter().any(|address| !convert::is_relayed(address));
         if !direct {
@@ -220,6 +252,15 @@ impl Driver {
             let query = self.swarm.behaviour_mut().kad.get_closest_peers(id);
             self.dials.looking_up(peer, query);
         } else {
+            self.not_found(peer);
+        }
+    }
+
+    /// All that we know has been tried: tell the callers, unless we have only just come and know nobody yet.
+    fn not_found(&mut self, peer: PeerId) {
+        if self.may_learn_more() {
+            self.dials.park(peer);
+        } else {
             self.dials.give_up(peer);
         }
     }
@@ -232,7 +273,7 @@ impl Driver {
         let mut addresses = self.shared.book.get(peer);
         addresses.extend(self.circuits(id));
         if addresses.is_empty() {
-            self.dials.give_up(peer);
+            self.not_found(peer);
             return;
         }
         let dial = DialOpts::peer_id(id).condition(PeerCondition::Always).addresses(addresses).build();
@@ -244,12 +285,18 @@ impl Driver {
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
             SwarmEvent::Behaviour(event) => self.on_behaviour(event),
-            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
+            SwarmEvent::ConnectionEstablished {
+                peer_id, connection_id, endpoint, num_established, ..
+            } => {
+                if num_established.get() == 1 {
+                    self.strangers.insert(peer_id, self.env.now());
+                }
                 self.on_connected(peer_id, connection_id, &endpoint);
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
                 tracing::debug!(target: "potluck::net", %peer_id, ?cause, "disconnected");
                 self.bootstrap.on_disconnected(&peer_id, self.env.now(), &self.shared);
+                self.introduced(&peer_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
                 self.on_outgoing_failed(connection_id, peer_id, &error);
@@ -308,8 +355,13 @@ impl Driver {
 
     fn on_behaviour(&mut self, event: BehaviourEvent) {
         match event {
-            BehaviourEvent::Identify(identify::Event::Received { peer_id, connection_id, info }) => {
-                self.on_identified(peer_id, connection_id, info);
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.on_identified(peer_id, info);
+                self.introduced(&peer_id);
+            }
+            BehaviourEvent::Identify(identify::Event::Error { peer_id, error, .. }) => {
+                tracing::debug!(target: "potluck::net", peer = %peer_id, %error, "does not say who it is");
+                self.introduced(&peer_id);
             }
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) })
                 if !matches!(failure, ping::Failure::Unsupported) =>
@@ -347,7 +399,7 @@ impl Driver {
         }
     }
 
-    fn on_identified(&mut self, id: libp2p::PeerId, connection: ConnectionId, info: identify::Info) {
+    fn on_identified(&mut self, id: libp2p::PeerId, info: identify::Info) {
         let Some(peer) = convert::from_libp2p(&id) else { return };
         let serves = |name: &str| info.protocols.iter().any(|protocol| protocol.as_ref() == name);
         let usable = |address: &Multiaddr| convert::is_usable(address) && !convert::is_loopback(address);
@@ -365,7 +417,7 @@ impl Driver {
             }
         }
         if serves(relay::HOP_PROTOCOL_NAME.as_ref()) && !self.relays.contains_key(&peer) {
-            self.add_relay(peer, id, connection);
+            self.add_relay(peer, id);
         }
     }
 
@@ -375,7 +427,7 @@ impl Driver {
     }
 
     /// Only relays that we have dialed ourselves: their address works from here.
-    fn add_relay(&mut self, peer: PeerId, id: libp2p::PeerId, _connection: ConnectionId) {
+    fn add_relay(&mut self, peer: PeerId, id: libp2p::PeerId) {
         let known = self.shared.book.get(peer);
         let Some(address) = known.into_iter().find(|address| !convert::is_relayed(address)) else { return };
         let Some(address) = convert::with_target(address, id) else { return };

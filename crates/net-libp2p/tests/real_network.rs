@@ -28,6 +28,20 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
+/// Until the bootstrap peer has identified the callee it cannot know it; each refusal is a full lookup, not a poll.
+async fn found_by_id(caller: &Arc<Libp2pTransport>, callee: &Arc<Libp2pTransport>, protocol: &Protocol) {
+    let opened = async {
+        loop {
+            match caller.open(callee.local_peer(), protocol.clone()).await {
+                Ok(_) => return,
+                Err(OpenError::Unreachable { .. }) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    tokio::time::timeout_at(soon(), opened).await.expect("routing finds the callee");
+}
+
 struct Loopback {
     listen: &'static str,
     security: Security,
@@ -163,24 +177,35 @@ async fn a_peer_is_found_by_its_id_through_the_bootstrap_peer() {
     alice.wait_bootstrapped(soon()).await.unwrap();
     bob.wait_bootstrapped(soon()).await.unwrap();
     let mut incoming = bob.accept(protocol.clone(), 4).unwrap();
-    // Until the bootstrap peer has identified Bob it cannot know him; each refusal is a full lookup, not a poll.
-    let opened = tokio::time::timeout_at(soon(), async {
-        loop {
-            match alice.open(bob.local_peer(), protocol.clone()).await {
-                Ok(stream) => return stream,
-                Err(OpenError::Unreachable { .. }) => tokio::task::yield_now().await,
-                Err(error) => panic!("{error}"),
-            }
-        }
-    });
-    let stream = opened.await.expect("routing finds Bob");
+    found_by_id(&alice, &bob, &protocol).await;
     let theirs = incoming.next().await.expect("Bob is told");
     assert_eq!(theirs.peer(), alice.local_peer());
     assert_eq!(alice.path(bob.local_peer()), Some(Path::Direct));
-    drop(stream);
     for peer in [alice, bob, server] {
         peer.close().await;
         assert!(peer.connected().is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_is_found_by_its_id_by_one_that_has_only_just_started() {
+    let protocol = Protocol::new("/test/hello/1");
+    let server = peer_on(&[TCP, QUIC], |_| {}).await;
+    let known = server.addresses();
+    let bob = peer_on(&[TCP], |config| config.bootstrap = known.clone()).await;
+    let _incoming = bob.accept(protocol.clone(), 4).unwrap();
+    bob.wait_bootstrapped(soon()).await.unwrap();
+    let first = peer_on(&[TCP], |config| config.bootstrap = known.clone()).await;
+    found_by_id(&first, &bob, &protocol).await;
+    // Nothing is awaited: neither the bootstrap peer's connection nor what it says of itself.
+    let alice = peer_on(&[TCP], |config| config.bootstrap = known.clone()).await;
+    alice.open(bob.local_peer(), protocol.clone()).await.expect("the caller waits until it knows enough");
+    // A peer that nobody knows is given up without waiting for the deadline of an open.
+    let nobody = identity(&Env::real()).peer_id();
+    let refused = alice.open(nobody, protocol).await.unwrap_err();
+    assert!(matches!(refused, OpenError::Unreachable { .. }), "{refused}");
+    for peer in [alice, first, bob, server] {
+        peer.close().await;
     }
 }
 
@@ -193,7 +218,6 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
     })
     .await;
     let hidden = peer_on(&[], |config| config.bootstrap = relay.addresses()).await;
-    let caller = peer_on(&[TCP], |config| config.bootstrap = relay.addresses()).await;
     let mut incoming = hidden.accept(protocol.clone(), 4).unwrap();
     let reserved = tokio::time::timeout_at(soon(), async {
         while !hidden.addresses().iter().any(|address| address.contains("p2p-circuit")) {
@@ -201,8 +225,8 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
         }
     });
     reserved.await.expect("the relay grants a reservation");
-    caller.wait_bootstrapped(soon()).await.unwrap();
-    caller.add_addresses(hidden.local_peer(), &hidden.addresses());
+    // By its id alone, and before the relay has said that it is one.
+    let caller = peer_on(&[TCP], |config| config.bootstrap = relay.addresses()).await;
     let mut stream = caller.open(hidden.local_peer(), protocol).await.unwrap();
     assert_eq!(caller.path(hidden.local_peer()), Some(Path::Relayed));
     let mut theirs = incoming.next().await.unwrap();
