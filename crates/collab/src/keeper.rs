@@ -9,7 +9,7 @@ use potluck_averaging::{Directory, Progress, Swarm, SwarmConfig, View};
 use potluck_net::{Env, Outcome, PeerId, Transport};
 use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -59,7 +59,12 @@ impl Keeper {
         swarm.auxiliary = true;
         swarm.directory = config.directory;
         let network = |error: String| JoinError::Network(error);
-        let exchange = Exchange::start(transport.clone(), env.clone(), &config.run_id)
+        let (closed, known) = (swarm.owner.is_some(), Arc::new(OnceLock::<watch::Receiver<View>>::new()));
+        let members = known.clone();
+        let admits = move |peer: &PeerId| {
+            !closed || members.get().is_some_and(|view| view.borrow().members.contains_key(peer))
+        };
+        let exchange = Exchange::start_for(transport.clone(), env.clone(), &config.run_id, admits)
             .map_err(|error| network(error.to_string()))?;
         // From the first message on: nobody shall wait for us, and whoever comes shall see what we have.
         swarm.progress = match config.held {
@@ -67,6 +72,8 @@ impl Keeper {
             None => Progress { ready: false, ..Progress::default() },
         };
         let swarm = Swarm::join(transport, env, swarm).await.map_err(|error| network(error.to_string()))?;
+        // Only the first and only call sets it.
+        let _ = known.set(swarm.members());
         Ok(Self { members: swarm.members(), swarm, exchange })
     }
 

@@ -70,7 +70,9 @@ impl Native {
                 Averager::new(&swarm, "gradients", phases)
             }
         };
-        let exchange = Exchange::start(transport, env, &config.run_id)
+        let (closed, members) = (config.owner.is_some(), swarm.members());
+        let admits = move |peer: &PeerId| !closed || members.borrow().members.contains_key(peer);
+        let exchange = Exchange::start_for(transport, env, &config.run_id, admits)
             .map_err(|error| JoinError::Network(error.to_string()))?;
         Ok(Self {
             members: swarm.members(),

@@ -90,11 +90,25 @@ impl Inner {
 }
 
 impl Exchange {
-    /// Start to serve under the name of this run.
+    /// Start to serve under the name of this run, to whoever asks.
     ///
     /// # Errors
     /// [`AcceptError`] if this process serves the run already.
     pub fn start(transport: Arc<dyn Transport>, env: Env, run: &str) -> Result<Self, AcceptError> {
+        Self::start_for(transport, env, run, |_| true)
+    }
+
+    /// Start to serve under the name of this run, to peers that `admits` holds for: the name of a closed run is no
+    /// secret, its state is. Others are refused as somebody busy would refuse them.
+    ///
+    /// # Errors
+    /// [`AcceptError`] if this process serves the run already.
+    pub fn start_for(
+        transport: Arc<dyn Transport>,
+        env: Env,
+        run: &str,
+        admits: impl Fn(&PeerId) -> bool + Send + Sync + 'static,
+    ) -> Result<Self, AcceptError> {
         let hash = blake3::hash(run.as_bytes()).to_hex();
         let protocol = Protocol::new(format!("/potluck/state/1/{}", hash.get(..16).unwrap_or_default()));
         let incoming = transport.accept(protocol.clone(), BACKLOG)?;
@@ -102,9 +116,14 @@ impl Exchange {
         let inner = Arc::new(Inner { transport, env, protocol, store, hashing });
         let tasks = Tasks::new();
         let serving = inner.clone();
-        rpc::serve(incoming, &tasks, SERVED_MAX, move |_, request| {
-            let inner = serving.clone();
-            async move { inner.answer(request).await }
+        rpc::serve(incoming, &tasks, SERVED_MAX, move |peer, request| {
+            let inner = admits(&peer).then(|| serving.clone());
+            async move {
+                match inner {
+                    Some(inner) => inner.answer(request).await,
+                    None => None,
+                }
+            }
         });
         Ok(Self { inner, _tasks: tasks })
     }

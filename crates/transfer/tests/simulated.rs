@@ -46,6 +46,22 @@ fn a_newcomer_gets_the_newest_state_and_nothing_older_than_asked() {
 }
 
 #[test]
+fn the_state_of_a_closed_run_is_for_its_members() {
+    run(7, |net| async move {
+        let (_, member) = peer(&net, 10.0);
+        let (stranger, uninvited) = peer(&net, 10.0);
+        let outside = stranger.local_peer();
+        let transport = net.add_peer(PeerSpec::default());
+        let (env, from) = (net.env(transport.local_peer()), [transport.local_peer()]);
+        let closed = Exchange::start_for(transport, env, "run", move |peer| *peer != outside).unwrap();
+        closed.publish(snapshot(5, 3));
+        let refused = uninvited.download(&from, 0, TIMEOUT).await.unwrap_err();
+        assert!(matches!(refused, DownloadError::NobodyOffers { .. }), "{refused}");
+        assert_eq!(member.download(&from, 0, TIMEOUT).await.unwrap().value, *snapshot(5, 3));
+    });
+}
+
+#[test]
 fn three_donors_are_faster_than_one_and_a_killed_one_is_named() {
     run(2, |net| async move {
         let donors: Vec<_> = (0..3).map(|_| peer(&net, 4.0)).collect();
