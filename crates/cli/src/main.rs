@@ -10,6 +10,7 @@ mod failure;
 mod invite;
 mod keeper;
 mod keygen;
+mod log;
 mod machine;
 mod manual;
 mod monitor;
@@ -26,7 +27,9 @@ use std::process::ExitCode;
 
 /// What every command's exit code means, in `--help` and the man page.
 const EXIT_CODES: &str = "Exit codes: 0 it worked; 1 it did not, and the last lines on stderr say why and what to do; \
-     2 the command line is wrong. `potluck doctor` has its own, see `potluck doctor --help`.";
+     2 the command line is wrong. `potluck doctor` has its own, see `potluck doctor --help`.\n\n\
+     POTLUCK_LOG says what is logged to stderr: off, error, warn, info, debug, trace, or parts such as \
+     warn,potluck::net=debug [default: error,potluck=warn].";
 
 #[derive(Parser)]
 #[command(
@@ -101,6 +104,9 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
+    if let Err(error) = log::start() {
+        return fail(&error);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -113,14 +119,17 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match result {
         Ok(code) => code,
-        Err(error) => {
-            eprintln!("potluck: {}", failure::text(&error));
-            if let Some(hint) = failure::hint(&error) {
-                eprintln!("hint: {hint}");
-            }
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
     }
+}
+
+/// Say what is wrong and what to do.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("potluck: {}", failure::text(error));
+    if let Some(hint) = failure::hint(error) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -74,7 +74,9 @@ async fn show(visit: &Visit, args: &Args) -> Result<()> {
         return print_on(visit, args, first).await;
     }
     let mut terminal = ratatui::init();
+    crate::log::hush(true);
     let result = draw_on(visit, args, first, &mut terminal).await;
+    crate::log::hush(false);
     ratatui::restore();
     result
 }

@@ -190,3 +190,19 @@ fn every_error_of_the_golden_files_is_explained() {
     }
     assert!(unexplained.is_empty(), "docs/errors.md lacks {unexplained:#?}");
 }
+
+#[test]
+fn potluck_log_chooses_what_is_logged_to_stderr() {
+    let dead = token(&[&dead_address()]);
+    let with =
+        |level: &str| potluck(&["status", &dead]).env("POTLUCK_LOG", level).output().expect("it starts");
+    golden("log-no-level", &with("loud"), &[], false);
+    let usual = stderr(&with(""));
+    assert!(!usual.contains("potluck::net"), "{usual}");
+    let chosen = with("off,potluck::net=debug");
+    let said = stderr(&chosen);
+    let line = said.lines().find(|line| line.contains("DEBUG potluck::net: "));
+    assert!(line.is_some_and(|line| !line.contains('\u{1b}')), "plain where no terminal is: {said}");
+    assert!(said.lines().all(|line| !line.contains("DEBUG libp2p")), "{said}");
+    assert_eq!(stdout(&chosen), "", "nothing of it goes to stdout");
+}

@@ -25,7 +25,12 @@ pub(crate) const VALUES: usize = 300;
 /// The command, with nothing of this machine's settings.
 pub(crate) fn potluck(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_potluck"));
-    command.args(arguments).env_remove("POTLUCK_IDENTITY").env("COLUMNS", "100").stdin(Stdio::null());
+    command
+        .args(arguments)
+        .env_remove("POTLUCK_IDENTITY")
+        .env_remove("POTLUCK_LOG")
+        .env("COLUMNS", "100")
+        .stdin(Stdio::null());
     command
 }
 
