@@ -15,6 +15,13 @@ function bytes(value) {
 
 const rounded = (value, digits = 3) => value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toString();
 
+/** A time for people: nobody waits for a digit of a second. */
+function left(seconds) {
+  if (seconds < 1) return "under 1 s";
+  if (seconds < 100) return `about ${Math.round(seconds)} s`;
+  return seconds < 6000 ? `about ${Math.round(seconds / 60)} min` : `about ${rounded(seconds / 3600, 2)} h`;
+}
+
 function cell(row, text) {
   const td = document.createElement("td");
   td.textContent = text;
@@ -64,7 +71,7 @@ function show(status) {
   $("ratio").textContent = `${rounded(status.compression_ratio)} : 1`;
   const target = Math.max(status.target_batch_size, 1);
   $("progress").value = Math.min(1, status.samples / target);
-  const eta = status.eta_seconds === null ? "" : `, about ${rounded(status.eta_seconds, 2)} s left`;
+  const eta = status.eta_seconds === null ? "" : `, ${left(status.eta_seconds)} left`;
   $("progress-text").textContent = `${status.samples} of ${status.target_batch_size} samples${eta}`;
   $("alert").hidden = !status.alone;
   $("alert").textContent = status.alone ? "You are training alone: no other peer is here." : "";

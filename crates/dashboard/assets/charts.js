@@ -47,26 +47,49 @@ export function curve(box, points, what, xName) {
   box.setAttribute("aria-label", `${what}: from ${number(ys[0])} to ${number(ys[ys.length - 1])} over ${number(x1 - x0)} ${xName}`);
 }
 
-/** Who is here and how this peer is connected to them; this peer in the middle. */
+/** The direction in which no line leaves, where a name has room; none if lines leave in all directions. */
+function freeAngle(angles) {
+  if (!angles.length) return Math.PI / 2;
+  const sorted = [...angles].sort((a, b) => a - b);
+  const gaps = sorted.map((angle, index) => [(sorted[index + 1] ?? sorted[0] + 2 * Math.PI) - angle, angle]);
+  const [gap, from] = gaps.reduce((best, gap) => gap[0] > best[0] + 1e-9 ? gap : best);
+  return gap > Math.PI / 2 ? from + gap / 2 : null;
+}
+
+/** Who is here and how this peer is connected to them; this peer in the middle, names away from the lines. */
 export function swarm(box, peers) {
   const { svg, width, height } = canvas(box);
   const others = peers.filter(peer => !peer.is_me);
-  const cx = width / 2, cy = height / 2, radius = Math.min(width * 0.36, height / 2 - 34);
-  const place = index => {
+  const cx = width / 2, cy = height / 2, radius = Math.min(width * 0.36, height / 2 - 40);
+  const stretch = Math.min(1.6, width / height / 1.2);
+  const places = others.map((peer, index) => {
     const angle = 2 * Math.PI * index / Math.max(others.length, 1) - Math.PI / 2;
-    return [cx + radius * Math.cos(angle) * Math.min(1.6, width / height / 1.2), cy + radius * Math.sin(angle)];
+    return [cx + radius * Math.cos(angle) * stretch, cy + radius * Math.sin(angle)];
+  });
+  const name = (x, y, angle, away, text) => {
+    const [dx, dy] = [Math.cos(angle), Math.sin(angle)];
+    const anchor = dx > 0.5 ? "start" : dx < -0.5 ? "end" : "middle";
+    svg.append(element("text", { class: "name", x: x + dx * away, y: y + dy * away + 4 + 5 * dy, "text-anchor": anchor }, text));
   };
   others.forEach((peer, index) => {
-    const [x, y] = place(index);
+    const [x, y] = places[index];
     svg.append(element("line", { class: `edge ${peer.path ?? "unknown"}`, x1: cx, y1: cy, x2: x, y2: y }));
   });
+  const towards = places.map(([x, y]) => Math.atan2(y - cy, x - cx));
   others.forEach((peer, index) => {
-    const [x, y] = place(index);
-    svg.append(element("circle", { class: "node", cx: x, cy: y, r: 9 + 8 * peer.share }));
-    svg.append(element("text", { x, y: y + 26, "text-anchor": "middle" }, peer.peer.slice(-6)));
+    const [x, y] = places[index], r = 9 + 8 * peer.share;
+    svg.append(element("circle", { class: "node", cx: x, cy: y, r }));
+    // Above or below: beside it there may be no room on a phone.
+    name(x, y, y < cy - 1 ? -Math.PI / 2 : Math.PI / 2, r + 8, peer.peer.slice(-6));
   });
   svg.append(element("circle", { class: "node me", cx, cy, r: 12 }));
-  svg.append(element("text", { x: cx, y: cy + 27, "text-anchor": "middle" }, "this peer"));
+  const free = freeAngle(towards);
+  if (free !== null) {
+    name(cx, cy, free, 20, "this peer");
+  } else {
+    svg.append(element("circle", { class: "node me", cx: 8, cy: 10, r: 6 }));
+    name(8, 10, 0, 12, "this peer");
+  }
   const paths = others.map(peer => `${peer.peer.slice(-6)} ${(peer.path ?? "not connected").replace("_", "-")}`);
   box.setAttribute("aria-label", others.length ? `${others.length} other peers: ${paths.join(", ")}` : "nobody else is here");
 }
