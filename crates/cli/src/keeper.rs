@@ -143,7 +143,7 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
         },
     )
     .await?;
-    print_token(visit)?;
+    let _notice = crate::nearby::post(&run_id, print_token(visit)?);
     let mut newest = held.map(|held| held.snapshot.epoch);
     let mut saved = newest;
     let mut company = false;
@@ -222,11 +222,11 @@ async fn save(args: &Args, visit: &Visit, checkpoint: Checkpoint) -> bool {
 }
 
 /// What newcomers need when everybody else has left: this peer's own addresses.
-fn print_token(visit: &Visit) -> Result<()> {
+fn print_token(visit: &Visit) -> Result<String> {
     let bootstrap = visit.transport.addresses().into_iter().take(8).collect();
     let token = Token { bootstrap, ..visit.token.clone() };
     token.validate()?;
     println!("keeping {:?} as peer {}", token.run_id, visit.transport.local_peer());
     println!("token {token}");
-    Ok(())
+    Ok(token.to_string())
 }

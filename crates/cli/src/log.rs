@@ -10,7 +10,7 @@ use tracing_subscriber::fmt::writer::OptionalWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-const VARIABLE: &str = "POTLUCK_LOG";
+pub(crate) const VARIABLE: &str = "POTLUCK_LOG";
 const HINT: &str = "levels are off, error, warn, info, debug and trace: POTLUCK_LOG=info or POTLUCK_LOG=warn,potluck::net=debug";
 /// Something fills the terminal: a line in between would spoil it.
 static HUSHED: AtomicBool = AtomicBool::new(false);

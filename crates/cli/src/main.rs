@@ -14,9 +14,12 @@ mod log;
 mod machine;
 mod manual;
 mod monitor;
+mod nearby;
 mod node;
 mod pickle;
 mod probe;
+mod rehearsal;
+mod sim;
 mod status;
 mod view;
 mod visit;
@@ -72,6 +75,9 @@ enum Command {
     /// Put the owner's invite to a closed run into its token
     #[command(after_help = invite::HELP)]
     Invite(invite::Args),
+    /// Simulate a run: how long its rounds will take, what they will move
+    #[command(after_help = sim::HELP)]
+    Sim(sim::Args),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -143,6 +149,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Relay(args) => node::run(args.relaying()).await,
         Command::Keygen(args) => keygen::run(&args),
         Command::Invite(args) => invite::run(&args),
+        Command::Sim(args) => sim::run(args).await,
         Command::Bench(BenchCommand::Net(args)) => bench::run(args).await,
         Command::Bench(BenchCommand::NetPeer(args)) => bench::run_peer(args).await,
         Command::Probe(args) => probe::run(args).await,

@@ -90,7 +90,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     potluck_collab::serve_speed(&*transport, &serving);
 
     let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
-    print_start(&args, &transport, run)?;
+    let token = print_start(&args, &transport, run)?;
+    let _notice = crate::nearby::post(run, token);
     let report = async {
         if let Err(attempts) = transport.wait_bootstrapped(Instant::now() + BOOTSTRAP_REPORT_AFTER).await {
             for attempt in attempts {
@@ -115,7 +116,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Result<()> {
+/// Tell who this is; answers the token.
+fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Result<String> {
     let addresses = transport.addresses();
     // The token takes the first few; a peer has more only on machines with many interfaces.
     let bootstrap = addresses.iter().take(8).cloned().collect();
@@ -139,5 +141,5 @@ fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Resu
         writeln!(out, "token  {}", started.token)?;
     }
     out.flush()?;
-    Ok(())
+    Ok(started.token)
 }

@@ -1,20 +1,19 @@
 //! `potluck status`: how a run is going, asked from outside. Once, repeatedly, or as a view that fills the terminal.
 
+use crate::nearby::{Source, Target};
 use crate::view;
-use crate::visit::Visit;
 use anyhow::Result;
 use clap::Args as ClapArgs;
 use potluck_collab::Status;
-use potluck_net::Token;
 use ratatui::crossterm::event::{self, Event, KeyCode};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::widgets::{Block, Gauge, Paragraph, Row, Table};
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
 use tokio::time::Instant;
 
 pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
-potluck status potluck1…\n  potluck status potluck1… --json | jq .epoch\n  potluck status potluck1… --watch";
+potluck status                  # the runs with a peer on this machine\n  potluck status my-run\n  potluck status potluck1…\n  potluck status potluck1… --json | jq .epoch\n  potluck status potluck1… --watch";
 
 /// How long keys may go unanswered.
 const KEYS_EVERY: Duration = Duration::from_millis(100);
@@ -23,8 +22,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
-    /// The run's token
-    token: Token,
+    /// A run's token, or the name of a run with a peer on this machine [default: all of those]
+    #[arg(value_name = "RUN|TOKEN")]
+    target: Option<Target>,
     /// Print JSON instead of text; with --watch, one line each time
     #[arg(long)]
     json: bool,
@@ -50,18 +50,25 @@ pub(crate) fn positive(text: &str) -> Result<f64, String> {
 
 /// Look.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let visit = Visit::enter(&args.token).await?;
-    let result = tokio::select! {
-        biased;
-        _ = tokio::signal::ctrl_c() => Ok(()),
-        result = show(&visit, &args) => result,
-    };
-    visit.leave().await;
-    result
+    let sources = Source::find(args.target.as_ref(), args.watch || args.json).await?;
+    let last = sources.len();
+    for (at, source) in sources.into_iter().enumerate() {
+        let result = tokio::select! {
+            biased;
+            _ = tokio::signal::ctrl_c() => Ok(()),
+            result = show(&source, &args) => result,
+        };
+        source.leave().await;
+        result?;
+        if at + 1 < last {
+            writeln!(std::io::stdout().lock())?;
+        }
+    }
+    Ok(())
 }
 
-async fn show(visit: &Visit, args: &Args) -> Result<()> {
-    let first = visit.look(Duration::from_secs_f64(args.limit)).await?.1.status;
+async fn show(visit: &Source, args: &Args) -> Result<()> {
+    let first = visit.look(Duration::from_secs_f64(args.limit)).await?;
     if !args.watch {
         let text = if args.json {
             format!("{}\n", serde_json::to_string_pretty(&first)?)
@@ -82,7 +89,7 @@ async fn show(visit: &Visit, args: &Args) -> Result<()> {
 }
 
 /// Plain lines, for pipes and logs.
-async fn print_on(visit: &Visit, args: &Args, mut status: Status) -> Result<()> {
+async fn print_on(visit: &Source, args: &Args, mut status: Status) -> Result<()> {
     let mut looks = 1;
     loop {
         let text = if args.json { serde_json::to_string(&status)? } else { view::text(&status) };
@@ -94,14 +101,14 @@ async fn print_on(visit: &Visit, args: &Args, mut status: Status) -> Result<()> 
             return Ok(());
         }
         tokio::time::sleep(Duration::from_secs_f64(args.every)).await;
-        status = visit.look(SILENCE_MAX).await?.1.status;
+        status = visit.look(SILENCE_MAX).await?;
         looks += 1;
     }
 }
 
 /// The view that fills the terminal.
 async fn draw_on(
-    visit: &Visit,
+    visit: &Source,
     args: &Args,
     mut status: Status,
     terminal: &mut ratatui::DefaultTerminal,
@@ -123,7 +130,7 @@ async fn draw_on(
         if args.count.is_some_and(|count| looks >= count) {
             return Ok(());
         }
-        status = visit.look(SILENCE_MAX).await?.1.status;
+        status = visit.look(SILENCE_MAX).await?;
         looks += 1;
     }
 }

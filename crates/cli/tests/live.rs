@@ -52,6 +52,9 @@ async fn status_and_doctor_see_a_run_and_do_not_disturb_it() {
     expected.sort_unstable();
     assert_eq!(peers, expected, "whoever looks is not among them");
 
+    let named = run(arguments(&["status", "seen"])).await;
+    golden("status", &named, &short, true);
+
     let watch = ["status", code.as_str(), "--watch", "--json", "--every", "0.3", "--count", "3"];
     let lines = stdout(&run(arguments(&watch)).await);
     assert_eq!(lines.lines().count(), 3, "{lines}");
@@ -106,9 +109,14 @@ async fn monitor_serves_the_dashboard_of_a_run_it_is_not_in() {
     let metrics = get("/metrics").await;
     assert!(metrics.contains("potluck_peers{run=\"shown\"} 2"), "{metrics}");
     assert!(get("/").await.contains("<html"));
+    let local: serde_json::Value =
+        serde_json::from_str(&stdout(&run(arguments(&["status", "shown", "--json"])).await)).unwrap();
+    assert_eq!(local["peers"].as_array().unwrap().len(), 2, "from the page of the monitor: {local}");
     let busy = run(arguments(&["monitor", &code, "--dashboard", &address])).await;
     golden("monitor-busy-port", &busy, &[], false);
     assert!(blocking(move || monitor.stop()).await, "SIGTERM ends it with 0");
+    let left: Vec<_> = std::fs::read_dir(support::runtime_dir()).unwrap().collect();
+    assert_eq!(left.len(), 1, "the notice of the node only: {left:?}");
     first.leave().await;
     second.leave().await;
 }

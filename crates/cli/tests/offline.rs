@@ -31,6 +31,7 @@ fn help_of_every_command() {
         "relay",
         "keygen",
         "invite",
+        "sim",
         "bench",
         "probe",
         "version",
@@ -102,7 +103,9 @@ fn an_invite_is_signed_by_its_owner_for_its_run() {
 #[test]
 fn a_bad_command_line_is_refused_with_2_and_a_hint() {
     golden("no-command", &run(&[]), &[], false);
-    golden("token-malformed", &run(&["status", "hello"]), &[], false);
+    golden("token-malformed", &run(&["monitor", "hello"]), &[], false);
+    golden("status-no-local", &run(&["status"]), &[], false);
+    golden("status-unknown-run", &run(&["status", "hello"]), &[], false);
     let whole = token(&["/ip4/127.0.0.1/tcp/4001"]);
     golden("token-cut-off", &run(&["status", &whole[..whole.len() - 3]]), &[], false);
     golden("bad-number", &run(&["keeper", &whole, "--dir", "x", "--every", "0"]), &[], false);

@@ -7,11 +7,13 @@
 //! * `GET /metrics` OpenMetrics text for Prometheus.
 
 mod history;
+mod local;
 mod log;
 mod metrics;
 mod server;
 
 pub use history::{History, Point};
+pub use local::{LocalRun, Notice, local_runs};
 pub use log::{LogError, write_log};
 pub use metrics::openmetrics;
 pub use server::{Dashboard, ServeError};

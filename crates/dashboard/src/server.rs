@@ -1,6 +1,6 @@
 //! The web server: the page, the status, the live events, the metrics. Read-only; loopback unless told otherwise.
 
-use crate::{History, openmetrics};
+use crate::{History, Notice, openmetrics};
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
@@ -45,6 +45,7 @@ pub enum ServeError {
 pub struct Dashboard {
     address: SocketAddr,
     _tasks: Tasks,
+    _notice: Option<Notice>,
 }
 
 struct Shared {
@@ -87,6 +88,11 @@ impl Dashboard {
         let listener =
             TcpListener::bind(address).await.map_err(|source| ServeError::Bind { address, source })?;
         let address = listener.local_addr().map_err(|source| ServeError::Bind { address, source })?;
+        let run_id = status.borrow().run_id.clone();
+        let notice = Notice::post(&run_id, Some(address), None);
+        if let Err(error) = &notice {
+            tracing::debug!(target: "potluck::dashboard", %error, "`potluck status` will not find this peer by name");
+        }
         let (news, _) = broadcast::channel(256);
         let seen = Mutex::new(Seen { history: History::new(), events: VecDeque::new() });
         let shared = Arc::new(Shared { status, seen, pages: Arc::new(Semaphore::new(PAGES_MAX)), news });
@@ -97,7 +103,7 @@ impl Dashboard {
                 tracing::warn!(target: "potluck::dashboard", %error, "the dashboard has ended");
             }
         });
-        Ok(Self { address, _tasks: tasks })
+        Ok(Self { address, _tasks: tasks, _notice: notice.ok() })
     }
 
     /// Where it listens.

@@ -29,9 +29,15 @@ pub(crate) fn potluck(arguments: &[&str]) -> Command {
         .args(arguments)
         .env_remove("POTLUCK_IDENTITY")
         .env_remove("POTLUCK_LOG")
+        .env("POTLUCK_RUNTIME_DIR", runtime_dir())
         .env("COLUMNS", "100")
         .stdin(Stdio::null());
     command
+}
+
+/// Where the peers of this test leave their notices: nobody else's are found there.
+pub(crate) fn runtime_dir() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("notices-{}", std::process::id()))
 }
 
 /// Run it to its end.

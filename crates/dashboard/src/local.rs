@@ -1,0 +1,169 @@
+//! Which runs have a peer on this machine: each leaves a notice in a folder of its user while it runs, so that
+//! `potluck status` finds it by name. A notice is locked by the process that wrote it; one without a lock is left over.
+
+use serde::{Deserialize, Serialize};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::net::SocketAddr;
+#[cfg(unix)]
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Longest notice that is read.
+const NOTICE_BYTES_MAX: u64 = 64 << 10;
+/// Notices of one process.
+const NOTICES_MAX: u32 = 100;
+
+/// What a peer says of itself to others of its user on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalRun {
+    /// The run.
+    pub run_id: String,
+    /// The process.
+    pub pid: u32,
+    /// Where its dashboard is, if it has one.
+    pub dashboard: Option<SocketAddr>,
+    /// A token that leads to the run, if it has one.
+    pub token: Option<String>,
+}
+
+/// A notice that is there for as long as this value.
+#[derive(Debug)]
+pub struct Notice {
+    path: PathBuf,
+    // Held for its lock.
+    _file: File,
+}
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        // If it is gone already, that is what is wanted.
+        let _gone = std::fs::remove_file(&self.path);
+    }
+}
+
+/// `$POTLUCK_RUNTIME_DIR`, `$XDG_RUNTIME_DIR/potluck`, or `potluck-USER` in the folder for temporary files.
+fn folder() -> PathBuf {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("POTLUCK_RUNTIME_DIR")
+        .or_else(|| set("XDG_RUNTIME_DIR").map(|dir| dir.join("potluck")))
+        .unwrap_or_else(|| {
+            let user = std::env::var("USER").unwrap_or_else(|_| "user".to_owned());
+            std::env::temp_dir().join(format!("potluck-{}", user.replace('/', "_")))
+        })
+}
+
+impl Notice {
+    /// Post a notice for this process. Not being able to is no reason not to run.
+    ///
+    /// # Errors
+    /// The folder cannot be written, or belongs to somebody else.
+    pub fn post(run_id: &str, dashboard: Option<SocketAddr>, token: Option<String>) -> Result<Self> {
+        Self::post_in(&folder(), run_id, dashboard, token)
+    }
+
+    fn post_in(
+        folder: &Path,
+        run_id: &str,
+        dashboard: Option<SocketAddr>,
+        token: Option<String>,
+    ) -> Result<Self> {
+        let mut builder = DirBuilder::new();
+        let mut options = OpenOptions::new();
+        #[cfg(unix)]
+        {
+            builder.mode(0o700);
+            options.mode(0o600);
+        }
+        builder.recursive(true).create(folder)?;
+        let about = LocalRun { run_id: run_id.to_owned(), pid: std::process::id(), dashboard, token };
+        for number in 0..NOTICES_MAX {
+            let path = folder.join(format!("{}-{number}.json", about.pid));
+            let mut file = match options.write(true).create_new(true).open(&path) {
+                // Of another run of this process, or of a dead one that had the same number.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                opened => opened?,
+            };
+            // Only a file of ours can be trusted to stay ours: in a shared folder somebody else may have made it.
+            #[cfg(unix)]
+            if std::fs::metadata(folder)?.uid() != file.metadata()?.uid() {
+                std::fs::remove_file(&path)?;
+                return Err(Error::new(ErrorKind::PermissionDenied, "the folder belongs to somebody else"));
+            }
+            file.lock()?;
+            serde_json::to_writer(&file, &about)?;
+            file.flush()?;
+            return Ok(Self { path, _file: file });
+        }
+        Err(Error::new(ErrorKind::AlreadyExists, "too many notices of one process"))
+    }
+}
+
+/// The runs with a peer on this machine, by name; what dead processes left is removed.
+pub fn local_runs() -> Vec<LocalRun> {
+    runs_in(&folder())
+}
+
+fn runs_in(folder: &Path) -> Vec<LocalRun> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut runs: Vec<LocalRun> = paths
+        .filter(|path| path.extension().is_some_and(|end| end == "json"))
+        .filter_map(|path| read(&path))
+        .collect();
+    runs.sort_by(|one, other| (&one.run_id, one.pid).cmp(&(&other.run_id, other.pid)));
+    runs
+}
+
+fn read(path: &Path) -> Option<LocalRun> {
+    let file = File::open(path).ok()?;
+    let mut text = String::new();
+    (&file).take(NOTICE_BYTES_MAX).read_to_string(&mut text).ok()?;
+    match file.try_lock_shared() {
+        // A file that is just being written has no lock yet, but no text either.
+        Ok(()) if !text.is_empty() => {
+            // Somebody else may have been faster.
+            let _gone = std::fs::remove_file(path);
+            None
+        }
+        Err(TryLockError::WouldBlock) => serde_json::from_str(&text).ok(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_notice_is_found_while_it_lasts() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("new");
+        assert_eq!(runs_in(&folder), []);
+        let address = SocketAddr::from(([127, 0, 0, 1], 8080));
+        let first = Notice::post_in(&folder, "b", Some(address), None).unwrap();
+        let second = Notice::post_in(&folder, "a", None, Some("token".into())).unwrap();
+        let found = runs_in(&folder);
+        assert_eq!(found.iter().map(|run| run.run_id.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!((found[1].dashboard, found[0].token.as_deref()), (Some(address), Some("token")));
+        assert_eq!(std::fs::metadata(&folder).unwrap().mode() & 0o777, 0o700, "a token is not for everybody");
+        drop(first);
+        assert_eq!(runs_in(&folder).len(), 1);
+        drop(second);
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "nothing stays behind");
+    }
+
+    #[test]
+    fn what_the_dead_left_is_removed_and_nonsense_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join("7-0.json");
+        std::fs::write(&left, r#"{"run_id":"gone","pid":7,"dashboard":null,"token":null}"#).unwrap();
+        assert_eq!(runs_in(dir.path()), []);
+        assert!(!left.exists());
+        let nonsense = dir.path().join("8-0.json");
+        std::fs::write(&nonsense, "{").unwrap();
+        let held = File::open(&nonsense).unwrap();
+        held.lock().unwrap();
+        assert_eq!(runs_in(dir.path()), []);
+    }
+}
