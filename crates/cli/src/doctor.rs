@@ -1,6 +1,7 @@
 //! `potluck doctor`: what this machine will be in a run, before it joins, in under 15 seconds.
 
 use crate::machine::Machine;
+use crate::nat::{self, Nat};
 use crate::view;
 use crate::visit::Visit;
 use anyhow::Result;
@@ -24,6 +25,8 @@ Examples:\n  potluck doctor\n  potluck doctor potluck1…\n  potluck doctor potl
 const BOOTSTRAP_LIMIT: Duration = Duration::from_secs(5);
 /// How long peers may take to find out whether they can dial us.
 const REACHABILITY_LIMIT: Duration = Duration::from_secs(3);
+/// How long bootstrap peers may take to say as which address they see us, over UDP and then over TCP.
+pub(crate) const SEEN_LIMIT: Duration = Duration::from_millis(2500);
 const SPEED_LIMIT: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -52,6 +55,7 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Network {
     reachability: Reachability,
+    nat: Nat,
     /// Whether UDP gets through: `None` if the token holds no UDP address.
     udp: Option<bool>,
     addresses: Vec<String>,
@@ -98,11 +102,14 @@ pub(crate) async fn run(args: Args) -> Result<ExitCode> {
 async fn examine(token: &Token, listen: &[String], env: &Env) -> Result<Network> {
     // One address at a time has a peer of its own: on one peer, the first that connects would end the others.
     let dials = token.bootstrap.iter().map(|address| try_address(address, env));
-    let (attempts, visit) = tokio::join!(futures::future::join_all(dials), whole(token, listen, env));
+    let seen = nat::find(&token.bootstrap, env);
+    let (attempts, visit, nat) =
+        tokio::join!(futures::future::join_all(dials), whole(token, listen, env), seen);
     let visit = visit?;
     let bootstrap = attempts.into_iter().collect::<Result<Vec<Attempt>>>()?;
     let mut network = Network {
         reachability: Reachability::Unknown,
+        nat: nat?,
         udp: udp(&bootstrap),
         addresses: Vec::new(),
         bootstrap,
@@ -196,24 +203,18 @@ fn conclude(machine: Machine, network: Option<Network>) -> Report {
         );
         return Report { machine, network: Some(network), role: "cut_off", summary, advice, exit_code: 2 };
     }
-    let (role, summary) = match (network.reachability, network.relayed) {
-        (Reachability::Public, _) => ("direct", "This machine will be a direct peer: others can dial it."),
-        (Reachability::Private, _) | (_, true) => (
-            "hole_punched_or_relayed",
-            "This machine is behind NAT: others reach it by hole punching, or through a relay where that fails.",
-        ),
-        _ => (
-            "direct_outwards",
-            "This machine reaches the run directly; nobody has yet found out whether others can dial it.",
-        ),
-    };
-    if role == "hole_punched_or_relayed" {
+    let (role, summary) = role(&network);
+    let public = role == "direct";
+    if !public && role != "direct_outwards" {
         advice.push(
             "forward a port to this machine and name it with --listen and --announce, to be direct".into(),
         );
         if !network.relayed {
             advice.push("no relay was found: run `potluck relay` on a machine with a public address".into());
         }
+    }
+    if network.nat == Nat::Symmetric && !public {
+        advice.push("or switch the router's NAT to \"full cone\" or turn UPnP on, if it can".into());
     }
     if network.udp == Some(false) {
         advice.push(
@@ -222,6 +223,36 @@ fn conclude(machine: Machine, network: Option<Network>) -> Report {
     }
     let exit_code = u8::from(!advice.is_empty());
     Report { machine, network: Some(network), role, summary: summary.to_owned(), advice, exit_code }
+}
+
+/// What this machine will be, in a word and in a sentence.
+fn role(network: &Network) -> (&'static str, &'static str) {
+    let hidden = network.reachability == Reachability::Private || network.relayed;
+    match (network.reachability, network.nat) {
+        (Reachability::Public, _) => ("direct", "This machine will be a direct peer: others can dial it."),
+        (_, Nat::Symmetric) => (
+            "relayed",
+            "This machine is behind a symmetric NAT, which takes a new port for every peer: it will be direct to open \
+             peers, and others behind NAT mostly reach it through a relay.",
+        ),
+        _ if hidden && network.udp == Some(false) => (
+            "relayed",
+            "This machine is behind NAT or a firewall that lets no UDP through: it will be direct to open peers, and \
+             others reach it by TCP hole punching, which often fails, or through a relay.",
+        ),
+        (_, Nat::Cone) => (
+            "hole_punched",
+            "This machine is behind a cone NAT, which has one port for all peers: others reach it by hole punching.",
+        ),
+        _ if hidden || network.nat == Nat::Some => (
+            "hole_punched_or_relayed",
+            "This machine is behind NAT: others reach it by hole punching, or through a relay where that fails.",
+        ),
+        _ => (
+            "direct_outwards",
+            "This machine reaches the run directly; nobody has yet found out whether others can dial it.",
+        ),
+    }
 }
 
 fn text(report: &Report) -> String {
@@ -261,6 +292,17 @@ fn text(report: &Report) -> String {
                 Reachability::Private => "others cannot dial this machine (NAT or firewall)".to_owned(),
                 _ => "unknown: no peer has tried yet".to_owned(),
             },
+        );
+        line(
+            "nat",
+            match network.nat {
+                Nat::None => "none: peers see this machine's own address",
+                Nat::Cone => "cone: one port for all peers, hole punching works",
+                Nat::Symmetric => "symmetric: a new port for every peer, hole punching mostly fails",
+                Nat::Some => "yes; of which kind shows where the token names two peers or more",
+                Nat::Unknown => "unknown: no peer has said as which address it sees this machine",
+            }
+            .to_owned(),
         );
         line(
             "udp",
@@ -319,7 +361,15 @@ mod tests {
 
     fn network(bootstrap: Vec<Attempt>, reachability: Reachability, relayed: bool) -> Network {
         let udp = udp(&bootstrap);
-        Network { reachability, udp, addresses: Vec::new(), bootstrap, speed: None, relayed }
+        Network {
+            reachability,
+            nat: Nat::Unknown,
+            udp,
+            addresses: Vec::new(),
+            bootstrap,
+            speed: None,
+            relayed,
+        }
     }
 
     #[test]
@@ -340,5 +390,25 @@ mod tests {
         assert_eq!((report.exit_code, report.role), (1, "hole_punched_or_relayed"));
         assert!(report.advice.iter().any(|advice| advice.contains("potluck relay")));
         assert_eq!(conclude(machine(), None).exit_code, 0);
+    }
+
+    #[test]
+    fn one_sentence_says_what_this_machine_will_be() {
+        let (tcp, quic) = ("/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/udp/1/quic-v1");
+        let report = |nat, reachability, udp| {
+            let mut network = network(vec![attempt(tcp, true), attempt(quic, udp)], reachability, true);
+            network.nat = nat;
+            conclude(machine(), Some(network))
+        };
+        let role = |nat, reachability, udp| report(nat, reachability, udp).role;
+        assert_eq!(role(Nat::Cone, Reachability::Public, true), "direct", "a forwarded port");
+        assert_eq!(role(Nat::Cone, Reachability::Private, true), "hole_punched");
+        assert_eq!(role(Nat::Cone, Reachability::Private, false), "relayed", "without UDP");
+        assert_eq!(role(Nat::Symmetric, Reachability::Private, true), "relayed");
+        assert_eq!(role(Nat::Some, Reachability::Unknown, true), "hole_punched_or_relayed");
+        let symmetric = report(Nat::Symmetric, Reachability::Private, true);
+        assert_eq!(symmetric.exit_code, 1);
+        assert!(symmetric.advice.iter().any(|advice| advice.contains("full cone")), "{:?}", symmetric.advice);
+        assert!(text(&symmetric).contains("nat          symmetric"), "{}", text(&symmetric));
     }
 }

@@ -14,6 +14,7 @@ mod log;
 mod machine;
 mod manual;
 mod monitor;
+mod nat;
 mod nearby;
 mod node;
 mod pickle;

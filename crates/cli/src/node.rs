@@ -18,6 +18,10 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a start waits before it reports the bootstrap addresses that failed.
 const BOOTSTRAP_REPORT_AFTER: Duration = Duration::from_secs(12);
 
+/// Addresses that a token takes, and those of the node itself among them.
+const ADDRESSES_MAX: usize = 12;
+const OWN_ADDRESSES_MAX: usize = 8;
+
 pub(crate) const HELP: &str = "Stops politely at SIGINT and SIGTERM. The token goes to everybody who is to join.\n\nExamples:\n  \
 potluck node --run my-run\n  potluck node --listen /ip4/0.0.0.0/tcp/4001 --listen /ip4/0.0.0.0/udp/4001/quic-v1";
 pub(crate) const RELAY_HELP: &str = "For a machine with a public address and these ports open. Same as `potluck node --relay`.\n\n\
@@ -119,8 +123,10 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 /// Tell who this is; answers the token.
 fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Result<String> {
     let addresses = transport.addresses();
-    // The token takes the first few; a peer has more only on machines with many interfaces.
-    let bootstrap = addresses.iter().take(8).cloned().collect();
+    // The token takes the first few; a peer has more only on machines with many interfaces. Whoever has the token of the
+    // second node can also come in through the first.
+    let joined = args.join.iter().flat_map(|token| &token.bootstrap);
+    let bootstrap = addresses.iter().take(OWN_ADDRESSES_MAX).chain(joined).take(ADDRESSES_MAX).cloned().collect();
     let invite = args.join.as_ref().and_then(|token| token.invite.clone());
     let token = Token { run_id: run.to_owned(), bootstrap, invite };
     token.validate().context("cannot make a token")?;

@@ -411,6 +411,7 @@ impl Driver {
             .cloned()
             .collect();
         self.shared.book.add(peer, told.clone());
+        self.shared.note_observed(peer, info.observed_addr.clone());
         if serves("/potluck/kad/1") {
             for address in told {
                 self.swarm.behaviour_mut().kad.add_address(&id, address);

@@ -18,6 +18,9 @@ const ADDRESSES_PER_PEER_MAX: usize = 12;
 /// Peers whose addresses are kept.
 const PEERS_IN_BOOK_MAX: usize = 4096;
 
+/// Peers whose sight of us is remembered.
+const OBSERVERS_MAX: usize = 32;
+
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -35,6 +38,17 @@ pub(crate) struct Shared {
     pub(crate) bootstrap_changed: Notify,
 }
 
+impl Shared {
+    /// How a peer sees us. A relayed connection shows the relay's address and says nothing about ours.
+    pub(crate) fn note_observed(&self, peer: PeerId, address: Multiaddr) {
+        let relayed = address.iter().any(|part| matches!(part, libp2p::multiaddr::Protocol::P2pCircuit));
+        let mut own = lock(&self.own);
+        if !relayed && (own.observed.len() < OBSERVERS_MAX || own.observed.contains_key(&peer)) {
+            own.observed.insert(peer, address);
+        }
+    }
+}
+
 /// What is known about ourselves.
 #[derive(Default)]
 pub(crate) struct Own {
@@ -42,6 +56,8 @@ pub(crate) struct Own {
     pub(crate) listening: Vec<Multiaddr>,
     pub(crate) external: Vec<Multiaddr>,
     pub(crate) reachability: Reachability,
+    /// As which address each peer sees us; of few peers, that is enough to tell kinds of NAT apart.
+    pub(crate) observed: BTreeMap<PeerId, Multiaddr>,
 }
 
 /// The protocols that this process accepts.

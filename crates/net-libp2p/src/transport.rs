@@ -89,6 +89,12 @@ impl Libp2pTransport {
         lock(&self.shared.bootstrap).peers.clone()
     }
 
+    /// As which address each of the first peers saw us. Behind a NAT that has one mapping for everybody they agree.
+    pub fn observed(&self) -> Vec<(PeerId, String)> {
+        let own = lock(&self.shared.own);
+        own.observed.iter().map(|(peer, address)| (*peer, address.to_string())).collect()
+    }
+
     /// Wait until one bootstrap peer is connected; that one.
     ///
     /// # Errors
