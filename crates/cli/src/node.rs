@@ -126,7 +126,8 @@ fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Resu
     // The token takes the first few; a peer has more only on machines with many interfaces. Whoever has the token of the
     // second node can also come in through the first.
     let joined = args.join.iter().flat_map(|token| &token.bootstrap);
-    let bootstrap = addresses.iter().take(OWN_ADDRESSES_MAX).chain(joined).take(ADDRESSES_MAX).cloned().collect();
+    let bootstrap =
+        addresses.iter().take(OWN_ADDRESSES_MAX).chain(joined).take(ADDRESSES_MAX).cloned().collect();
     let invite = args.join.as_ref().and_then(|token| token.invite.clone());
     let token = Token { run_id: run.to_owned(), bootstrap, invite };
     token.validate().context("cannot make a token")?;
