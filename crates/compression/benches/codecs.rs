@@ -50,6 +50,7 @@ struct Lane {
     bytes: Vec<u8>,
     scratch: Scratch,
     decoded: Vec<f32>,
+    sum: Vec<f32>,
 }
 
 fn measure(scheme: Scheme, values: &[f32], lanes: &mut [Lane]) -> Value {
@@ -77,10 +78,24 @@ fn measure(scheme: Scheme, values: &[f32], lanes: &mut [Lane]) -> Value {
     let decode_add = fastest(|| {
         each(lanes, &|lane, _| scheme.decode_add(&lane.bytes, 0.5, black_box(&mut lane.decoded)).unwrap());
     });
+    let decode_sum = fastest(|| {
+        each(lanes, &|lane, part| {
+            lane.sum.resize(part.len(), 0.0);
+            black_box(scheme.decode_sum(&lane.bytes, 0.5, &lane.sum, &mut lane.decoded).unwrap());
+        });
+    });
+    let encode_scaled = fastest(|| {
+        each(lanes, &|lane, part| {
+            lane.bytes.clear();
+            black_box(scheme.encode_scaled(part, 0.5, &mut lane.bytes, &mut lane.scratch).unwrap());
+        });
+    });
     json!({
         "encode": gb_per_second(values.len(), encode),
         "decode": gb_per_second(values.len(), decode),
         "decode_add": gb_per_second(values.len(), decode_add),
+        "decode_sum": gb_per_second(values.len(), decode_sum),
+        "encode_scaled": gb_per_second(values.len(), encode_scaled),
     })
 }
 

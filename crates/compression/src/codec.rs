@@ -1,7 +1,13 @@
 //! What a scheme implements, and the plumbing that lets one decoder loop serve both "assign" and "add weighted".
 
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
+use crate::tally::Tally;
 use crate::{DecodeError, EncodeError, EncodeReport};
+
+/// Values in flight between two steps of a fused loop: 16 KiB, which stay in the L1 cache. A multiple of the blocks of
+/// every scheme.
+pub(crate) const PIECE: usize = 4096;
 
 /// Reusable memory of encoders: keep one per thread, and calls stop allocating once it is warm.
 #[derive(Debug, Default)]
@@ -10,6 +16,8 @@ pub struct Scratch {
     pub(crate) keys: Vec<u32>,
     /// The other half of the radix sort.
     pub(crate) keys_spare: Vec<u32>,
+    /// Scaled values, for schemes that look at all of them more than once.
+    pub(crate) scaled: Vec<f32>,
 }
 
 impl Scratch {
@@ -27,7 +35,7 @@ pub(crate) trait Codec: Sync {
     /// Append the buffer to `out`. On an error the caller truncates `out` again.
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError>;
@@ -38,7 +46,49 @@ pub(crate) trait Codec: Sync {
 /// Where decoded values go.
 pub(crate) enum Target<'a> {
     Assign(&'a mut [f32]),
-    Add { weight: f32, acc: &'a mut [f32] },
+    Add {
+        weight: f32,
+        acc: &'a mut [f32],
+    },
+    /// Add, and count what was decoded.
+    Tally {
+        weight: f32,
+        place: Place<'a>,
+        tally: &'a mut Tally,
+    },
+}
+
+/// Where a sum is, and where it goes.
+pub(crate) enum Place<'a> {
+    Within(&'a mut [f32]),
+    Apart { sum: &'a [f32], out: &'a mut [f32] },
+}
+
+impl Place<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Within(acc) => acc.len(),
+            Self::Apart { out, .. } => out.len(),
+        }
+    }
+
+    /// Add `weight * piece` to the sum from number `at` on. Two roundings, as in [`Add`].
+    #[inline(always)]
+    pub(crate) fn add(&mut self, at: usize, weight: f32, piece: &[f32]) {
+        let span = at..at + piece.len();
+        match self {
+            Self::Within(acc) => {
+                for (slot, value) in acc[span].iter_mut().zip(piece) {
+                    *slot += weight * value;
+                }
+            }
+            Self::Apart { sum, out } => {
+                for ((slot, old), value) in out[span.clone()].iter_mut().zip(&sum[span]).zip(piece) {
+                    *slot = old + weight * value;
+                }
+            }
+        }
+    }
 }
 
 /// What to do with one decoded value.
@@ -67,7 +117,8 @@ impl Sink for Add {
 
 /// The loop of a decoder, after all checks. `read` must be `#[inline(always)]`.
 pub(crate) trait Reader {
-    fn read<I: Isa, S: Sink>(self, isa: I, slots: &mut [f32], sink: S);
+    /// Decode the values from number `at` on, a multiple of [`PIECE`], as many as there are `slots`.
+    fn read<I: Isa, S: Sink>(&self, isa: I, at: usize, slots: &mut [f32], sink: S);
 }
 
 struct Run<'a, R, S> {
@@ -80,7 +131,29 @@ impl<R: Reader, S: Sink> Kernel for Run<'_, R, S> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        self.reader.read(isa, self.slots, self.sink);
+        self.reader.read(isa, 0, self.slots, self.sink);
+    }
+}
+
+struct RunTally<'a, R> {
+    reader: R,
+    weight: f32,
+    place: Place<'a>,
+    tally: &'a mut Tally,
+}
+
+impl<R: Reader> Kernel for RunTally<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let count = self.place.len();
+        let mut buffer = [0.0_f32; PIECE];
+        for at in (0..count).step_by(PIECE) {
+            let piece = &mut buffer[..PIECE.min(count - at)];
+            self.reader.read(isa, at, piece, Assign);
+            self.tally.take(at, piece);
+            self.place.add(at, self.weight, piece);
+        }
     }
 }
 
@@ -89,6 +162,7 @@ impl Target<'_> {
         match self {
             Self::Assign(slots) => slots.len(),
             Self::Add { acc, .. } => acc.len(),
+            Self::Tally { place, .. } => place.len(),
         }
     }
 
@@ -97,6 +171,9 @@ impl Target<'_> {
         match self {
             Self::Assign(slots) => simd::dispatch(Run { reader, slots, sink: Assign }),
             Self::Add { weight, acc } => simd::dispatch(Run { reader, slots: acc, sink: Add(weight) }),
+            Self::Tally { weight, place, tally } => {
+                simd::dispatch(RunTally { reader, weight, place, tally });
+            }
         }
     }
 }
@@ -116,20 +193,25 @@ pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Append `count` elements of `width` bytes in cache-sized pieces: `fill(first element, piece)` writes each piece
-/// right after it was zeroed in the cache, so that memory is written once and no `unsafe` is needed.
+/// Append an element of `width` bytes per value, in cache-sized pieces: `fill(values, piece)` writes each piece right
+/// after it was zeroed in the cache, so that memory is written once and no `unsafe` is needed. Returns how many
+/// products were clamped.
 #[inline(always)]
-pub(crate) fn append_chunks<T>(
-    values: &[T],
+pub(crate) fn append_chunks(
+    source: Source<'_>,
     width: usize,
     out: &mut Vec<u8>,
-    mut fill: impl FnMut(&[T], &mut [u8]),
-) {
+    mut fill: impl FnMut(&[f32], &mut [u8]),
+) -> usize {
     const CHUNK: usize = 2048;
-    out.reserve(values.len() * width);
-    for chunk in values.chunks(CHUNK) {
-        let start = out.len();
-        out.resize(start + chunk.len() * width, 0);
-        fill(chunk, &mut out[start..]);
-    }
+    out.reserve(source.len() * width);
+    source.pieces(
+        CHUNK,
+        #[inline(always)]
+        |chunk| {
+            let start = out.len();
+            out.resize(start + chunk.len() * width, 0);
+            fill(chunk, &mut out[start..]);
+        },
+    )
 }

@@ -9,6 +9,9 @@ pub struct EncodeReport {
     pub saturated: usize,
     /// NaN values that travel as NaN. Only schemes that can express NaN report them; the others refuse.
     pub nan: usize,
+    /// Products of [`encode_scaled`](Scheme::encode_scaled) beyond the f32 range, clamped to its end before they were
+    /// encoded.
+    pub clamped: usize,
 }
 
 /// The values cannot be encoded; nothing was written.

@@ -12,6 +12,8 @@ mod policy;
 mod registry;
 mod schemes;
 pub mod simd;
+mod source;
+mod tally;
 mod tensor;
 mod wire;
 
@@ -22,4 +24,5 @@ pub use error_feedback::ErrorFeedback;
 pub use finite::first_non_finite;
 pub use policy::{POLICY_DEPTH_MAX, Policy, PolicyTooDeep, TensorInfo, TensorRole};
 pub use registry::Scheme;
+pub use tally::{Tally, sum_values, tally};
 pub use tensor::{Limits, RawTensor, SerializedTensor, deserialize, serialize};

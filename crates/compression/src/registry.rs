@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{Codec, Scratch, Target};
+use crate::codec::{Codec, Place, Scratch, Target};
 use crate::schemes::{bfloat16, blockwise4, blockwise8, float16, none, quantile8, scaled_float16, uniform8};
-use crate::{DecodeError, EncodeError, EncodeReport};
+use crate::source::Source;
+use crate::{DecodeError, EncodeError, EncodeReport, Tally};
 
 macro_rules! schemes {
     ($($(#[$doc:meta])* $variant:ident = $id:literal, $name:literal, $bits:literal, $codec:path;)*) => {
@@ -96,8 +97,32 @@ impl Scheme {
         out: &mut Vec<u8>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
+        self.encode_source(Source::plain(values), out, scratch)
+    }
+
+    /// [`encode`](Self::encode) `values[i] * factor`, clamped to the finite range, while they are read: the bytes are
+    /// those of multiplying, clamping and encoding one after the other. Reducers turn a sum into a mean with it.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode); an infinity is clamped, so only NaN is refused.
+    pub fn encode_scaled(
+        self,
+        values: &[f32],
+        factor: f32,
+        out: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        self.encode_source(Source::scaled(values, factor), out, scratch)
+    }
+
+    fn encode_source(
+        self,
+        source: Source<'_>,
+        out: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
         let start = out.len();
-        let result = self.codec().encode(values, out, scratch);
+        let result = self.codec().encode(source, out, scratch);
         if result.is_err() {
             out.truncate(start);
         }
@@ -118,5 +143,51 @@ impl Scheme {
     /// The buffer is malformed; `acc` is untouched.
     pub fn decode_add(self, bytes: &[u8], weight: f32, acc: &mut [f32]) -> Result<(), DecodeError> {
         self.codec().decode(bytes, Target::Add { weight, acc })
+    }
+
+    /// [`decode_add`](Self::decode_add), and the [`Tally`] of the decoded `x`, in the same pass. The sum has already
+    /// taken `x` in when the tally shows that it should not have: see [`decode_sum`](Self::decode_sum).
+    ///
+    /// # Errors
+    /// The buffer is malformed; `acc` is untouched.
+    pub fn decode_add_tally(self, bytes: &[u8], weight: f32, acc: &mut [f32]) -> Result<Tally, DecodeError> {
+        self.decode_tally(bytes, weight, Place::Within(acc))
+    }
+
+    /// `out[i] = sum[i] + weight * x[i]` and the [`Tally`] of the decoded `x`, in one pass, with the bits of
+    /// [`decode_add`](Self::decode_add). `sum` stays: swap the two if the tally is plausible, forget `out` if not.
+    ///
+    /// ```
+    /// # use potluck_compression::{Scheme, Scratch};
+    /// let (mut bytes, mut sum, mut next) = (Vec::new(), vec![1.0_f32; 2], vec![0.0; 2]);
+    /// Scheme::Float16.encode(&[3.0, -4.0], &mut bytes, &mut Scratch::new())?;
+    /// let found = Scheme::Float16.decode_sum(&bytes, 2.0, &sum, &mut next)?;
+    /// if found.first_non_finite.is_none() && found.square_sum <= 25.0 {
+    ///     std::mem::swap(&mut sum, &mut next);
+    /// }
+    /// assert_eq!(sum, [7.0, -7.0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The buffer is malformed; `out` is untouched.
+    ///
+    /// # Panics
+    /// If the lengths of `sum` and `out` differ.
+    pub fn decode_sum(
+        self,
+        bytes: &[u8],
+        weight: f32,
+        sum: &[f32],
+        out: &mut [f32],
+    ) -> Result<Tally, DecodeError> {
+        assert_eq!(sum.len(), out.len(), "lengths of one vector differ");
+        self.decode_tally(bytes, weight, Place::Apart { sum, out })
+    }
+
+    fn decode_tally(self, bytes: &[u8], weight: f32, place: Place<'_>) -> Result<Tally, DecodeError> {
+        let mut tally = Tally::default();
+        self.codec().decode(bytes, Target::Tally { weight, place, tally: &mut tally })?;
+        Ok(tally)
     }
 }

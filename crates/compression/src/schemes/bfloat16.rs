@@ -8,6 +8,7 @@ use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
 use crate::half_float::{from_bfloat16, to_bfloat16};
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
 
 pub(crate) struct BFloat16;
@@ -19,11 +20,11 @@ impl Codec for BFloat16 {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        Ok(simd::dispatch(Narrow { values, out }))
+        Ok(simd::dispatch(Narrow { source, out }))
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -34,7 +35,7 @@ impl Codec for BFloat16 {
 }
 
 struct Narrow<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     out: &'a mut Vec<u8>,
 }
 
@@ -43,8 +44,8 @@ impl Kernel for Narrow<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> EncodeReport {
         let mut report = EncodeReport::default();
-        append_chunks(
-            self.values,
+        report.clamped = append_chunks(
+            self.source,
             2,
             self.out,
             #[inline(always)]
@@ -71,8 +72,8 @@ struct Halves<'a>(&'a [u8]);
 
 impl Reader for Halves<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
-        for (slot, pair) in slots.iter_mut().zip(self.0.as_chunks::<2>().0) {
+    fn read<I: Isa, S: Sink>(&self, _: I, at: usize, slots: &mut [f32], sink: S) {
+        for (slot, pair) in slots.iter_mut().zip(self.0[2 * at..].as_chunks::<2>().0) {
             sink.put(slot, from_bfloat16(u16::from_le_bytes(*pair)));
         }
     }

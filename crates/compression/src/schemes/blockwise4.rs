@@ -6,10 +6,11 @@
 //! 2^-7 of it (2^-133 absolute for denormals). All-zero blocks are exact. NaN and infinity are refused with the index of
 //! the first. Meant to be used with error feedback.
 
-use crate::codec::{Codec, Reader, Scratch, Sink, Target};
+use crate::codec::{Codec, PIECE, Reader, Scratch, Sink, Target};
 use crate::error::check_length;
 use crate::half_float::from_bfloat16;
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 const BLOCK: usize = 64;
@@ -52,16 +53,16 @@ impl Codec for Blockwise4Bit {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         let scales_at = out.len();
-        out.reserve(self.encoded_len(values.len()));
-        out.resize(scales_at + 2 * values.len().div_ceil(BLOCK), 0);
-        simd::dispatch(Quantize { values, scales_at, out })
+        out.reserve(self.encoded_len(source.len()));
+        out.resize(scales_at + 2 * source.len().div_ceil(BLOCK), 0);
+        let clamped = simd::dispatch(Quantize { source, scales_at, out })
             .map_err(|index| EncodeError::NotFinite { scheme: Scheme::Blockwise4Bit, index })?;
-        Ok(EncodeReport::default())
+        Ok(EncodeReport { clamped, ..EncodeReport::default() })
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -83,7 +84,7 @@ impl Codec for Blockwise4Bit {
 }
 
 struct Quantize<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     scales_at: usize,
     out: &'a mut Vec<u8>,
 }
@@ -102,35 +103,42 @@ fn level_of(quotient: f32) -> u8 {
 }
 
 impl Kernel for Quantize<'_> {
-    /// The position of the first value that is not finite.
-    type Output = Result<(), usize>;
+    /// How many products were clamped, or the position of the first value that is not finite.
+    type Output = Result<usize, usize>;
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> Result<(), usize> {
-        for (number, block) in self.values.chunks(BLOCK).enumerate() {
-            let mut padded = [0.0_f32; BLOCK];
-            padded[..block.len()].copy_from_slice(block);
-            let largest = padded.iter().fold(0_u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
-            if largest >= 0x7f80_0000 {
-                return Err(number * BLOCK + block.iter().position(|v| !v.is_finite()).unwrap_or(0));
-            }
-            let scale = scale_for(largest);
-            let scale_at = self.scales_at + 2 * number;
-            self.out[scale_at..scale_at + 2].copy_from_slice(&scale.to_le_bytes());
-            let divisor = if scale == 0 { 1.0 } else { from_bfloat16(scale) };
-            let mut levels = [0_u8; BLOCK];
-            for (level, value) in levels.iter_mut().zip(&padded) {
-                *level = level_of(value / divisor);
-            }
-            if block.len() % 2 == 1 {
-                levels[block.len()] = 0;
-            }
-            let mut pairs = [0_u8; BLOCK / 2];
-            for (pair, [low, high]) in pairs.iter_mut().zip(levels.as_chunks::<2>().0) {
-                *pair = low | high << 4;
-            }
-            self.out.extend_from_slice(&pairs[..block.len().div_ceil(2)]);
-        }
-        Ok(())
+    fn run<I: Isa>(self, _: I) -> Result<usize, usize> {
+        let Self { source, mut scales_at, out } = self;
+        let mut is_finite = true;
+        let clamped = source.pieces(
+            PIECE,
+            #[inline(always)]
+            |piece| {
+                for block in piece.chunks(BLOCK) {
+                    let mut padded = [0.0_f32; BLOCK];
+                    padded[..block.len()].copy_from_slice(block);
+                    let largest = padded.iter().fold(0_u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
+                    is_finite &= largest < 0x7f80_0000;
+                    // What a block that is not finite gives does not matter: it is refused below.
+                    let scale = scale_for(largest.min(0x7f7f_ffff));
+                    out[scales_at..scales_at + 2].copy_from_slice(&scale.to_le_bytes());
+                    scales_at += 2;
+                    let divisor = if scale == 0 { 1.0 } else { from_bfloat16(scale) };
+                    let mut levels = [0_u8; BLOCK];
+                    for (level, value) in levels.iter_mut().zip(&padded) {
+                        *level = level_of(value / divisor);
+                    }
+                    if block.len() % 2 == 1 {
+                        levels[block.len()] = 0;
+                    }
+                    let mut pairs = [0_u8; BLOCK / 2];
+                    for (pair, [low, high]) in pairs.iter_mut().zip(levels.as_chunks::<2>().0) {
+                        *pair = low | high << 4;
+                    }
+                    out.extend_from_slice(&pairs[..block.len().div_ceil(2)]);
+                }
+            },
+        );
+        if is_finite { Ok(clamped) } else { Err(source.first_non_finite().unwrap_or(0)) }
     }
 }
 
@@ -152,8 +160,9 @@ static PAIRS: [[f32; 2]; 256] = {
 
 impl Reader for Lookup<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
-        let blocks = slots.chunks_mut(BLOCK).zip(self.pairs.chunks(BLOCK / 2)).zip(self.scales);
+    fn read<I: Isa, S: Sink>(&self, _: I, at: usize, slots: &mut [f32], sink: S) {
+        let pairs = self.pairs[at / 2..].chunks(BLOCK / 2);
+        let blocks = slots.chunks_mut(BLOCK).zip(pairs).zip(&self.scales[at / BLOCK..]);
         for ((block, bytes), scale) in blocks {
             let scale = from_bfloat16(u16::from_le_bytes(*scale));
             let (pairs, last) = block.as_chunks_mut::<2>();

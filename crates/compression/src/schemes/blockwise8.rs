@@ -12,6 +12,7 @@ use crate::error::check_length;
 use crate::finite::first_non_finite;
 use crate::schemes::dynamic_map::{BORDERS, LEVELS};
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 const BLOCK: usize = 4096;
@@ -25,20 +26,20 @@ impl Codec for Blockwise8Bit {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        let blocks = values.len().div_ceil(BLOCK);
-        out.reserve(self.encoded_len(values.len()));
+        let blocks = source.len().div_ceil(BLOCK);
+        out.reserve(self.encoded_len(source.len()));
         out.extend_from_slice(&(blocks as u64).to_le_bytes());
         out.extend_from_slice(&256_u64.to_le_bytes());
         let scales_at = out.len();
         out.resize(scales_at + 4 * blocks, 0);
         LEVELS.iter().for_each(|level| out.extend_from_slice(&level.to_le_bytes()));
-        simd::dispatch(Quantize { values, cells: &CELLS, scales_at, out })
+        let clamped = simd::dispatch(Quantize { source, cells: &CELLS, scales_at, out })
             .map_err(|index| EncodeError::NotFinite { scheme: Scheme::Blockwise8Bit, index })?;
-        Ok(EncodeReport::default())
+        Ok(EncodeReport { clamped, ..EncodeReport::default() })
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -102,42 +103,45 @@ static CELLS: LazyLock<Box<[Cell; CELL_COUNT]>> = LazyLock::new(|| {
 });
 
 struct Quantize<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     cells: &'a [Cell; CELL_COUNT],
     scales_at: usize,
     out: &'a mut Vec<u8>,
 }
 
 impl Kernel for Quantize<'_> {
-    /// The position of the first value that is not finite.
-    type Output = Result<(), usize>;
+    /// How many products were clamped, or the position of the first value that is not finite.
+    type Output = Result<usize, usize>;
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> Result<(), usize> {
+    fn run<I: Isa>(self, _: I) -> Result<usize, usize> {
         const CHUNK: usize = 256;
-        for (number, block) in self.values.chunks(BLOCK).enumerate() {
-            let largest = block.iter().fold(0_u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
-            if largest >= 0x7f80_0000 {
-                let at = block.iter().position(|v| !v.is_finite()).unwrap_or(0);
-                return Err(number * BLOCK + at);
-            }
-            let scale_at = self.scales_at + 4 * number;
-            self.out[scale_at..scale_at + 4].copy_from_slice(&largest.to_le_bytes());
-            // In an all-zero block every quotient is zero whatever the divisor.
-            let scale = if largest == 0 { 1.0 } else { f32::from_bits(largest) };
-            let at = self.out.len();
-            self.out.resize(at + block.len(), 0);
-            for (chunk, indices) in block.chunks(CHUNK).zip(self.out[at..].chunks_mut(CHUNK)) {
-                let mut quotients = [0.0_f32; CHUNK];
-                for (quotient, value) in quotients.iter_mut().zip(chunk) {
-                    *quotient = value / scale;
+        let Self { source, cells, mut scales_at, out } = self;
+        let mut is_finite = true;
+        let clamped = source.pieces(
+            BLOCK,
+            #[inline(always)]
+            |block| {
+                let largest = block.iter().fold(0_u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
+                is_finite &= largest < 0x7f80_0000;
+                out[scales_at..scales_at + 4].copy_from_slice(&largest.to_le_bytes());
+                scales_at += 4;
+                // In an all-zero block every quotient is zero whatever the divisor.
+                let scale = if largest == 0 { 1.0 } else { f32::from_bits(largest) };
+                let at = out.len();
+                out.resize(at + block.len(), 0);
+                for (chunk, indices) in block.chunks(CHUNK).zip(out[at..].chunks_mut(CHUNK)) {
+                    let mut quotients = [0.0_f32; CHUNK];
+                    for (quotient, value) in quotients.iter_mut().zip(chunk) {
+                        *quotient = value / scale;
+                    }
+                    for (index, quotient) in indices.iter_mut().zip(&quotients) {
+                        let cell = cells[cell_of(*quotient)];
+                        *index = (cell.base + u32::from(*quotient > cell.border)) as u8;
+                    }
                 }
-                for (index, quotient) in indices.iter_mut().zip(&quotients) {
-                    let cell = self.cells[cell_of(*quotient)];
-                    *index = (cell.base + u32::from(*quotient > cell.border)) as u8;
-                }
-            }
-        }
-        Ok(())
+            },
+        );
+        if is_finite { Ok(clamped) } else { Err(source.first_non_finite().unwrap_or(0)) }
     }
 }
 
@@ -149,10 +153,10 @@ struct Lookup<'a> {
 
 impl Reader for Lookup<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
-        let blocks = slots.chunks_mut(BLOCK).zip(self.indices.chunks(BLOCK));
+    fn read<I: Isa, S: Sink>(&self, _: I, at: usize, slots: &mut [f32], sink: S) {
+        let blocks = slots.chunks_mut(BLOCK).zip(self.indices[at..].chunks(BLOCK));
         for (number, (block, indices)) in blocks.enumerate() {
-            let scale = f32_at(self.scales, 4 * number);
+            let scale = f32_at(self.scales, 4 * (at / BLOCK + number));
             let scaled = self.levels.map(|level| level * scale);
             for (slot, index) in block.iter_mut().zip(indices) {
                 sink.put(slot, scaled[usize::from(*index)]);

@@ -4,6 +4,7 @@
 use crate::codec::{Reader, Sink, Target, f32_at, u64_at};
 use crate::error::check_length;
 use crate::simd::Isa;
+use crate::source::Source;
 use crate::{DecodeError, finite::first_non_finite};
 
 /// Length field and levels.
@@ -26,25 +27,29 @@ struct Bucket {
 
 /// Append the buffer, with `index(chunk, indices)` choosing the indices of at most [`CHUNK`] values at a time.
 #[inline(always)]
-pub(super) fn encode(values: &[f32], out: &mut Vec<u8>, mut index: impl FnMut(&[f32], &mut [u8])) {
+pub(super) fn encode(source: Source<'_>, out: &mut Vec<u8>, mut index: impl FnMut(&[f32], &mut [u8])) {
     let start = out.len();
-    out.reserve(encoded_len(values.len()));
+    out.reserve(encoded_len(source.len()));
     out.extend_from_slice(&256_u64.to_le_bytes());
     out.resize(start + HEADER_BYTES, 0);
     let mut buckets = [[Bucket::default(); 256]; 4];
-    for chunk in values.chunks(CHUNK) {
-        let at = out.len();
-        out.resize(at + chunk.len(), 0);
-        let indices = &mut out[at..];
-        index(chunk, indices);
-        for (four, of) in chunk.chunks(4).zip(indices.chunks(4)) {
-            for (table, (value, index)) in buckets.iter_mut().zip(four.iter().zip(of)) {
-                let bucket = &mut table[usize::from(*index)];
-                bucket.sum += f64::from(*value);
-                bucket.count += 1;
+    source.pieces(
+        CHUNK,
+        #[inline(always)]
+        |chunk| {
+            let at = out.len();
+            out.resize(at + chunk.len(), 0);
+            let indices = &mut out[at..];
+            index(chunk, indices);
+            for (four, of) in chunk.chunks(4).zip(indices.chunks(4)) {
+                for (table, (value, index)) in buckets.iter_mut().zip(four.iter().zip(of)) {
+                    let bucket = &mut table[usize::from(*index)];
+                    bucket.sum += f64::from(*value);
+                    bucket.count += 1;
+                }
             }
-        }
-    }
+        },
+    );
     for (level, slot) in out[start + 8..start + HEADER_BYTES].chunks_exact_mut(4).enumerate() {
         let sum: f64 = buckets.iter().map(|table| table[level].sum).sum();
         let count: u64 = buckets.iter().map(|table| table[level].count).sum();
@@ -75,8 +80,8 @@ struct Lookup<'a> {
 
 impl Reader for Lookup<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
-        for (slot, index) in slots.iter_mut().zip(self.indices) {
+    fn read<I: Isa, S: Sink>(&self, _: I, at: usize, slots: &mut [f32], sink: S) {
+        for (slot, index) in slots.iter_mut().zip(&self.indices[at..]) {
             sink.put(slot, self.levels[usize::from(*index)]);
         }
     }

@@ -6,6 +6,7 @@
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
 
 /// The largest finite half.
@@ -20,11 +21,11 @@ impl Codec for Float16 {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        Ok(simd::dispatch(Narrow { values, out }))
+        Ok(simd::dispatch(Narrow { source, out }))
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -42,7 +43,7 @@ pub(crate) fn clamp_half(value: f32) -> f32 {
 }
 
 struct Narrow<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     out: &'a mut Vec<u8>,
 }
 
@@ -51,8 +52,8 @@ impl Kernel for Narrow<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> EncodeReport {
         let mut report = EncodeReport::default();
-        append_chunks(
-            self.values,
+        report.clamped = append_chunks(
+            self.source,
             2,
             self.out,
             #[inline(always)]
@@ -108,10 +109,10 @@ struct Halves<'a>(&'a [u8]);
 
 impl Reader for Halves<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, isa: I, slots: &mut [f32], sink: S) {
+    fn read<I: Isa, S: Sink>(&self, isa: I, at: usize, slots: &mut [f32], sink: S) {
         read_halves(
             isa,
-            self.0,
+            &self.0[2 * at..],
             slots,
             #[inline(always)]
             |slot, value| sink.put(slot, value),

@@ -3,6 +3,7 @@
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
 
 pub(crate) struct None;
@@ -14,12 +15,12 @@ impl Codec for None {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        simd::dispatch(Copy { values, out });
-        Ok(EncodeReport::default())
+        let clamped = simd::dispatch(Copy { source, out });
+        Ok(EncodeReport { clamped, ..EncodeReport::default() })
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -30,16 +31,16 @@ impl Codec for None {
 }
 
 struct Copy<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     out: &'a mut Vec<u8>,
 }
 
 impl Kernel for Copy<'_> {
-    type Output = ();
+    type Output = usize;
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
+    fn run<I: Isa>(self, _: I) -> usize {
         append_chunks(
-            self.values,
+            self.source,
             4,
             self.out,
             #[inline(always)]
@@ -48,7 +49,7 @@ impl Kernel for Copy<'_> {
                     word.copy_from_slice(&value.to_le_bytes());
                 }
             },
-        );
+        )
     }
 }
 
@@ -56,8 +57,8 @@ struct Words<'a>(&'a [u8]);
 
 impl Reader for Words<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, _: I, slots: &mut [f32], sink: S) {
-        let (words, _) = self.0.as_chunks::<4>();
+    fn read<I: Isa, S: Sink>(&self, _: I, at: usize, slots: &mut [f32], sink: S) {
+        let (words, _) = self.0[4 * at..].as_chunks::<4>();
         for (slot, word) in slots.iter_mut().zip(words) {
             sink.put(slot, f32::from_le_bytes(*word));
         }

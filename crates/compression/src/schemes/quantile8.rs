@@ -10,6 +10,7 @@ use crate::codec::{Codec, Scratch, Target};
 use crate::finite::first_non_finite;
 use crate::schemes::codebook;
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 /// Values whose quantiles are exact; also the size of the sample above it.
@@ -24,16 +25,18 @@ impl Codec for Quantile8Bit {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        if let Some(index) = first_non_finite(values) {
-            return Err(EncodeError::NotFinite { scheme: Scheme::Quantile8Bit, index });
-        }
-        let borders = borders(values, scratch);
-        simd::dispatch(Classify { values, borders: &borders, out });
-        Ok(EncodeReport::default())
+        source.whole(scratch, |values, scratch| {
+            if let Some(index) = first_non_finite(values) {
+                return Err(EncodeError::NotFinite { scheme: Scheme::Quantile8Bit, index });
+            }
+            let borders = borders(values, scratch);
+            simd::dispatch(Classify { source: Source::plain(values), borders: &borders, out });
+            Ok(EncodeReport::default())
+        })
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -120,7 +123,7 @@ fn radix_sort(keys: &mut Vec<u32>, spare: &mut Vec<u32>) {
 }
 
 struct Classify<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     borders: &'a [f32; 256],
     out: &'a mut Vec<u8>,
 }
@@ -131,7 +134,7 @@ impl Kernel for Classify<'_> {
     fn run<I: Isa>(self, _: I) {
         let borders = self.borders;
         codebook::encode(
-            self.values,
+            self.source,
             self.out,
             #[inline(always)]
             |chunk, indices| {
@@ -175,7 +178,7 @@ mod tests {
             (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
         let borders = borders(&values, &mut Scratch::new());
         let mut out = Vec::new();
-        simd::dispatch(Classify { values: &values, borders: &borders, out: &mut out });
+        simd::dispatch(Classify { source: Source::plain(&values), borders: &borders, out: &mut out });
         let mut populations = [0_usize; 256];
         out[codebook::HEADER_BYTES..].iter().for_each(|index| populations[usize::from(*index)] += 1);
         let fair = count / 256;

@@ -11,6 +11,7 @@ use crate::error::check_length;
 use crate::finite::first_non_finite;
 use crate::schemes::float16::{HALF_MAX, clamp_half, read_halves};
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 /// Deviations below this are raised to it, as hivemind does.
@@ -25,11 +26,11 @@ impl Codec for ScaledFloat16 {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
-        _: &mut Scratch,
+        scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        encode_rows(values, values.len(), 1, out)
+        source.whole(scratch, |values, _| encode_rows(values, values.len(), 1, out))
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -163,7 +164,7 @@ impl Kernel for Narrow<'_> {
         let Self { row, mean, deviation, out } = self;
         let mut saturated = 0_usize;
         append_chunks(
-            row,
+            Source::plain(row),
             2,
             out,
             #[inline(always)]
@@ -217,20 +218,25 @@ struct Rows<'a> {
 
 impl Reader for Rows<'_> {
     #[inline(always)]
-    fn read<I: Isa, S: Sink>(self, isa: I, slots: &mut [f32], sink: S) {
-        let rows = slots.chunks_mut(self.width).zip(self.halves.chunks(2 * self.width));
-        for (number, (row, halves)) in rows.enumerate() {
-            let mean = f32_at(self.means, 4 * number);
-            let deviation = f32_at(self.deviations, 4 * number);
+    fn read<I: Isa, S: Sink>(&self, isa: I, at: usize, mut slots: &mut [f32], sink: S) {
+        let mut halves = &self.halves[2 * at..];
+        let (mut row, mut column) = (at / self.width, at % self.width);
+        while !slots.is_empty() {
+            let (here, after) = slots.split_at_mut(slots.len().min(self.width - column));
+            let mean = f32_at(self.means, 4 * row);
+            let deviation = f32_at(self.deviations, 4 * row);
+            let (halves_here, halves_after) = halves.split_at(2 * here.len());
             read_halves(
                 isa,
-                halves,
-                row,
+                halves_here,
+                here,
                 #[inline(always)]
                 |slot, value| {
                     sink.put(slot, value * deviation + mean);
                 },
             );
+            (slots, halves) = (after, halves_after);
+            (row, column) = (row + 1, 0);
         }
     }
 }

@@ -5,10 +5,10 @@
 //! out share the end buckets: they are counted as saturated, and err by at most the spread of the values beyond 3 sigma
 //! (plus a width). Constant vectors are exact. NaN and infinity are refused with the index of the first.
 
-use crate::codec::{Codec, Scratch, Target};
-use crate::finite::first_non_finite;
+use crate::codec::{Codec, PIECE, Scratch, Target};
 use crate::schemes::codebook;
 use crate::simd::{self, Isa, Kernel};
+use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 pub(crate) struct Uniform8Bit;
@@ -20,19 +20,19 @@ impl Codec for Uniform8Bit {
 
     fn encode(
         &self,
-        values: &[f32],
+        source: Source<'_>,
         out: &mut Vec<u8>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        let moments = simd::dispatch(Moments { values });
+        let moments = simd::dispatch(Moments { source });
         // A sum over f32 values cannot overflow an f64, so this sees exactly NaN and infinity.
         if !moments.square_sum.is_finite() {
-            let index = first_non_finite(values).unwrap_or(0);
+            let index = source.first_non_finite().unwrap_or(0);
             return Err(EncodeError::NotFinite { scheme: Scheme::Uniform8Bit, index });
         }
-        let grid = Grid::new(values, &moments);
-        let saturated = simd::dispatch(Quantize { values, grid, out });
-        Ok(EncodeReport { saturated, nan: 0 })
+        let grid = Grid::new(source, &moments);
+        let saturated = simd::dispatch(Quantize { source, grid, out });
+        Ok(EncodeReport { saturated, clamped: moments.clamped, ..EncodeReport::default() })
     }
 
     fn decode(&self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
@@ -44,10 +44,15 @@ impl Codec for Uniform8Bit {
 struct Sums {
     sum: f64,
     square_sum: f64,
+    clamped: usize,
+}
+
+fn first(source: Source<'_>) -> f64 {
+    if source.is_empty() { 0.0 } else { f64::from(source.at(0)) }
 }
 
 struct Moments<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
 }
 
 impl Kernel for Moments<'_> {
@@ -55,22 +60,31 @@ impl Kernel for Moments<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Sums {
         const LANES: usize = 16;
-        let shift = f64::from(self.values.first().copied().unwrap_or(0.0));
+        let shift = first(self.source);
         let (mut sums, mut squares) = ([0.0_f64; LANES], [0.0_f64; LANES]);
-        let (groups, rest) = self.values.as_chunks::<LANES>();
-        for group in groups {
-            for lane in 0..LANES {
-                let offset = f64::from(group[lane]) - shift;
-                sums[lane] += offset;
-                squares[lane] += offset * offset;
-            }
-        }
-        for (lane, value) in rest.iter().enumerate() {
-            let offset = f64::from(*value) - shift;
-            sums[lane] += offset;
-            squares[lane] += offset * offset;
-        }
-        Sums { sum: sums.iter().sum(), square_sum: squares.iter().sum() }
+        let clamped = self.source.pieces(
+            PIECE,
+            #[inline(always)]
+            |piece| {
+                // Locals, which stay in registers.
+                let (mut piece_sums, mut piece_squares) = (sums, squares);
+                let (groups, rest) = piece.as_chunks::<LANES>();
+                for group in groups {
+                    for lane in 0..LANES {
+                        let offset = f64::from(group[lane]) - shift;
+                        piece_sums[lane] += offset;
+                        piece_squares[lane] += offset * offset;
+                    }
+                }
+                for (lane, value) in rest.iter().enumerate() {
+                    let offset = f64::from(*value) - shift;
+                    piece_sums[lane] += offset;
+                    piece_squares[lane] += offset * offset;
+                }
+                (sums, squares) = (piece_sums, piece_squares);
+            },
+        );
+        Sums { sum: sums.iter().sum(), square_sum: squares.iter().sum(), clamped }
     }
 }
 
@@ -84,10 +98,10 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(values: &[f32], sums: &Sums) -> Self {
-        let count = values.len() as f64;
-        let shift = f64::from(values.first().copied().unwrap_or(0.0));
-        let mean = if values.is_empty() { 0.0 } else { shift + sums.sum / count };
+    fn new(source: Source<'_>, sums: &Sums) -> Self {
+        let count = source.len() as f64;
+        let shift = first(source);
+        let mean = if source.is_empty() { 0.0 } else { shift + sums.sum / count };
         let variance = (sums.square_sum - sums.sum * (sums.sum / count)) / (count - 1.0);
         // One value, or all equal (rounding may leave less than zero): any index is exact. NaN fails the test too.
         if !(variance > 0.0 && count > 1.0) {
@@ -108,7 +122,7 @@ impl Grid {
 }
 
 struct Quantize<'a> {
-    values: &'a [f32],
+    source: Source<'a>,
     grid: Grid,
     out: &'a mut Vec<u8>,
 }
@@ -122,7 +136,7 @@ impl Kernel for Quantize<'_> {
         let Grid { unit, mean, scale } = self.grid;
         let mut saturated = 0_usize;
         codebook::encode(
-            self.values,
+            self.source,
             self.out,
             #[inline(always)]
             |chunk, indices| {
