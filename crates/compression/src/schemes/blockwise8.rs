@@ -65,12 +65,35 @@ impl Codec for Blockwise8Bit {
     }
 }
 
-/// The codebook entry for a small range of floats: `base`, plus one for values above `border`.
-#[derive(Clone, Copy)]
-struct Cell {
-    border: f32,
-    base: u32,
-}
+/// The number of borders below each small range of floats; one more may lie inside. 4 KiB, so that the table and the
+/// values of a block share the L1 cache.
+static CELLS: LazyLock<Box<[u8; CELL_COUNT]>> = LazyLock::new(|| {
+    let level_of = |value: f32| BORDERS.partition_point(|border| *border < value);
+    let mut cells = Box::new([0; CELL_COUNT]);
+    for (number, cell) in cells.iter_mut().enumerate() {
+        let magnitude = number as u32 & 2047;
+        // The smallest and the largest magnitude that fall into this cell; all that are smaller fall into the first.
+        let near = if magnitude == 0 { 0 } else { (magnitude + CELL_OFFSET) << CELL_SHIFT };
+        let far = ((magnitude + CELL_OFFSET + 1) << CELL_SHIFT) - 1;
+        let sign = if number < 2048 { 1.0 } else { -1.0 };
+        let (a, b) = (sign * f32::from_bits(near), sign * f32::from_bits(far));
+        let base = level_of(a.min(b));
+        assert!(level_of(a.max(b)) <= base + 1, "the codebook is coarser than the cells");
+        *cell = base as u8;
+    }
+    cells
+});
+
+/// The border above each level; none above the last.
+static BORDER_ABOVE: [f32; 256] = {
+    let mut borders = [f32::INFINITY; 256];
+    let mut index = 0;
+    while index < 255 {
+        borders[index] = BORDERS[index];
+        index += 1;
+    }
+    borders
+};
 
 /// Sign, five exponent bits (2^-32 to 1) and six mantissa bits: borders are at least 1.4 % apart, so no cell holds two.
 const CELL_COUNT: usize = 4096;
@@ -85,26 +108,9 @@ fn cell_of(value: f32) -> usize {
     (magnitude | (bits >> 31) << 11) as usize & (CELL_COUNT - 1)
 }
 
-static CELLS: LazyLock<Box<[Cell; CELL_COUNT]>> = LazyLock::new(|| {
-    let level_of = |value: f32| BORDERS.partition_point(|border| *border < value);
-    let mut cells = Box::new([Cell { border: f32::INFINITY, base: 0 }; CELL_COUNT]);
-    for (number, cell) in cells.iter_mut().enumerate() {
-        let magnitude = number as u32 & 2047;
-        // The smallest and the largest magnitude that fall into this cell; all that are smaller fall into the first.
-        let near = if magnitude == 0 { 0 } else { (magnitude + CELL_OFFSET) << CELL_SHIFT };
-        let far = ((magnitude + CELL_OFFSET + 1) << CELL_SHIFT) - 1;
-        let sign = if number < 2048 { 1.0 } else { -1.0 };
-        let (a, b) = (sign * f32::from_bits(near), sign * f32::from_bits(far));
-        let base = level_of(a.min(b));
-        assert!(level_of(a.max(b)) <= base + 1, "the codebook is coarser than the cells");
-        *cell = Cell { border: BORDERS.get(base).copied().unwrap_or(f32::INFINITY), base: base as u32 };
-    }
-    cells
-});
-
 struct Quantize<'a> {
     source: Source<'a>,
-    cells: &'a [Cell; CELL_COUNT],
+    cells: &'a [u8; CELL_COUNT],
     scales_at: usize,
     out: &'a mut Vec<u8>,
 }
@@ -130,13 +136,15 @@ impl Kernel for Quantize<'_> {
                 let at = out.len();
                 out.resize(at + block.len(), 0);
                 for (chunk, indices) in block.chunks(CHUNK).zip(out[at..].chunks_mut(CHUNK)) {
-                    let mut quotients = [0.0_f32; CHUNK];
-                    for (quotient, value) in quotients.iter_mut().zip(chunk) {
+                    // The arithmetic in the vector units, the look-ups after it.
+                    let (mut quotients, mut numbers) = ([0.0_f32; CHUNK], [0_u16; CHUNK]);
+                    for ((quotient, number), value) in quotients.iter_mut().zip(&mut numbers).zip(chunk) {
                         *quotient = value / scale;
+                        *number = cell_of(*quotient) as u16;
                     }
-                    for (index, quotient) in indices.iter_mut().zip(&quotients) {
-                        let cell = cells[cell_of(*quotient)];
-                        *index = (cell.base + u32::from(*quotient > cell.border)) as u8;
+                    for ((index, quotient), number) in indices.iter_mut().zip(&quotients).zip(numbers) {
+                        let base = cells[usize::from(number) & (CELL_COUNT - 1)];
+                        *index = base + u8::from(*quotient > BORDER_ABOVE[usize::from(base)]);
                     }
                 }
             },
@@ -174,8 +182,8 @@ mod tests {
         for border in BORDERS {
             for bits in border.to_bits() - 2..=border.to_bits() + 2 {
                 let value = f32::from_bits(bits);
-                let cell = CELLS[cell_of(value)];
-                let found = cell.base as usize + usize::from(value > cell.border);
+                let base = usize::from(CELLS[cell_of(value)]);
+                let found = base + usize::from(value > BORDER_ABOVE[base]);
                 assert_eq!(found, BORDERS.partition_point(|border| *border < value), "{value:e}");
             }
         }

@@ -34,7 +34,8 @@ impl Codec for Quantile8Bit {
                 return Err(EncodeError::NotFinite { scheme: Scheme::Quantile8Bit, index });
             }
             let borders = borders(values, scratch);
-            simd::dispatch(Classify { source: Source::plain(values), borders: &borders, out });
+            let index = Index::new(&borders);
+            simd::dispatch(Classify { source: Source::plain(values), borders: &borders, index: &index, out });
             Ok(EncodeReport::default())
         })
     }
@@ -122,29 +123,94 @@ fn radix_sort(keys: &mut Vec<u32>, spare: &mut Vec<u32>) {
     }
 }
 
+/// Narrows the search for a value's bucket: the range of the borders cut into equal cells, with the number of borders
+/// below each. The cell of a value never decreases as the value grows, so the borders in lower cells are below the
+/// value, those in higher cells above it, and only the few in its own cell are compared.
+struct Index {
+    lowest: f32,
+    /// Cells per unit of value.
+    density: f32,
+    below: [u8; CELLS],
+    /// Halvings that the fullest cell needs.
+    halvings: u32,
+}
+
+const CELLS: usize = 4096;
+
+impl Index {
+    fn new(borders: &[f32; 256]) -> Self {
+        let (lowest, highest) = (borders[0], borders[254]);
+        let density = (CELLS - 1) as f32 / (highest - lowest);
+        // Borders that are all equal, or too far apart or too close for the arithmetic, share one cell.
+        let density = if density.is_normal() { density } else { 0.0 };
+        let mut index = Self { lowest, density, below: [0; CELLS], halvings: 0 };
+        let mut fullest = 0;
+        let mut done = 0;
+        while done < 255 {
+            let cell = index.cell(borders[done]);
+            let here = borders[done..255].iter().take_while(|border| index.cell(**border) == cell).count();
+            done += here;
+            fullest = fullest.max(here);
+            index.below[cell + 1..].fill(done as u8);
+        }
+        index.halvings = usize::BITS - fullest.leading_zeros();
+        index
+    }
+
+    #[inline(always)]
+    fn cell(&self, value: f32) -> usize {
+        // Adding 2^23 rounds to an integer in the low mantissa bits. An infinite distance times zero is NaN, which both
+        // comparisons turn into the first cell.
+        let position = (value - self.lowest) * self.density;
+        let low = if position > 0.0 { position } else { 0.0 };
+        let clamped = if low < (CELLS - 1) as f32 { low } else { (CELLS - 1) as f32 };
+        (clamped + 8_388_608.0).to_bits() as usize & (CELLS - 1)
+    }
+}
+
 struct Classify<'a> {
     source: Source<'a>,
     borders: &'a [f32; 256],
+    index: &'a Index,
     out: &'a mut Vec<u8>,
 }
 
 impl Kernel for Classify<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let borders = self.borders;
+    fn run<I: Isa>(self, isa: I) {
+        // A constant number of halvings leaves no branch in the loop.
+        match self.index.halvings {
+            0 | 1 => self.search::<I, 1>(isa),
+            2 => self.search::<I, 2>(isa),
+            3 | 4 => self.search::<I, 4>(isa),
+            _ => self.search::<I, 8>(isa),
+        }
+    }
+}
+
+impl Classify<'_> {
+    #[inline(always)]
+    fn search<I: Isa, const HALVINGS: u32>(self, _: I) {
+        let Self { source, borders, index, out } = self;
         codebook::encode(
-            self.source,
-            self.out,
+            source,
+            out,
             #[inline(always)]
             |chunk, indices| {
-                for (index, value) in indices.iter_mut().zip(chunk) {
-                    // The number of borders strictly below the value, by eight halvings without branches.
-                    let mut below = 0_usize;
-                    for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-                        below += if *value > borders[(below + step - 1) & 255] { step } else { 0 };
+                let mut cells = [0_u16; codebook::CHUNK];
+                for (cell, value) in cells.iter_mut().zip(chunk) {
+                    *cell = index.cell(*value) as u16;
+                }
+                for ((slot, value), cell) in indices.iter_mut().zip(chunk).zip(cells) {
+                    // The number of borders strictly below the value.
+                    let mut below = usize::from(index.below[usize::from(cell) & (CELLS - 1)]);
+                    for halving in (0..HALVINGS).rev() {
+                        let step = 1 << halving;
+                        let border = borders[(below + step - 1).min(255)];
+                        below += if *value > border { step } else { 0 };
                     }
-                    *index = below as u8;
+                    *slot = below as u8;
                 }
             },
         );
@@ -163,6 +229,46 @@ mod tests {
     }
 
     #[test]
+    fn the_index_finds_what_a_full_search_finds() {
+        let spread = |map: &dyn Fn(f32) -> f32| {
+            std::array::from_fn(|i| if i < 255 { map(i as f32) } else { f32::INFINITY })
+        };
+        let mut all: Vec<[f32; 256]> = vec![
+            spread(&|i| i * 0.01 - 1.0),
+            spread(&|i| (i - 127.0).powi(9)),
+            spread(&|i| (i - 127.0) * 2e36),
+            spread(&|i| f32::from_bits(i as u32)),
+            spread(&|i| if i < 100.0 { -1.0 } else { 1.0 }),
+            spread(&|_| 3.0),
+            spread(&|i| if i < 254.0 { i * 1e-30 } else { f32::MAX }),
+            spread(&|i| 1.0 + i * f32::EPSILON),
+        ];
+        all.iter_mut().for_each(|borders| borders[..255].sort_by(f32::total_cmp));
+        for borders in &all {
+            let index = Index::new(borders);
+            let around = |border: &f32| [border.next_down(), *border, border.next_up()];
+            let mut values: Vec<f32> = borders[..255].iter().flat_map(around).collect();
+            values.extend([f32::MIN, f32::MAX, 0.0, -0.0, 1e-45, -1e-45]);
+            values.retain(|value| value.is_finite());
+            for level in [simd::Level::Portable, simd::Level::Avx512] {
+                let mut out = Vec::new();
+                simd::with_level(level, || {
+                    simd::dispatch(Classify {
+                        source: Source::plain(&values),
+                        borders,
+                        index: &index,
+                        out: &mut out,
+                    });
+                });
+                for (value, found) in values.iter().zip(&out[codebook::HEADER_BYTES..]) {
+                    let expected = borders[..255].partition_point(|border| border < value);
+                    assert_eq!(usize::from(*found), expected, "{value:e} in {borders:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn radix_sort_sorts() {
         let mut keys: Vec<u32> = (0..5000_u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
         let mut expected = keys.clone();
@@ -178,7 +284,13 @@ mod tests {
             (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
         let borders = borders(&values, &mut Scratch::new());
         let mut out = Vec::new();
-        simd::dispatch(Classify { source: Source::plain(&values), borders: &borders, out: &mut out });
+        let index = Index::new(&borders);
+        simd::dispatch(Classify {
+            source: Source::plain(&values),
+            borders: &borders,
+            index: &index,
+            out: &mut out,
+        });
         let mut populations = [0_usize; 256];
         out[codebook::HEADER_BYTES..].iter().for_each(|index| populations[usize::from(*index)] += 1);
         let fair = count / 256;
