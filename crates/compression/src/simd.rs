@@ -76,6 +76,15 @@ pub(crate) trait Isa: Copy {
     fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8];
     /// Widen exactly; a signalling NaN becomes quiet.
     fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8];
+    /// Copy to memory that is not read again soon: around the caches where there are instructions for it, so that the
+    /// lines are not fetched only to be overwritten. The slices have equal lengths.
+    #[inline(always)]
+    fn stream(self, to: &mut [f32], from: &[f32]) {
+        to.copy_from_slice(from);
+    }
+    /// Order what was [streamed](Self::stream) before everything that follows.
+    #[inline(always)]
+    fn stream_end(self) {}
 }
 
 /// The portable instruction set.
@@ -125,6 +134,27 @@ impl Isa for F16c {
             _mm256_storeu_ps(values.as_mut_ptr(), wide);
         }
         values
+    }
+    #[inline(always)]
+    fn stream(self, to: &mut [f32], from: &[f32]) {
+        use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps};
+        assert_eq!(to.len(), from.len());
+        let head = to.as_ptr().align_offset(16).min(to.len());
+        let (to_head, to) = to.split_at_mut(head);
+        let (from_head, from) = from.split_at(head);
+        to_head.copy_from_slice(from_head);
+        let ((to, to_tail), (from, from_tail)) = (to.as_chunks_mut::<4>(), from.as_chunks::<4>());
+        for (to, from) in to.iter_mut().zip(from) {
+            // SAFETY: SSE is part of x86-64. The load is the unaligned form; the store writes the 16 bytes of `to`,
+            // which are aligned: `head` skipped what was not, and each group is 16 bytes.
+            unsafe { _mm_stream_ps(to.as_mut_ptr(), _mm_loadu_ps(from.as_ptr())) };
+        }
+        to_tail.copy_from_slice(from_tail);
+    }
+    #[inline(always)]
+    fn stream_end(self) {
+        // SAFETY: SSE is part of x86-64, and the instruction only orders stores.
+        unsafe { std::arch::x86_64::_mm_sfence() };
     }
 }
 

@@ -71,6 +71,22 @@ proptest! {
 }
 
 #[test]
+fn matrices_that_are_written_around_the_caches_have_the_same_bits() {
+    // Above the threshold, with rows of every alignment.
+    let (rows, columns) = (2047, 2053);
+    let grads = [random(rows * columns, 5), random(rows * columns, 6)];
+    let run = || {
+        let mut state = LowRank::new(rows, columns, 5, 1, 0).unwrap();
+        round(&mut state, &grads[0]);
+        state.commit().unwrap();
+        let out = round(&mut state, &grads[1]);
+        (out, state.export_memory(), state.export_q())
+    };
+    let portable = with_level(Level::Portable, run);
+    assert!(run() == portable && with_level(Level::Avx2, run) == portable);
+}
+
+#[test]
 fn error_feedback_follows_the_sum_over_100_steps() {
     let (rows, columns) = (24, 16);
     let mut state = LowRank::new(rows, columns, 2, 1, 0).unwrap();

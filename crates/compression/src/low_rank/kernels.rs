@@ -81,6 +81,19 @@ fn entries(factor: &[f32], length: usize, at: usize, row: usize) -> [f32; GROUP]
     std::array::from_fn(|k| factor.get((at + k) * length + row).copied().unwrap_or(0.0))
 }
 
+/// Values from which on a matrix is written around the caches: 16 MiB, more than most cores have for themselves.
+const STREAMED_MIN: usize = 1 << 22;
+
+/// Copy a piece to a matrix: past the caches, if nothing of it would still be there when the matrix is read again.
+#[inline(always)]
+fn put<I: Isa>(isa: I, is_streamed: bool, target: &mut [f32], piece: &[f32]) {
+    if is_streamed {
+        isa.stream(target, piece);
+    } else {
+        target.copy_from_slice(piece);
+    }
+}
+
 /// A finished round's approximation, not yet taken out of the memory: `p q^T`, factors by column.
 #[derive(Clone, Copy)]
 pub(super) struct Correction<'a> {
@@ -103,13 +116,15 @@ pub(super) struct Project<'a> {
 impl Kernel for Project<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
+    fn run<I: Isa>(self, isa: I) {
         /// Rows and columns of a tile: pieces of eight factor columns stay in the L1 cache while eight rows use them.
         const TILE_ROWS: usize = 8;
         const TILE_COLUMNS: usize = 512;
         let Self { base, correction, grad, q, columns, rank, work, p } = self;
         let rows = p.len() / rank;
         let zeros = vec![0.0; columns];
+        let mut piece = [0.0_f32; TILE_COLUMNS];
+        let is_streamed = work.len() >= STREAMED_MIN;
         for first in (0..rows).step_by(TILE_ROWS) {
             let rows_here = first..rows.min(first + TILE_ROWS);
             let mut lanes = [[[0.0_f32; LANES]; GROUP]; TILE_ROWS];
@@ -117,7 +132,8 @@ impl Kernel for Project<'_> {
                 let tile = start..columns.min(start + TILE_COLUMNS);
                 for row in rows_here.clone() {
                     let span = row * columns + tile.start..row * columns + tile.end;
-                    let work = &mut work[span.clone()];
+                    let target = &mut work[span.clone()];
+                    let work = &mut piece[..target.len()];
                     let inputs = base[span.clone()].iter().zip(&grad[span]);
                     for (value, (old, new)) in work.iter_mut().zip(inputs) {
                         *value = old + new;
@@ -131,6 +147,7 @@ impl Kernel for Project<'_> {
                     }
                     let pieces = group(q, columns, 0, &zeros).map(|column| &column[tile.clone()]);
                     dot_lanes(&mut lanes[row - first], work, pieces);
+                    put(isa, is_streamed, target, work);
                 }
             }
             for row in rows_here {
@@ -150,6 +167,7 @@ impl Kernel for Project<'_> {
                 }
             }
         }
+        isa.stream_end();
     }
 }
 
@@ -193,16 +211,26 @@ pub(super) struct Reconstruct<'a> {
 impl Kernel for Reconstruct<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
+    fn run<I: Isa>(self, isa: I) {
         let Self { p, q, columns, rank, out } = self;
         let rows = p.len() / rank;
         let zeros = vec![0.0; columns];
+        const TILE: usize = 512;
+        let mut piece = [0.0_f32; TILE];
+        let is_streamed = out.len() >= STREAMED_MIN;
         for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-            out.fill(0.0);
-            for at in (0..rank).step_by(GROUP) {
-                add_columns(out, entries(p, rows, at, row), group(q, columns, at, &zeros));
+            for (number, target) in out.chunks_mut(TILE).enumerate() {
+                let out = &mut piece[..target.len()];
+                out.fill(0.0);
+                let tile = number * TILE..number * TILE + out.len();
+                for at in (0..rank).step_by(GROUP) {
+                    let pieces = group(q, columns, at, &zeros).map(|column| &column[tile.clone()]);
+                    add_columns(out, entries(p, rows, at, row), pieces);
+                }
+                put(isa, is_streamed, target, out);
             }
         }
+        isa.stream_end();
     }
 }
 
