@@ -66,8 +66,9 @@ sim:  ## Explore simulated runs: make sim SEED=7 SEEDS=1000
 nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)
 	tests/nat/run
 
-bench: wheel  ## Measure beside hivemind, Gloo and memcpy; writes bench/results.json
-	$(PY) bench/run.py
+bench: wheel  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
+	cargo build --release -p potluck-cli
+	$(PY) bench/run.py $(ARGS)
 
 hard-days: wheel  ## Real processes, real faults, real networks (needs root); ARGS="--only spot_notice", "--minutes 60"
 	cargo build --release -p potluck-cli

@@ -6,7 +6,9 @@ import queue
 import signal
 import statistics
 import subprocess
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -16,11 +18,13 @@ PYTHON = {
     "gloo": ROOT / ".venv/bin/python",
     "hivemind": ROOT / ".venv-hivemind/bin/python",
 }
-SCRIPT = {
-    "potluck": HERE / "workers/potluck_peer.py",
-    "gloo": HERE / "workers/gloo_peer.py",
-    "hivemind": HERE / "workers/hivemind_peer.py",
-}
+# With `--alone` hivemind is left out: its column and its ratios stay empty.
+alone = False
+
+
+def systems(*names: str) -> list[str]:
+    """Those of the named systems that take part in this run, in this order."""
+    return [name for name in names if not (alone and name == "hivemind")]
 
 
 class PeerDied(Exception):
@@ -30,34 +34,30 @@ class PeerDied(Exception):
 class Worker:
     """One peer: a process in a session of its own, so that everything it starts can be ended with it."""
 
-    def __init__(self, system: str, arguments: list[str], namespace: str | None = None):
-        self.log = (
-            Path(os.environ.get("BENCH_LOG_DIR", "/tmp"))
-            / f"potluck-bench-{system}-{os.getpid()}-{id(self)}.log"
-        )
-        # "codec-<system>" is the codec worker in that system's environment.
-        if codec := system.removeprefix("codec-") if system.startswith("codec-") else None:
-            command = [
-                str(PYTHON[codec]),
-                str(HERE / "workers/codec.py"),
-                f"--system={codec}",
-                *arguments,
-            ]
-        else:
-            command = [str(PYTHON[system]), str(SCRIPT[system]), *arguments]
-        if namespace:
-            command = ["ip", "netns", "exec", namespace, *command]
+    def __init__(self, role: str, system: str, arguments: list[str], host=None):
+        # Lives as long as the worker: `end` closes it.
+        self.stderr = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{system}-")  # noqa: SIM115
+        command = [str(PYTHON[system]), str(HERE / f"workers/{role}.py"), f"--system={system}", *arguments]
+        if host is not None:
+            command = host.command(*command)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
+            stderr=self.stderr,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HIVEMIND_LOGLEVEL": "ERROR"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HIVEMIND_LOGLEVEL": "ERROR",
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
         )
         self.lines: queue.Queue = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.is_loaded = False
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self):
         for line in self.process.stdout:
@@ -65,22 +65,50 @@ class Worker:
                 self.lines.put(json.loads(line))
         self.lines.put(None)
 
+    def loaded(self):
+        """Wait until everything is imported."""
+        if not self.is_loaded:
+            self.report("loaded", 180)
+            self.is_loaded = True
+
     def tell(self, word: str):
-        """Send one word."""
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        """Send one line; a worker that has gone is found out by who waits for its report."""
+        try:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass
 
     def report(self, key: str, timeout: float) -> dict:
         """The next report that has `key`."""
+        deadline = time.monotonic() + timeout
         while True:
             try:
-                line = self.lines.get(timeout=timeout)
+                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 line = None
             if line is None:
-                raise PeerDied(f"{self.process.args[-8:]}: {self.log.read_text()[-2000:]}")
+                self.stderr.seek(0)
+                words = " ".join(self.stderr.read().split())[-300:]
+                raise PeerDied(f"no {key!r} from {self.process.args[-1]} within {timeout:.0f} s: {words}")
             if key in line:
                 return line
+
+    def ask(self, word: str, key: str, timeout: float = 180) -> dict:
+        """Send a line and wait for the report that answers it."""
+        self.tell(word)
+        return self.report(key, timeout)
+
+    def take(self) -> list[dict]:
+        """Every report that has come in since."""
+        found = []
+        while True:
+            try:
+                line = self.lines.get_nowait()
+            except queue.Empty:
+                return found
+            if line is not None:
+                found.append(line)
 
     def end(self):
         """Kill the worker and everything that it has started."""
@@ -89,40 +117,54 @@ class Worker:
         except ProcessLookupError:
             pass
         self.process.wait()
-        self.log.unlink(missing_ok=True)
+        self.reader.join(10)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.stderr.close()
 
 
 class Swarm:
-    """`peers` workers of one system that know one another."""
+    """`peers` workers of one system that know one another; options are the worker's."""
 
-    def __init__(self, system: str, peers: int, namespaces: list[str] | None = None, **options):
+    def __init__(self, role: str, system: str, peers: int, hosts=None, each=None, **options):
+        self.role, self.system, self.each = role, system, each
         self.workers: list[Worker] = []
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        address = None
+        self.options = {"peers": peers, **options}
+        self.address = None
         try:
             for rank in range(peers):
-                join = [f"--join={address}"] if address else []
-                namespace = namespaces[rank] if namespaces else None
-                worker = Worker(
-                    system,
-                    [f"--rank={rank}", f"--peers={peers}", *arguments, *join],
-                    namespace,
-                )
-                self.workers.append(worker)
-                if rank == 0:
-                    first = worker.report("address", 60)
-                    address = first["address"]
-            self.ready = [first if "ready" in first else None] + [None] * (peers - 1)
-            self.ready = [found or w.report("ready", 120) for found, w in zip(self.ready, self.workers)]
+                self.start(rank, hosts[rank] if hosts else None)
+            self.ready = [self.open(worker) for worker in self.workers[:1]]
+            for worker in self.workers[1:]:
+                worker.loaded()
+                worker.tell(f"open {self.address}")
+            self.ready += [worker.report("ready", 180) for worker in self.workers[1:]]
         except BaseException:
             self.end()
             raise
 
-    def ask(self, word: str, timeout: float = 180) -> list[dict]:
+    def start(self, rank: int, host=None) -> Worker:
+        """Load one more worker; it takes part when it is opened. `each(rank)` has options of its own for it."""
+        given = {"rank": rank, **self.options, **(self.each(rank) if self.each else {})}
+        if host is not None:
+            given["listen"] = host.address
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+        worker = Worker(self.role, self.system, words, host)
+        self.workers.append(worker)
+        return worker
+
+    def open(self, worker: Worker) -> dict:
+        """Let a loaded worker take part."""
+        worker.loaded()
+        ready = worker.ask("open" if self.address is None else f"open {self.address}", "ready")
+        self.address = self.address or ready["address"]
+        return ready
+
+    def ask(self, word: str, key: str = "ok", timeout: float = 180) -> list[dict]:
         """Give all peers the same word; their reports by rank."""
         for worker in self.workers:
             worker.tell(word)
-        return [worker.report("cpu" if word == "round" else "store", timeout) for worker in self.workers]
+        return [worker.report(key, timeout) for worker in self.workers]
 
     def end(self):
         """End every peer."""
@@ -136,19 +178,44 @@ class Swarm:
         self.end()
 
 
-def rounds(swarm: Swarm, count: int) -> dict:
-    """Medians over `count` rounds after one to warm up; a round lasts as long as its slowest peer."""
-    swarm.ask("round")
-    reports = [swarm.ask("round") for _ in range(count)]
-    good = [peers for peers in reports if all(peer["ok"] for peer in peers)]
-    if not good:
-        raise PeerDied("no round succeeded")
+def merge(peers: list[dict]) -> dict:
+    """One round out of its peers' reports: it lasts as long as its slowest peer."""
     return {
-        "rounds": len(good),
-        "failed": len(reports) - len(good),
-        "seconds": statistics.median(max(p["seconds"] for p in peers) for peers in good),
-        "transfer": statistics.median(max(p["transfer"] for p in peers) for peers in good),
-        "cpu": statistics.median(sum(p["cpu"] for p in peers) for peers in good),
-        "memory": max(p["memory"] for peers in good for p in peers),
-        "wire": statistics.median(max(p.get("wire", 0) for p in peers) for peers in good) or None,
+        "ok": all(peer["ok"] for peer in peers),
+        "seconds": max(peer["seconds"] for peer in peers),
+        "transfer": max(peer["transfer"] for peer in peers),
+        "cpu": sum(peer["cpu"] for peer in peers),
     }
+
+
+def alternate(swarms: dict[str, Swarm], turns: int, count=None) -> list[dict[str, dict]]:
+    """One round of each system in turn, `turns` times; `count(system)` reads bytes sent so far."""
+    found = []
+    for _ in range(turns):
+        turn = {}
+        for system, swarm in swarms.items():
+            before = count(system) if count else 0
+            turn[system] = merge(swarm.ask("round"))
+            turn[system]["wire"] = count(system) - before if count else None
+        found.append(turn)
+    return found
+
+
+def median(turns: list[dict], system: str, key: str):
+    """The median of a figure over the rounds that succeeded; None without one."""
+    values = [
+        turn[system][key]
+        for turn in turns
+        if turn.get(system, {}).get("ok") and turn[system][key] is not None
+    ]
+    return statistics.median(values) if values else None
+
+
+def pairwise(turns: list[dict], peer: str, key: str, peer_key: str | None = None):
+    """The median of peer's figure by ours, each turn by itself; None if no turn has both."""
+    ratios = [
+        turn[peer][peer_key or key] / turn["potluck"][key]
+        for turn in turns
+        if turn.get(peer, {}).get("ok") and turn["potluck"]["ok"] and turn["potluck"][key]
+    ]
+    return statistics.median(ratios) if ratios else None

@@ -7,71 +7,84 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import harness
+from harness import PeerDied
 from suites import SUITES
-from table import text
+from table import Row, failed, text
 
 HERE = Path(__file__).resolve().parent
 HIVEMIND = HERE.parent / ".venv-hivemind"
 
 
 def install_hivemind():
-    """hivemind in an environment of its own; its decoders need numpy < 2.4."""
+    """hivemind in an environment of its own; its decoders need numpy < 2.4. The same torch as beside it."""
     if (HIVEMIND / ".installed").exists():
         return
     print("installing hivemind 1.1.12 for comparison (once)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(HIVEMIND)], check=True)
-    pip = [
-        str(HIVEMIND / "bin/pip"),
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    subprocess.run(
-        [*pip, "hivemind==1.1.12", "numpy<2.4", "bitsandbytes==0.45.5", "psutil"],
-        check=True,
-    )
+    pip = [str(HIVEMIND / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
+    torch = version("torch").split("+")[0]
+    wanted = ["hivemind==1.1.12", "numpy<2.4", f"torch=={torch}", "bitsandbytes==0.45.5", "psutil"]
+    subprocess.run([*pip, *wanted], check=True)
     (HIVEMIND / ".installed").touch()
+
+
+def measure(name: str, quick: bool) -> dict:
+    """One suite. A suite that breaks is a missed figure, and the next one is run."""
+    start, rows = time.monotonic(), []
+    try:
+        for row in SUITES[name](quick):
+            rows.append(row)
+            print(f"    {row.what}: {row.potluck} {row.unit}, ratio {row.ratio}", file=sys.stderr, flush=True)
+    except (PeerDied, OSError, subprocess.SubprocessError) as error:
+        rows.append(failed(name, "the suite broke", "", error))
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "quick": quick,
+        "alone": harness.alone,
+        "rows": [row.json() for row in rows],
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only",
-        nargs="*",
-        choices=sorted(SUITES),
-        default=sorted(SUITES),
-        help="suites to run",
+        "--only", nargs="*", choices=list(SUITES), help="suites to run; the rest of --output is kept"
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds")
+    parser.add_argument(
+        "--alone", action="store_true", help="without hivemind: nothing is installed, no ratios"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
-    install_hivemind()
-    rows, start = [], time.time()
-    for name in args.only:
-        print(f"[{time.time() - start:5.0f} s] {name}", file=sys.stderr)
-        for row in SUITES[name](args.quick):
-            rows.append(row)
-            print(
-                f"    {row.what}: {row.potluck} {row.unit}, ratio {row.ratio}",
-                file=sys.stderr,
-            )
-    machine = {
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
-    result = {
-        "machine": machine,
-        "quick": args.quick,
-        "seconds": time.time() - start,
-        "rows": [row.json() for row in rows],
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    harness.alone = args.alone
+    if not args.alone:
+        install_hivemind()
+    suites = {}
+    if args.only and args.output.exists():
+        suites = json.loads(args.output.read_text())["suites"]
+    start = time.monotonic()
+    for name in args.only or SUITES:
+        print(f"[{time.monotonic() - start:5.0f} s] {name}", file=sys.stderr, flush=True)
+        suites[name] = measure(name, args.quick)
+        write(args.output, suites)
+    rows = [Row(**row) for suite in suites.values() for row in suite["rows"]]
     print(text(rows))
     missed = [row for row in rows if row.holds is False]
     print(f"\n{len(rows)} figures, {len(missed)} miss their target; {args.output}")
+
+
+def write(output: Path, suites: dict):
+    """All suites so far, in one order whatever order they were run in."""
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    ordered = {name: suites[name] for name in SUITES if name in suites}
+    seconds = round(sum(suite["seconds"] for suite in ordered.values()), 1)
+    output.write_text(
+        json.dumps({"machine": machine, "seconds": seconds, "suites": ordered}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rows of the result table: what was measured, the target, and whether it holds."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -17,29 +17,45 @@ class Row:
     target: str = ""
     holds: bool | None = None
     note: str = ""
+    # More figures of the same measurement, for results.json.
+    details: dict = field(default_factory=dict)
 
     def json(self) -> dict:
         """As plain data."""
         return asdict(self)
 
 
-def faster(area, what, potluck, peer, peer_name, at_least, unit="s", note="") -> Row:
-    """A row for times: ratio = the other's time by ours, to be at least `at_least` (None: no target)."""
-    ratio = peer / potluck if potluck and peer else None
+def faster(
+    area, what, potluck, peer, peer_name, at_least=None, unit="s", note="", ratio=None, details=None
+) -> Row:
+    """A row for what is better when smaller: ratio = the other's figure by ours (or the median of pairs, if given).
+
+    A target without a figure of ours is missed; without one of the other's there is no verdict.
+    """
+    if ratio is None and potluck and peer:
+        ratio = peer / potluck
     target = "" if at_least is None else f">= {at_least:g}x"
-    holds = None if at_least is None or ratio is None else ratio >= at_least
-    return Row(area, what, unit, potluck, peer, peer_name, ratio, target, holds, note)
+    holds = None
+    if at_least is not None:
+        holds = False if potluck is None else None if ratio is None else ratio >= at_least
+    return Row(area, what, unit, potluck, peer, peer_name, ratio, target, holds, note, details or {})
 
 
-def share(area, what, value, at_least=None, at_most=None, unit="", note="") -> Row:
+def share(
+    area, what, value, at_least=None, at_most=None, unit="", note="", peer=None, peer_name="", details=None
+) -> Row:
     """A row for a figure that has a bound of its own."""
     target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else ""
     holds = None
-    if at_least is not None:
-        holds = value >= at_least
-    elif at_most is not None:
-        holds = value <= at_most
-    return Row(area, what, unit, value, target=target, holds=holds, note=note)
+    if at_least is not None or at_most is not None:
+        holds = value is not None and (value >= at_least if at_least is not None else value <= at_most)
+    row = Row(area, what, unit, value, peer, peer_name, None, target, holds, note, details or {})
+    return row
+
+
+def failed(area, what, target, why) -> Row:
+    """A figure that could not be taken: it counts as missed."""
+    return Row(area, what, "", None, target=target, holds=False, note=" ".join(str(why).split())[:300])
 
 
 def _number(value) -> str:

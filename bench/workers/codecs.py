@@ -22,16 +22,13 @@ NAMES = {
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--system", required=True)
-    parser.add_argument("--numel", type=int, default=10_000_000)
-    args, _ = parser.parse_known_args()
-    torch.set_num_threads(1)
+    args = common.options(argparse.ArgumentParser())
     module = importlib.import_module(f"{args.system}.compression")
     tensor = torch.randn(args.numel, generator=torch.Generator().manual_seed(1))
     info = module.CompressionInfo.from_tensor(tensor)
     target = torch.empty_like(tensor)
-    common.say(ready=True, address="none", memory=common.memory_bytes())
+    common.opened()
+    common.say(ready=True, address="none")
     while (word := common.hear()) != "stop":
         if word == "memcpy":
             start = time.perf_counter()
