@@ -24,7 +24,11 @@ use std::time::Duration;
 
 /// Streams of both sides on one connection. Above it the muxer gives up the whole connection, hence the margin over
 /// what [`crate::shared`] lets one side open.
-const STREAMS_PER_CONNECTION_MAX: usize = 4096;
+///
+/// yamux sets 256 KiB of its 1 GiB for receive windows aside for each of these, and only out of what is left may a stream's
+/// window grow with the round trip. If nothing is left, a stream moves 256 KiB per round trip however fast the link is.
+const STREAMS_PER_CONNECTION_MAX: usize = 3840;
+const _: () = assert!((STREAMS_PER_CONNECTION_MAX << 18) + QUIC_CONNECTION_WINDOW_BYTES as usize <= 1 << 30);
 /// Inbound streams of one connection under negotiation.
 const NEGOTIATING_MAX: usize = 1024;
 /// A TCP connection has this long to come about.
