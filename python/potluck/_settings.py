@@ -77,8 +77,10 @@ def check_arguments(**given: Any) -> None:
     check_opts("averager_opts", given["averager_opts"], TIMING)
     check_opts("tracker_opts", given["tracker_opts"], TRACKER_TIMING)
     load = check_compression("load_state_compression", given["load_state_compression"])
-    if type(load) is not NoCompression:
-        raise ValueError("load_state_compression cannot have an effect: newcomers load the exact state")
+    if given["auxiliary"] and load != NoCompression():
+        raise ValueError(
+            "load_state_compression cannot have an effect with auxiliary=True: it has no state to offer"
+        )
     if given["use_local_updates"]:
         for name in (
             "delay_grad_averaging",
@@ -158,6 +160,8 @@ def session_options(**options: Any) -> str:
         "client_mode": False,
         "averaging_timeout": None,
         "load_state_timeout": 600.0,
+        "owner": None,
+        "invite": None,
     }
     unknown = options.keys() - defaults.keys() - {"run_id", "target_batch_size"}
     if unknown:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from potluck import _core
+from potluck.compression import (
+    CompressionBase,
+    CompressionInfo,
+    CompressionType,
+    NoCompression,
+    SerializedTensor,
+    TensorRole,
+)
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -45,6 +55,52 @@ def plain_part(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# The fact that lists which blobs are compressed messages instead of the plain values.
+ENCODED = "encoded"
+# Larger tensors are refused by decoders, so they travel as they are.
+_ENCODED_VALUES_MAX = 1 << 28
+
+
+def encode_blobs(
+    blobs: dict[str, torch.Tensor],
+    infos: Iterable[tuple[str, CompressionInfo]],
+    compression: CompressionBase,
+) -> dict[str, str]:
+    """Compress the named blobs in place, and answer the facts that the receiver needs for :func:`plain_blobs`.
+
+    Numbers (step counters and the like) and integers stay exact, and so do values that the scheme cannot express.
+    """
+    if compression == NoCompression():
+        return {}
+    encoded = []
+    for name, info in infos:
+        tensor = blobs[name]
+        if not tensor.is_floating_point() or not 1 < tensor.numel() <= _ENCODED_VALUES_MAX:
+            continue
+        if compression.scheme_for(info) == CompressionType.NONE:
+            continue
+        try:
+            message = compression.compress(tensor, info).SerializeToString()
+        except ValueError:
+            continue
+        blobs[name] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        encoded.append(name)
+    return {ENCODED: json.dumps(encoded)}
+
+
+def plain_blobs(meta: Mapping[str, str], blobs: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The blobs with compressed ones decoded."""
+    if ENCODED not in meta:
+        return blobs
+    plain: dict[str, Any] = dict(blobs)
+    for name in _parse(meta, ENCODED, list):
+        if not isinstance(name, str) or name not in blobs:
+            raise ValueError(f"the state lacks {name!r}, which it says is compressed")
+        message = SerializedTensor.FromString(bytes(blobs[name]))
+        plain[name] = _core.decode(message.buffer, message.size, message.dtype, int(message.compression))
+    return plain
+
+
 class StateCodec:
     """Captures and restores parameters, extra tensors, optimizer and scheduler."""
 
@@ -54,7 +110,9 @@ class StateCodec:
         parameters: Sequence[torch.Tensor],
         extra_tensors: Sequence[torch.Tensor],
         scheduler: Any,
+        compression: CompressionBase = NoCompression(),  # noqa: B008 - immutable
     ):
+        self.compression = compression
         self.optimizer, self.parameters = optimizer, list(parameters)
         self.extra_tensors, self.scheduler = list(extra_tensors), scheduler
 
@@ -91,6 +149,7 @@ class StateCodec:
         if self.scheduler is not None:
             meta["scheduler"] = json.dumps(plain_part(self.scheduler.state_dict()))
         blobs = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+        meta.update(encode_blobs(blobs, map(_describe, tensors.items()), self.compression))
         return meta, blobs
 
     @torch.no_grad()
@@ -100,6 +159,7 @@ class StateCodec:
         Raises ``ValueError`` if the state does not fit this model or optimizer.
         """
         described, groups = _parse(meta, "optimizer", dict), _parse(meta, "param_groups", list)
+        blobs = plain_blobs(meta, blobs)
         places = [(f"param.{i:06}", p) for i, p in enumerate(self.parameters)]
         places += [(f"extra.{i:06}", t) for i, t in enumerate(self.extra_tensors)]
         values = [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
@@ -148,6 +208,19 @@ def tensor_of(
     if size == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.frombuffer(bytearray(blob), dtype=dtype).reshape(tuple(shape))
+
+
+def _describe(item: tuple[str, torch.Tensor]) -> tuple[str, CompressionInfo]:
+    """What a policy may look at, under the keys that state averaging uses too."""
+    name, tensor = item
+    kind, _, rest = name.partition(".")
+    if kind == "opt":
+        index, _, statistic = rest.partition(".")
+        return name, CompressionInfo.from_tensor(
+            tensor, key=f"{statistic}.{int(index):06}", role=TensorRole.OPTIMIZER
+        )
+    role = TensorRole.PARAMETER if kind == "param" else TensorRole.UNSPECIFIED
+    return name, CompressionInfo.from_tensor(tensor, key=name, role=role)
 
 
 def _parse(meta: Mapping[str, str], name: str, kind: type) -> Any:

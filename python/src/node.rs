@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::hub::{Hub, LocalDialect, Run};
 use crate::runtime;
 use bytes::Bytes;
-use potluck_collab::{JoinError, Session, SessionConfig};
+use potluck_collab::{Invite, JoinError, Session, SessionConfig};
 use potluck_dht::{Dht, DhtConfig, Found};
 use potluck_net::{Env, Identity, PeerId, Token, TokenError, Transport};
 use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport, identity_file};
@@ -151,19 +151,26 @@ impl Node {
         }
     }
 
-    /// A line that lets others join a run through this peer.
-    fn token(&self, run_id: String) -> Result<String, Error> {
+    /// A line that lets others join a run through this peer; a closed run takes an invite in it.
+    #[pyo3(signature = (run_id, invite = None))]
+    fn token(&self, run_id: String, invite: Option<String>) -> Result<String, Error> {
         let bootstrap: Vec<String> = self.addresses().into_iter().take(12).collect();
-        let token = Token { run_id, bootstrap, invite: None };
+        let token = Token { run_id, bootstrap, invite: invite.map(String::into_bytes) };
         token.validate().map_err(|error| Error::Value(error.to_string()))?;
         Ok(token.to_string())
     }
 
-    /// `(run id, addresses)` of a token.
+    /// `(run id, addresses, invite)` of a token.
     #[staticmethod]
-    fn read_token(text: &str) -> Result<(String, Vec<String>), Error> {
+    fn read_token(text: &str) -> Result<(String, Vec<String>, Option<String>), Error> {
         let token: Token = text.parse().map_err(|error: TokenError| Error::Value(error.to_string()))?;
-        Ok((token.run_id, token.bootstrap))
+        let invite = token.invite.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        Ok((token.run_id, token.bootstrap, invite))
+    }
+
+    /// An invite to the closed run `run_id` that this peer owns, as text.
+    fn invite(&self, run_id: &str) -> String {
+        Invite::issue(&self.identity, run_id).to_text()
     }
 
     /// Leave the network; at most `seconds`.

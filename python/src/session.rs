@@ -37,11 +37,17 @@ struct Options {
     client_mode: bool,
     averaging_timeout: Option<f64>,
     load_state_timeout: f64,
+    /// The peer id of the owner of a closed run, and the invite to it.
+    owner: Option<String>,
+    invite: Option<String>,
 }
 
 impl Options {
     fn config(self) -> Result<SessionConfig, Error> {
         let limit = |field, value| runtime::seconds(field, value);
+        let read = |owner: &String| {
+            owner.parse().map_err(|_| Error::Value(format!("owner={owner:?}: expected a peer id")))
+        };
         Ok(SessionConfig {
             state_tensors: self.state_tensors,
             grad_compression: self.grad_compression,
@@ -52,6 +58,8 @@ impl Options {
             manifest_extra: self.manifest_extra,
             auxiliary: self.auxiliary,
             client_mode: self.client_mode,
+            owner: self.owner.as_ref().map(read).transpose()?,
+            invite: self.invite,
             averaging_timeout: limit("averaging_timeout", self.averaging_timeout)?,
             load_state_timeout: limit("load_state_timeout", Some(self.load_state_timeout))?
                 .unwrap_or(Duration::from_secs(600)),

@@ -32,6 +32,22 @@ def local_dht(hub: _core.Hub) -> Iterator[Callable[[], DHT]]:
         dht.shutdown()
 
 
+@pytest.fixture
+def loopback_dht() -> Iterator[Callable[..., DHT]]:
+    """Makes peers that talk over loopback sockets, each joining the first; they are shut down after the test."""
+    made: list[DHT] = []
+
+    def make(*initial_peers: str, **kwargs: Any) -> DHT:
+        known = [str(address) for dht in made[:1] for address in dht.get_visible_maddrs()]
+        options = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False, **kwargs}
+        made.append(DHT(list(initial_peers) or known, start=True, **options))
+        return made[-1]
+
+    yield make
+    for dht in made:
+        dht.shutdown()
+
+
 def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
     """Run each work in a thread; their results in order, or the first error."""
     results: list[Any] = [None] * len(works)

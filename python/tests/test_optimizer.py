@@ -252,7 +252,6 @@ def test_arguments_without_an_effect_are_errors(local_dht: Callable[[], DHT]) ->
     refused("it has no samples", auxiliary=True, batch_size_per_step=4)
     refused("measures every peer's bandwidth", averager_opts={"bandwidth": 3})
     refused("expected a compression", grad_compression="float16")
-    refused("exact state", load_state_compression=potluck.Float16Compression())
     with (
         pytest.raises(ValueError, match="batch_size is not known"),
         potluck.Optimizer(

@@ -122,34 +122,6 @@ def test_frozen_parameters_and_groups(local_dht: Callable[[], DHT]) -> None:
     assert equal(reference, model)
 
 
-def test_a_delayed_optimizer_step_loses_no_gradient(local_dht: Callable[[], DHT]) -> None:
-    reference, model = make_model(), make_model()
-    data = batches(9, 8)
-    optimizer, held = SGD(reference.parameters()), None
-    for x, y in data:
-        # The gradient is computed at the parameters of before the step that is under way.
-        backward(reference, x, y)
-        grads = [p.grad for p in reference.parameters()]
-        if held is not None:
-            for parameter, grad in zip(reference.parameters(), held, strict=True):
-                parameter.grad = grad
-            optimizer.step()
-        held = grads
-        optimizer.zero_grad()
-    with potluck.Optimizer(
-        dht=local_dht(), optimizer=SGD, params=model.parameters(), delay_optimizer_step=True, **COMMON
-    ) as opt:
-        for x, y in data:
-            backward(model, x, y)
-            worker = opt._worker
-            if worker is not None:
-                worker.join()
-            opt.step()
-            opt.zero_grad()
-        assert opt.local_epoch >= 7
-    assert distance(reference, model) < 0.2
-
-
 @pytest.mark.parametrize(
     "compression", [potluck.Float16Compression(), potluck.Uniform8BitQuantization()], ids=str
 )
@@ -161,8 +133,3 @@ def test_delayed_state_averaging_keeps_peers_equal(
         local_dht, [8, 8], 6, OPTIMIZERS[name], grad_compression=compression, delay_state_averaging=True
     )
     assert distance(*models) < 1e-5
-
-
-def test_local_updates_average_parameters_by_samples(local_dht: Callable[[], DHT]) -> None:
-    models = train_together(local_dht, [8, 8], 6, use_local_updates=True)
-    assert distance(*models) < 1e-6

@@ -6,6 +6,7 @@
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use potluck_collab::{Lineage, Snapshot};
+use potluck_compression::{Limits, SerializedTensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 const FORMAT: u32 = 1;
 const TENSORS: &str = "state.safetensors";
 const FACTS: &str = "checkpoint.json";
+/// The fact that lists which tensors are messages of `potluck-compression` instead of plain values.
+const ENCODED: &str = "encoded";
 const PARTIAL: &str = ".partial-";
 /// Larger descriptions are not read.
 const FACTS_BYTES_MAX: u64 = 256 << 20;
@@ -88,6 +91,22 @@ pub(crate) fn dtype_of(name: &str) -> Option<(Dtype, usize)> {
 }
 
 impl Checkpoint {
+    /// Turn tensors that travelled compressed (`load_state_compression`) back into plain ones.
+    pub(crate) fn decode(&mut self) -> Result<()> {
+        let Some(encoded) = self.snapshot.meta.remove(ENCODED) else { return Ok(()) };
+        let names: Vec<String> =
+            serde_json::from_str(&encoded).with_context(|| format!("{ENCODED}: no list of names"))?;
+        let limits = Limits::default();
+        for name in names {
+            let blob = self.snapshot.blobs.get_mut(&name).with_context(|| format!("{name} is missing"))?;
+            let plain = SerializedTensor::from_protobuf(blob, &limits)
+                .and_then(|message| potluck_compression::deserialize(&message, &limits))
+                .with_context(|| format!("{name} cannot be decoded"))?;
+            *blob = Bytes::from(plain.bytes);
+        }
+        Ok(())
+    }
+
     /// Write it into `dir` and let go of all but the newest `keep`. The older ones stay until this one is safe.
     pub(crate) fn save(&self, dir: &Path, keep: usize) -> Result<PathBuf> {
         let name = format!("epoch-{:012}", self.snapshot.epoch);
@@ -283,6 +302,29 @@ pub(crate) mod tests {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let param = tensors.tensor("param.000000").unwrap();
         assert_eq!((param.dtype(), param.shape()), (Dtype::F32, &[2, 3][..]));
+    }
+
+    #[test]
+    fn a_tensor_that_travelled_compressed_is_plain_again() {
+        let plain = checkpoint(1);
+        let raw = &plain.snapshot.blobs["param.000000"];
+        let message = potluck_compression::serialize(
+            potluck_compression::DType::Float32,
+            &[2, 3],
+            raw,
+            potluck_compression::Scheme::Float16,
+        )
+        .unwrap();
+        let mut encoded = plain.clone();
+        encoded.snapshot.meta.insert(ENCODED.into(), r#"["param.000000"]"#.into());
+        encoded.snapshot.blobs.insert("param.000000".into(), message.to_protobuf().into());
+        let dir = tempfile::tempdir().unwrap();
+        let mut loaded = Checkpoint::load(&encoded.save(dir.path(), 1).unwrap()).unwrap();
+        assert_eq!(loaded, encoded, "kept as it came, so that it can be handed on");
+        loaded.decode().unwrap();
+        assert_eq!(loaded, plain, "small whole numbers survive 16 bits");
+        encoded.snapshot.blobs.insert("param.000000".into(), Bytes::from_static(b"rubbish"));
+        assert!(encoded.decode().is_err());
     }
 
     #[test]

@@ -30,7 +30,8 @@ pub(crate) struct Args {
 
 /// Write the weights.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let checkpoint = open(&args.checkpoint)?;
+    let mut checkpoint = open(&args.checkpoint)?;
+    checkpoint.decode()?;
     let names = args.names.as_deref().map(read_names).transpose()?;
     let shapes = checkpoint::shapes(&checkpoint.snapshot.meta);
     let tensors = weights(&checkpoint, &shapes, names.as_deref())?;

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from potluck import _core, _settings
-from potluck._state import tensor_of
+from potluck._state import encode_blobs, plain_blobs, tensor_of
 from potluck._tensors import FlatTensors, views_of
 from potluck.averaging.control import AveragingStage, StepControl
 from potluck.compression import CompressionBase, CompressionInfo, NoCompression
@@ -80,13 +80,12 @@ class DecentralizedAverager:
                 raise ValueError(f"{name}={given[name]!r} cannot have an effect: {_settings.REASONS[name]}")
         if not 0 < averaging_alpha <= 1:
             raise ValueError(f"averaging_alpha={averaging_alpha!r}: expected 0 < alpha <= 1")
-        if type(_settings.check_compression("state_compression", state_compression)) is not NoCompression:
-            raise ValueError("state_compression cannot have an effect: others load the exact state")
         if any(t.grad_fn is not None for t in averaged_tensors):
             raise ValueError("averaged_tensors: expected tensors that are not the result of a computation")
         self.dht, self.prefix = dht, prefix
         self.min_group_size, self.averaging_alpha = min_group_size, averaging_alpha
         self.compression = _settings.check_compression("compression", compression)
+        self.state_compression = _settings.check_compression("state_compression", state_compression)
         self.request_timeout, self.shutdown_timeout = request_timeout, shutdown_timeout
         self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
         self.auxiliary = auxiliary
@@ -348,9 +347,10 @@ class DecentralizedAverager:
         if not self._allow_state_sharing:
             session.publish({}, {})
             return
-        facts, tensors, _ = self.get_current_state()
+        facts, tensors, infos = self.get_current_state()
         blobs = {f"tensor.{i:06}": t.contiguous() for i, t in enumerate(tensors)}
-        session.publish({"facts": json.dumps(facts)}, blobs)
+        encoded = encode_blobs(blobs, list(zip(blobs, infos, strict=True)), self.state_compression)
+        session.publish({"facts": json.dumps(facts), **encoded}, blobs)
 
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
         """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""
@@ -365,6 +365,7 @@ class DecentralizedAverager:
         if loaded is None or "facts" not in loaded[1]:
             return None
         _, meta, blobs = loaded
+        blobs = plain_blobs(meta, blobs)
         tensors = [tensor_of(blobs, f"tensor.{i:06}", t.dtype, t.shape) for i, t in enumerate(self._tensors)]
         with torch.no_grad(), self.get_tensors() as mine:
             for tensor, value in zip(mine, tensors, strict=True):

@@ -84,7 +84,8 @@ class DHT:
                 if name not in _REASONS:
                     raise TypeError(f"DHT() got an unexpected keyword argument {name!r}")
                 raise ValueError(f"{name}={value!r} cannot have an effect: {_REASONS[name]}")
-        self.initial_peers = _addresses(initial_peers)
+        self._invites: dict[str, str] = {}
+        self.initial_peers = _addresses(initial_peers, self._invites)
         self.client_mode = bool(client_mode)
         self.shutdown_timeout = shutdown_timeout
         self._bootstrap_seconds = 20.0 if bootstrap_timeout is None else float(bootstrap_timeout)
@@ -281,9 +282,40 @@ class DHT:
         """Addresses under which others reach this peer, best first; always the latest."""
         return [Multiaddr(address) for address in self.node.addresses()]
 
-    def token(self, run_id: str) -> str:
-        """One line that lets another machine join a run: ``DHT(initial_peers=token)``."""
-        return self.node.token(run_id)
+    def token(self, run_id: str, invite: bool = False) -> str:
+        """One line that lets another machine join a run: ``DHT(initial_peers=token)``.
+
+        The token of a closed run that this peer is in holds the invite, so whoever gets it can join.
+        ``invite=True`` signs one: this peer is the owner of the closed run.
+        """
+        if invite:
+            self._invites[run_id] = self.node.invite(run_id)
+        return self.node.token(run_id, self._invites.get(run_id))
+
+    def admission(self, run_id: str, owner: PeerID | str | None) -> tuple[str | None, str | None]:
+        """Owner and invite of a run, for those who join it: both None if it is open.
+
+        Raises ``ValueError`` if the run is closed to this peer.
+        """
+        if owner is None:
+            if run_id in self._invites:
+                raise ValueError(
+                    f"the token holds an invite, so the run {run_id!r} is closed: give owner=, its owner's peer id"
+                )
+            return None, None
+        name = str(owner)
+        if len(PeerID.from_base58(name).to_bytes()) < 34:
+            raise ValueError(
+                f"owner={name!r}: expected a peer id such as 12D3KooW…, as `potluck keygen` prints"
+            )
+        if name == self.node.peer_id:
+            self._invites[run_id] = self.node.invite(run_id)
+        if run_id not in self._invites:
+            raise ValueError(
+                f"the run {run_id!r} is closed and this peer has no invite: join with a token that holds one, or be "
+                "the owner, with identity_path= of the owner's key"
+            )
+        return name, self._invites[run_id]
 
     def __repr__(self) -> str:
         where = "not running" if self._node is None else self._node.peer_id
@@ -337,7 +369,8 @@ def _key(key: Any) -> bytes:
     return MSGPackSerializer.dumps(key)
 
 
-def _addresses(initial_peers: Sequence[Multiaddr | str] | str | None) -> list[str]:
+def _addresses(initial_peers: Sequence[Multiaddr | str] | str | None, invites: dict[str, str]) -> list[str]:
+    """Addresses of the peers to ask first; the invites of their tokens go into ``invites``."""
     if initial_peers is None:
         return []
     given = initial_peers.split(",") if isinstance(initial_peers, str) else list(initial_peers)
@@ -345,7 +378,10 @@ def _addresses(initial_peers: Sequence[Multiaddr | str] | str | None) -> list[st
     for item in given:
         text = str(item).strip()
         if text.startswith("potluck"):
-            addresses += _core.Node.read_token(text)[1]
+            run_id, bootstrap, invite = _core.Node.read_token(text)
+            addresses += bootstrap
+            if invite is not None:
+                invites[run_id] = invite
         else:
             maddr = Multiaddr(text)
             if maddr.peer_id is None:

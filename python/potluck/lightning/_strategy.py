@@ -58,6 +58,7 @@ class HivemindStrategy(_StrategyBase):
             the one that joined first, then the next when it leaves.
         shuffle_differently: whether shuffling data loaders get an order of this peer's own. By default yes for peers that
             join others, so that equal seeds do not make all peers train on the same samples.
+        owner: peer id of the owner of a closed run: only peers whose token holds an invite signed by it can join.
         **optimizer_kwargs: any further argument of ``potluck.Optimizer``, such as ``grad_compression``.
     """
 
@@ -94,6 +95,7 @@ class HivemindStrategy(_StrategyBase):
         identity_path: str | None = None,
         *,
         dht: potluck.DHT | None = None,
+        owner: Any = None,
         token: str | None = None,
         announce_maddrs: Sequence[str] | None = None,
         client_mode: bool | None = None,
@@ -105,7 +107,7 @@ class HivemindStrategy(_StrategyBase):
         _require_positive("target_batch_size", target_batch_size)
         if batch_size is not None:
             _require_positive("batch_size", batch_size)
-        self._run_id = run_id
+        self._run_id, self._owner = run_id, owner
         self._batch_size = batch_size
         self._scheduler_fn = scheduler_fn
         self._writer = writer
@@ -119,6 +121,7 @@ class HivemindStrategy(_StrategyBase):
             "averager_opts": averager_opts,
             "verbose": verbose or None,
             "dashboard": dashboard or None,
+            "owner": owner,
         }
         self._rebuild = bool(delay_optimizer_step or delay_grad_averaging or offload_optimizer)
         self._optimizer_kwargs = {
@@ -304,6 +307,12 @@ class HivemindStrategy(_StrategyBase):
     def _open_dht(self) -> potluck.DHT:
         if self._dht is None:
             self._dht = potluck.DHT(start=True, **self._dht_kwargs)
+            try:
+                # Before anything is printed: the line for others holds the invite of a closed run.
+                self._dht.admission(self._run_id, self._owner)
+            except ValueError:
+                self._dht.shutdown()
+                raise
             if self._joins is None:
                 print(self.joining_text, file=sys.stderr, flush=True)
         return self._dht

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +16,7 @@ from potluck import _core, _dashboard, _settings
 from potluck._state import StateCodec
 from potluck._tensors import FlatTensors, flat, views_of
 from potluck.compression import CompressionBase, NoCompression
+from potluck.optim._facts import OptimizerFacts
 from potluck.optim._inner import PLATEAU, InnerOptimizer
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.grad_scaler import GradScaler
@@ -23,6 +24,8 @@ from potluck.optim.progress_tracker import SessionTracker
 from potluck.utils.logging import get_logger
 
 logger = get_logger("potluck")
+# How long a newcomer that found nobody yet waits before it takes itself for the first.
+_HEARING_SECONDS = 3.0
 _HOOKS = (
     "step_pre",
     "step_post",
@@ -33,7 +36,7 @@ _HOOKS = (
 )
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(OptimizerFacts):
     """Gathers gradients, and steps ``optimizer`` once ``target_batch_size`` samples are in over all peers.
 
     Arguments are hivemind's. Timing arguments (``matchmaking_time`` and so on) are accepted and none is needed:
@@ -41,6 +44,9 @@ class Optimizer(torch.optim.Optimizer):
 
     ``dashboard=True`` serves a page that shows the run on a free port of this machine only (``dashboard_url``), and
     ``dashboard="127.0.0.1:8080"`` on that one.
+
+    ``owner=`` the peer id of a person or machine makes the run closed: only peers whose token holds an invite signed by
+    that peer can join it (``docs/operating.md``). The owner itself needs none.
 
     To clip what all peers averaged, register a hook: ``opt.register_step_pre_hook(lambda opt, args, kwargs:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))``; clipping between ``backward()`` and ``step()`` clips
@@ -83,6 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         shutdown_timeout: float = 5,
         verbose: bool = False,
         dashboard: bool | str = False,
+        owner: Any = None,
     ):
         if delay_optimizer_step is None:
             delay_optimizer_step = delay_grad_averaging
@@ -106,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
         self._inner = InnerOptimizer(optimizer, params, offload_optimizer, scheduler)
         self._adopt_hooks()
-        self._hold_state(average_opt_statistics, extra_tensors)
+        self._hold_state(average_opt_statistics, extra_tensors, load_state_compression)
         self.grad_averager = self._make_grad_averager(grad_averager_factory)
         self._join(
             grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
@@ -116,10 +123,13 @@ class Optimizer(torch.optim.Optimizer):
             average_state_every=_settings.positive("average_state_every", average_state_every),
             load_state_timeout=float(load_state_timeout),
             alpha=performance_ema_alpha,
+            admission=dht.admission(run_id, owner),
         )
         self.dashboard_url = _dashboard.serve(self._session, run_id, dashboard)
 
-    def _hold_state(self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor]) -> None:
+    def _hold_state(
+        self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor], compression: CompressionBase
+    ) -> None:
         """Memory for what state averaging exchanges, and the codec of what newcomers load."""
         for name in statistics:
             if not isinstance(name, str):
@@ -130,7 +140,7 @@ class Optimizer(torch.optim.Optimizer):
             + [t.shape for t in self._extra_tensors]
         )
         self._codec = StateCodec(
-            self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler
+            self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler, compression
         )
 
     def _tensor_infos(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -157,6 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         average_state_every: int,
         load_state_timeout: float,
         alpha: float,
+        admission: tuple[str | None, str | None],
     ) -> None:
         tensors, state_tensors = self._tensor_infos()
         options = _settings.session_options(
@@ -178,6 +189,8 @@ class Optimizer(torch.optim.Optimizer):
             auxiliary=self.auxiliary,
             client_mode=self.client_mode,
             load_state_timeout=load_state_timeout,
+            owner=admission[0],
+            invite=admission[1],
         )
         self._session = _core.Session.join(self.dht.node, options)
         self.tracker = SessionTracker(
@@ -225,71 +238,6 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def _averages_loss(self) -> bool:
         return isinstance(self._inner.scheduler, PLATEAU)
-
-    # What torch's own code looks at.
-
-    @property
-    def opt(self) -> torch.optim.Optimizer:
-        """The optimizer inside."""
-        return self._inner.optimizer
-
-    @property
-    def scheduler(self) -> Any:
-        """The learning rate scheduler that steps once per epoch."""
-        return self._inner.scheduler
-
-    @property
-    def model_parameters(self) -> list[torch.Tensor]:
-        """The trainable parameters of the model."""
-        return self._inner.model
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the optimizer inside; changes count."""
-        return self._inner.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the optimizer inside."""
-        return self._inner.optimizer.state
-
-    @property
-    def local_epoch(self) -> int:
-        """Shared optimizer steps so far."""
-        return int(self._session.epoch)
-
-    @property
-    def local_progress(self) -> Any:
-        """This peer's progress."""
-        return self.tracker.local_progress
-
-    @property
-    def state_averager(self) -> Optimizer:
-        """The part that holds parameters and optimizer state: here the optimizer itself."""
-        return self
-
-    def status(self) -> dict[str, Any]:
-        """Everything known about the run, as plain data: peers, rounds, bytes, memory."""
-        return json.loads(self._session.status())  # type: ignore[no-any-return]
-
-    def report_loss(self, loss: float | torch.Tensor) -> None:
-        """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""
-        self._loss = float(loss)
-        self._session.report_loss(self._loss)
-
-    def is_alive(self) -> bool:
-        """Whether this peer takes part."""
-        return not self._closed
-
-    def is_synchronized_with_peers(self) -> bool:
-        """Whether nobody is ahead."""
-        return self.tracker.global_epoch <= self.local_epoch
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: all peers agreed on the tensors when they joined."""
-        raise ValueError(
-            "parameters cannot be added while a run is on: all peers agreed on them when they joined"
-        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``."""
@@ -396,7 +344,11 @@ class Optimizer(torch.optim.Optimizer):
         if self.delay_grad_averaging:
             averager.reset_accumulated_grads_()
             return averager.flat_buffer, weight, None
-        return averager.flat_buffer, weight, [averager.mean_grad(i) for i in range(len(self._inner.model))]
+        local = [averager.mean_grad(i) for i in range(len(self._inner.model))]
+        if self.delay_optimizer_step:
+            # The next gradients gather in the same memory while the step still reads these.
+            local = [None if grad is None else grad.clone() for grad in local]
+        return averager.flat_buffer, weight, local
 
     def _average_to_grads(
         self, averaged: Any, alone: bool, local: list[torch.Tensor | None] | None
@@ -539,8 +491,15 @@ class Optimizer(torch.optim.Optimizer):
                 f"load_state_from_peers() takes no argument {next(iter(kwargs))!r}: potluck measures"
             )
         self._check_usable()
+        self._hear_of_others()
         while self._session.step(0) == "load_state" and self._load_state():
             self._log_events()
+
+    def _hear_of_others(self) -> None:
+        """Who joins by somebody's address is hardly alone, and hears of the others within moments."""
+        until = time.monotonic() + _HEARING_SECONDS
+        while self.dht.initial_peers and len(self.status()["peers"]) < 2 and time.monotonic() < until:
+            self._session.changed(0.1)
 
     def _load_state(self) -> bool:
         self._join_worker()

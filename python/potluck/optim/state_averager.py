@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from potluck import _settings
 from potluck._state import StateCodec
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.averaging.control import StepControl
-from potluck.compression import CompressionInfo, TensorRole
+from potluck.compression import CompressionInfo, NoCompression, TensorRole
 from potluck.optim._inner import InnerOptimizer
 from potluck.utils.logging import get_logger
 from potluck.utils.nested import nested_flatten, nested_pack
@@ -73,7 +74,13 @@ class TrainingStateAverager(DecentralizedAverager):
             for t, (name, role) in zip(tensors, roles, strict=True)
         ]
         self._codec = StateCodec(
-            self._inner.optimizer, self._inner.main, self.extra_tensors, self._inner.scheduler
+            self._inner.optimizer,
+            self._inner.main,
+            self.extra_tensors,
+            self._inner.scheduler,
+            _settings.check_compression(
+                "state_compression", kwargs.get("state_compression", NoCompression())
+            ),
         )
         self.local_epoch = 0
         self._delayed: StepControl | None = None

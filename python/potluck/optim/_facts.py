@@ -1,0 +1,85 @@
+"""What a shared optimizer tells about itself, to torch's own code and to users."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from potluck import _core
+from potluck.optim._inner import InnerOptimizer
+from potluck.optim.progress_tracker import SessionTracker
+
+
+class OptimizerFacts(torch.optim.Optimizer):
+    """The read-only half of :class:`potluck.Optimizer`."""
+
+    _inner: InnerOptimizer
+    _session: _core.Session
+    _closed: bool
+    _loss: float | None
+    tracker: SessionTracker
+
+    @property
+    def opt(self) -> torch.optim.Optimizer:
+        """The optimizer inside."""
+        return self._inner.optimizer
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning rate scheduler that steps once per epoch."""
+        return self._inner.scheduler
+
+    @property
+    def model_parameters(self) -> list[torch.Tensor]:
+        """The trainable parameters of the model."""
+        return self._inner.model
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the optimizer inside; changes count."""
+        return self._inner.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the optimizer inside."""
+        return self._inner.optimizer.state
+
+    @property
+    def local_epoch(self) -> int:
+        """Shared optimizer steps so far."""
+        return int(self._session.epoch)
+
+    @property
+    def local_progress(self) -> Any:
+        """This peer's progress."""
+        return self.tracker.local_progress
+
+    @property
+    def state_averager(self) -> OptimizerFacts:
+        """The part that holds parameters and optimizer state: here the optimizer itself."""
+        return self
+
+    def status(self) -> dict[str, Any]:
+        """Everything known about the run, as plain data: peers, rounds, bytes, memory."""
+        return json.loads(self._session.status())  # type: ignore[no-any-return]
+
+    def report_loss(self, loss: float | torch.Tensor) -> None:
+        """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""
+        self._loss = float(loss)
+        self._session.report_loss(self._loss)
+
+    def is_alive(self) -> bool:
+        """Whether this peer takes part."""
+        return not self._closed
+
+    def is_synchronized_with_peers(self) -> bool:
+        """Whether nobody is ahead."""
+        return self.tracker.global_epoch <= self.local_epoch
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: all peers agreed on the tensors when they joined."""
+        raise ValueError(
+            "parameters cannot be added while a run is on: all peers agreed on them when they joined"
+        )

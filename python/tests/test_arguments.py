@@ -1,0 +1,300 @@
+"""Every argument of the optimizer that others do not test has the effect that its name says."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import together
+from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
+
+import potluck
+from potluck.dht import DHT
+from potluck.optim import PowerSGDGradientAverager
+
+HALF = potluck.Float16Compression()
+COMMON: dict[str, Any] = {"run_id": "r", "target_batch_size": 8, "batch_size_per_step": 8}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The last status of every optimizer that was shut down."""
+    seen: list[dict[str, Any]] = []
+    shutdown = potluck.Optimizer.shutdown
+
+    def spy(self: potluck.Optimizer) -> None:
+        if self.is_alive():
+            seen.append(self.status())
+        shutdown(self)
+
+    monkeypatch.setattr(potluck.Optimizer, "shutdown", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio"),
+    [
+        ({}, 1),
+        ({"grad_compression": HALF}, 4 / 3),
+        ({"state_averaging_compression": HALF}, 4 / 3),
+        ({"grad_compression": HALF, "state_averaging_compression": HALF}, 2),
+    ],
+    ids=["none", "gradients", "state", "both"],
+)
+def test_each_compression_shrinks_what_it_names(
+    loopback_dht: Callable[..., DHT], watched: list[Any], options: dict[str, Any], ratio: float
+) -> None:
+    models = train_together(loopback_dht, [8, 8], 3, delay_state_averaging=False, **options)
+    assert equal(*models)
+    assert [status["compression_ratio"] for status in watched] == pytest.approx([ratio] * 2, rel=1e-3)
+    # Half of what is sent are gradients, half is state, and 58 values of 4 bytes are both.
+    assert {status["rounds"] for status in watched} == {6}
+
+
+def test_the_factory_of_the_gradient_averager_is_used(
+    loopback_dht: Callable[..., DHT], watched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = torch.nn.Linear(64, 64, bias=False)
+    monkeypatch.setattr("test_optimizer.make_model", lambda seed=0: _copied(wide))
+    data = [(torch.randn(16, 64), torch.randn(16, 64)) for _ in range(3)]
+    monkeypatch.setattr("test_optimizer.batches", lambda steps, size: data)
+    factory = partial(PowerSGDGradientAverager, averager_rank=2, min_compression_ratio=0.5)
+    models = train_together(loopback_dht, [8, 8], 3, grad_averager_factory=factory, average_state_every=100)
+    assert equal(*models)
+    # Two factors of 64 times 2 instead of 64 times 64.
+    assert watched[0]["compression_ratio"] == pytest.approx(16, rel=0.05)
+
+
+def _copied(net: torch.nn.Module) -> torch.nn.Module:
+    made = torch.nn.Linear(64, 64, bias=False)
+    made.load_state_dict(net.state_dict())
+    return made
+
+
+@pytest.mark.parametrize(("every", "rounds"), [(1, 12), (2, 9), (4, 7)])
+def test_state_is_averaged_every_so_many_epochs(
+    local_dht: Callable[[], DHT], watched: list[Any], every: int, rounds: int
+) -> None:
+    train_together(local_dht, [8, 8], 6, delay_state_averaging=False, average_state_every=every)
+    assert [status["rounds"] for status in watched] == [rounds, rounds]
+
+
+@pytest.mark.parametrize("statistics", [(), ("momentum_buffer",)], ids=str)
+def test_named_statistics_are_averaged(
+    local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch, statistics: tuple[str, ...]
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        made.append(SGD(parameters))
+        return made[-1]
+
+    models = train_together(
+        local_dht, [8, 8], 3, make, use_local_updates=True, average_opt_statistics=statistics
+    )
+    buffers = [
+        [inner.state[p]["momentum_buffer"] for p in net.parameters()]
+        for inner, net in zip(made, models, strict=True)
+    ]
+    same = all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+    assert same == bool(statistics)
+
+
+def test_extra_tensors_are_averaged_and_loaded(local_dht: Callable[[], DHT]) -> None:
+    extras, models = [torch.zeros(3) for _ in range(3)], [make_model() for _ in range(3)]
+
+    def join(index: int) -> potluck.Optimizer:
+        opt = potluck.Optimizer(
+            dht=local_dht(),
+            run_id="r",
+            target_batch_size=16,
+            batch_size_per_step=8,
+            optimizer=SGD(models[index].parameters()),
+            extra_tensors=[extras[index]],
+            delay_state_averaging=False,
+        )
+        opt.load_state_from_peers()
+        return opt
+
+    opts = [join(0), join(1)]
+
+    def train(index: int) -> None:
+        extras[index].fill_(index)
+        backward(models[index], *batches(1, 8)[0])
+        opts[index].step()
+        while opts[index].local_epoch < 1:
+            opts[index]._session.changed(0.05)
+            opts[index]._follow(0)
+
+    together(lambda: train(0), lambda: train(1))
+    assert torch.equal(extras[0], torch.full((3,), 0.5)) and torch.equal(extras[1], extras[0])
+    opts.append(join(2))
+    assert torch.equal(extras[2], extras[0])
+    for opt in opts:
+        opt.shutdown()
+
+
+def test_a_client_peer_is_not_dialled_and_counts_fully(loopback_dht: Callable[..., DHT]) -> None:
+    reference, made = make_model(), []
+    plain(SGD, batches(4, 16), reference)
+
+    def make() -> DHT:
+        made.append(loopback_dht(client_mode=bool(made)))
+        return made[-1]
+
+    models = train_together(make, [8, 8], 4, delay_state_averaging=False)
+    assert [bool(dht.get_visible_maddrs()) for dht in made] == [True, False]
+    assert distance(reference, models[0]) < 1e-6 and equal(*models)
+
+
+def test_client_mode_follows_the_dht_unless_given(loopback_dht: Callable[..., DHT]) -> None:
+    for dht, given, expected in [
+        (loopback_dht(), None, False),
+        (loopback_dht(client_mode=True), None, True),
+        (loopback_dht(), True, True),
+    ]:
+        with potluck.Optimizer(
+            dht=dht, optimizer=SGD(make_model().parameters()), client_mode=given, **COMMON
+        ) as opt:
+            assert opt.client_mode is expected and opt.local_progress.client_mode is expected
+
+
+def test_an_auxiliary_peer_helps_and_changes_nothing(loopback_dht: Callable[..., DHT]) -> None:
+    reference, done = make_model(), threading.Event()
+    plain(SGD, batches(4, 16), reference)
+    first = loopback_dht()
+    helper = potluck.Optimizer(
+        dht=loopback_dht(),
+        run_id="r",
+        target_batch_size=16,
+        optimizer=SGD(make_model(9).parameters()),
+        auxiliary=True,
+        delay_state_averaging=False,
+    )
+    handed = iter([first])
+
+    def assist() -> int:
+        rounds = 0
+        while not done.is_set():
+            helper.step()
+            rounds = helper.status()["rounds"]
+        return rounds
+
+    def train() -> list[torch.nn.Module]:
+        try:
+            return train_together(
+                lambda: next(handed, None) or loopback_dht(), [8, 8], 4, delay_state_averaging=False
+            )
+        finally:
+            done.set()
+
+    rounds, models = together(assist, train)
+    assert distance(reference, models[0]) < 1e-6 and equal(*models)
+    assert rounds > 0 and helper.local_epoch > 0
+    with pytest.raises(ValueError, match="no samples"):
+        helper.step(batch_size=8)
+    helper.shutdown()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.Adam, lr=0.01)], ids=["SGD", "Adam"])
+def test_a_state_download_travels_compressed(loopback_dht: Callable[..., DHT], optimizer: Any) -> None:
+    torch.manual_seed(0)
+    nets = [torch.nn.Linear(100, 100) for _ in range(3)]
+    sizes: list[int] = []
+    for compression, net in [(potluck.NoCompression(), nets[1]), (HALF, nets[2])]:
+        common = {"run_id": f"r{len(sizes)}", "target_batch_size": 8, "load_state_compression": compression}
+        donor = potluck.Optimizer(
+            dht=loopback_dht(), optimizer=optimizer(nets[0].parameters()), batch_size_per_step=8, **common
+        )
+        backward(nets[0], torch.randn(8, 100), torch.randn(8, 100))
+        donor.step()
+        with potluck.Optimizer(
+            dht=loopback_dht(), optimizer=optimizer(net.parameters()), **common
+        ) as newcomer:
+            load = newcomer._session.load_state
+            newcomer._session = _Measured(newcomer._session, load, sizes)
+            newcomer.load_state_from_peers()
+            assert newcomer.local_epoch == 1
+            for mine, theirs in zip(net.parameters(), nets[0].parameters(), strict=True):
+                kept = theirs if len(sizes) == 1 else theirs.half().float()
+                assert torch.equal(mine, kept)
+                for name, value in donor.state[theirs].items():
+                    exact = value.numel() == 1 or len(sizes) == 1
+                    assert torch.equal(newcomer.state[mine][name], value if exact else value.half().float())
+        donor.shutdown()
+    assert sizes[1] < 0.52 * sizes[0]
+
+
+class _Measured:
+    """A session that notes how many bytes a state had."""
+
+    def __init__(self, session: Any, load: Callable[[], Any], sizes: list[int]):
+        self._session, self._load, self._sizes = session, load, sizes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def load_state(self) -> Any:
+        loaded = self._load()
+        self._sizes.append(sum(map(len, loaded[2].values())))
+        return loaded
+
+
+def test_a_state_that_a_scheme_cannot_express_travels_as_it_is(local_dht: Callable[[], DHT]) -> None:
+    nets = [make_model(), make_model(3)]
+    with torch.no_grad():
+        nets[0][0].weight[0, 0] = float("nan")
+    options = {**COMMON, "load_state_compression": potluck.Uniform8BitQuantization()}
+    with potluck.Optimizer(dht=local_dht(), optimizer=SGD(nets[0].parameters()), **options) as donor:
+        backward(nets[0], *batches(1, 8)[0])
+        donor.step()
+        with potluck.Optimizer(dht=local_dht(), optimizer=SGD(nets[1].parameters()), **options) as newcomer:
+            newcomer.load_state_from_peers()
+            assert newcomer.local_epoch == 1
+    assert torch.equal(nets[1][0].weight.isnan(), nets[0][0].weight.isnan())
+
+
+def test_verbose_says_every_epoch(local_dht: Callable[[], DHT], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="potluck")
+    for verbose in (False, True):
+        with potluck.Optimizer(
+            dht=local_dht(), optimizer=SGD(make_model().parameters()), verbose=verbose, **COMMON
+        ) as opt:
+            backward(opt_model := make_model(), *batches(1, 8)[0])
+            for parameter, source in zip(opt.model_parameters, opt_model.parameters(), strict=True):
+                parameter.grad = source.grad
+            opt.step()
+        assert ("now at epoch 1" in caplog.text) == verbose
+
+
+def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], DHT]) -> None:
+    def refused(match: str, **kwargs: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match=match):
+            potluck.Optimizer(
+                dht=local_dht(), optimizer=SGD(make_model().parameters()), **{**COMMON, **kwargs}
+            )
+
+    for name in ("part_size_bytes", "min_vector_size", "target_group_size", "compression", "client_mode"):
+        refused(rf"averager_opts\['{name}'\] cannot have an effect", averager_opts={name: 1})
+    refused("averager_opts.*expected one of", averager_opts={"request_timout": 1})
+    refused("tracker_opts.*expected one of", tracker_opts={"private_key": 1})
+    refused("no state to offer", auxiliary=True, batch_size_per_step=None, load_state_compression=HALF)
+    refused("expected names", average_opt_statistics=[3])
+    refused("expected a whole number", average_state_every=0)
+    refused("not a potluck GradientAverager", grad_averager_factory=lambda *_, **__: None)
+    # Timing is measured; what hivemind's scripts set is taken and none of it is needed.
+    with potluck.Optimizer(
+        dht=local_dht(),
+        optimizer=SGD(make_model().parameters()),
+        averager_opts={"request_timeout": 1, "min_matchmaking_time": 2},
+        tracker_opts={"min_refresh_period": 1, "metadata_expiration": 3},
+        matchmaking_time=0.1,
+        averaging_timeout=0.1,
+        **COMMON,
+    ) as opt:
+        assert opt.is_alive()

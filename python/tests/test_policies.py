@@ -1,0 +1,171 @@
+"""Every policy against what it means in a single process, and a run that peers join and leave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import together
+from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
+
+import potluck
+from potluck.dht import DHT
+
+COMMON: dict[str, Any] = {"run_id": "r", "target_batch_size": 8, "batch_size_per_step": 8}
+
+
+def replay(data: list[Any], computed_at: list[int], applied: int) -> torch.nn.Module:
+    """Plain torch with stale gradients: the i-th is computed after ``computed_at[i]`` steps and applied as step i."""
+    net = make_model()
+    optimizer, grads, steps = SGD(net.parameters()), [], 0
+
+    def step_until(wanted: int) -> None:
+        nonlocal steps
+        while steps < wanted:
+            for parameter, grad in zip(net.parameters(), grads[steps], strict=True):
+                parameter.grad = grad
+            optimizer.step()
+            steps += 1
+        optimizer.zero_grad()
+
+    for (x, y), at in zip(data, computed_at, strict=True):
+        step_until(at)
+        backward(net, x, y)
+        grads.append([p.grad for p in net.parameters()])
+    step_until(applied)
+    return net
+
+
+@pytest.mark.parametrize("policy", ["delay_optimizer_step", "delay_grad_averaging"])
+def test_a_delayed_step_is_plain_torch_with_gradients_of_before(
+    local_dht: Callable[[], DHT], policy: str
+) -> None:
+    model, data, computed_at = make_model(), batches(9, 8), []
+    with potluck.Optimizer(
+        dht=local_dht(), optimizer=SGD, params=model.parameters(), **COMMON, **{policy: True}
+    ) as opt:
+        for x, y in data:
+            computed_at.append(opt.local_epoch)
+            backward(model, x, y)
+            opt.step()
+            opt.zero_grad()
+            # Until it was applied, or will be in the next step.
+            while opt.local_epoch <= len(computed_at) - 1 and opt._session.step(0) == "accumulate":
+                opt._session.changed(0.05)
+        opt._follow(0)
+        assert opt.local_epoch == 9
+    assert computed_at[-1] >= 7, "one step at most is on its way"
+    assert equal(replay(data, computed_at, 9), model)
+
+
+def test_gradients_gathered_during_a_slow_step_do_not_change_it(local_dht: Callable[[], DHT]) -> None:
+    may_step, model, data = threading.Event(), make_model(), batches(2, 8)
+
+    def slow(parameters: Any) -> torch.optim.Optimizer:
+        made = SGD(parameters)
+        made.register_step_pre_hook(lambda *_: may_step.wait(30) and None)
+        return made
+
+    with potluck.Optimizer(
+        dht=local_dht(), optimizer=slow, params=model.parameters(), delay_optimizer_step=True, **COMMON
+    ) as opt:
+        for x, y in data:
+            backward(model, x, y)
+            opt.step()
+            opt.zero_grad()
+        assert opt.local_epoch == 0
+        may_step.set()
+        while opt.local_epoch < 2:
+            opt._worker.join(30)
+            opt._follow(0)
+    assert equal(replay(data, [0, 0], 2), model)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("delayed", [False, True], ids=["state waits", "state beside"])
+def test_state_averaging_does_not_disturb_equal_peers(
+    local_dht: Callable[[], DHT], delayed: bool, every: int
+) -> None:
+    reference = make_model()
+    plain(SGD, batches(6, 16), reference)
+    models = train_together(local_dht, [8, 8], 6, delay_state_averaging=delayed, average_state_every=every)
+    assert distance(reference, models[0]) < 1e-6
+    assert distance(*models) < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [[8, 8], [3, 13]], ids=str)
+def test_local_updates_are_local_steps_and_the_mean_of_the_parameters(
+    local_dht: Callable[[], DHT], sizes: list[int]
+) -> None:
+    nets = [make_model() for _ in sizes]
+    steppers = [SGD(net.parameters()) for net in nets]
+    for x, y in batches(6, sum(sizes)):
+        start = 0
+        for net, stepper, size in zip(nets, steppers, sizes, strict=True):
+            backward(net, x[start : start + size], y[start : start + size])
+            stepper.step()
+            stepper.zero_grad()
+            start += size
+        with torch.no_grad():
+            for parameters in zip(*(net.parameters() for net in nets), strict=True):
+                mean = sum(p * size for p, size in zip(parameters, sizes, strict=True)) / sum(sizes)
+                for parameter in parameters:
+                    parameter.copy_(mean)
+    models = train_together(local_dht, sizes, 6, use_local_updates=True)
+    assert distance(nets[0], models[0]) < 1e-6
+    assert distance(*models) == 0
+
+
+def test_a_run_that_peers_join_and_leave_is_one_big_batch(local_dht: Callable[[], DHT]) -> None:
+    """Peer 2 joins for epoch 3, peer 0 leaves after epoch 5; each epoch is a batch over who is there."""
+    present = [[0, 1]] * 3 + [[0, 1, 2]] * 3 + [[1, 2]] * 3
+    data, reference = batches(len(present), 12), make_model()
+    pieces: list[dict[int, slice]] = []
+    optimizer = SGD(reference.parameters())
+    for (x, y), peers in zip(data, present, strict=True):
+        size = 12 // len(peers)
+        pieces.append({peer: slice(i * size, (i + 1) * size) for i, peer in enumerate(peers)})
+        backward(reference, x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+    models = [make_model(), make_model(), make_model(7)]
+    joined = [None, None, None]
+    enter, gone = threading.Event(), threading.Event()
+
+    def peer(me: int) -> None:
+        model = models[me]
+        if me == 2:
+            assert enter.wait(60)
+        opt = joined[me] = potluck.Optimizer(
+            dht=local_dht(),
+            run_id="r",
+            target_batch_size=12,
+            optimizer=SGD(model.parameters()),
+            delay_state_averaging=False,
+        )
+        opt.load_state_from_peers()
+        if me == 2:
+            assert opt.local_epoch == 3
+            gone.set()
+        while opt.local_epoch < len(present):
+            epoch = opt.local_epoch
+            if epoch == 3 and me == 1:
+                enter.set()
+                assert gone.wait(60)
+            if me not in pieces[epoch]:
+                break
+            x, y = (part[pieces[epoch][me]] for part in data[epoch])
+            backward(model, x, y)
+            opt.step(batch_size=len(x))
+            opt.zero_grad()
+            while opt.local_epoch <= epoch:
+                opt._session.changed(0.05)
+                opt._follow(0)
+        opt.shutdown()
+
+    together(*(lambda me=me: peer(me) for me in range(3)))
+    assert distance(reference, models[1]) < 1e-6
+    assert equal(models[1], models[2])
