@@ -54,7 +54,7 @@ def test_the_uninvited_stay_outside(loopback_dht: Callable[..., DHT], tmp_path: 
             optimizer(stranger, owner=owner)
         with pytest.raises(ValueError, match="give owner="):
             optimizer(loopback_dht(first.token("r")))
-        with pytest.raises(ValueError, match="owner='me': expected a peer id|'me' is no peer id"):
+        with pytest.raises(ValueError, match="owner='me': expected a peer id"):
             optimizer(stranger, owner="me")
         # An invite that somebody else has signed, and one to another run.
         for forged in (stranger._node.invite("r"), first._node.invite("another")):

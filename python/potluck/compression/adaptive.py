@@ -59,13 +59,13 @@ class RoleAdaptiveCompression(AdaptiveCompressionBase):
         parameter: CompressionBase | None = None,
         gradient: CompressionBase | None = None,
         optimizer: CompressionBase | None = None,
-        default: CompressionBase | None = None,
+        default: CompressionBase = NoCompression(),  # noqa: B008 - immutable
     ):
         self.activation = _checked("activation", activation, optional=True)
         self.parameter = _checked("parameter", parameter, optional=True)
         self.gradient = _checked("gradient", gradient, optional=True)
         self.optimizer = _checked("optimizer", optimizer, optional=True)
-        self.default = NoCompression() if default is None else _checked("default", default)
+        self.default = _checked("default", default)
 
     def choose_compression(self, info: CompressionInfo) -> CompressionBase:
         by_role = {

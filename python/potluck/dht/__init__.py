@@ -4,6 +4,7 @@ from potluck.dht.crypto import RSASignatureValidator
 from potluck.dht.dht import DHT
 from potluck.dht.schema import SchemaValidator, conbytes
 from potluck.dht.validation import CompositeValidator, DHTRecord, RecordValidatorBase
+from potluck.dht.value import DHTValue
 from potluck.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS, DHTExpiration, ValueWithExpiration
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CompositeValidator",
     "DHTExpiration",
     "DHTRecord",
+    "DHTValue",
     "RSASignatureValidator",
     "RecordValidatorBase",
     "SchemaValidator",

@@ -77,6 +77,17 @@ class RSAPrivateKey:
         padding, digest = _pss()
         return base64.b64encode(self._key.sign(data, padding, digest))
 
+    def to_bytes(self) -> bytes:
+        """The key itself (DER, not encrypted): a secret."""
+        serialization = _modules()[2]
+        return bytes(
+            self._key.private_bytes(
+                serialization.Encoding.DER,
+                serialization.PrivateFormat.TraditionalOpenSSL,
+                serialization.NoEncryption(),
+            )
+        )
+
     def get_public_key(self) -> RSAPublicKey:
         """The half that others get."""
         return RSAPublicKey(self._key.public_key())

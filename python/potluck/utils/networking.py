@@ -24,10 +24,10 @@ def choose_ip_address(
     raise ValueError(f"no address of {', '.join(protocol_priority)} among {[str(m) for m in maddrs]}")
 
 
-def log_visible_maddrs(maddrs: Sequence[Multiaddr], only_p2p: bool = False) -> None:
+def log_visible_maddrs(visible_maddrs: Sequence[Multiaddr], only_p2p: bool = False) -> None:
     """Log how other machines join."""
     if only_p2p:
-        shown = sorted({f"/p2p/{maddr.peer_id}" for maddr in maddrs if maddr.peer_id})
+        shown = sorted({f"/p2p/{maddr.peer_id}" for maddr in visible_maddrs if maddr.peer_id})
     else:
-        shown = [str(maddr) for maddr in maddrs]
+        shown = [str(maddr) for maddr in visible_maddrs]
     logger.info("To connect other peers to this one, use --initial_peers %s", " ".join(shown))

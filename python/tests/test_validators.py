@@ -1,0 +1,76 @@
+"""hivemind's record validators: what they sign, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from potluck.dht import CompositeValidator, DHTRecord, RSASignatureValidator, SchemaValidator
+from potluck.dht.schema import BytesWithPublicKey, conbytes
+from potluck.utils import MSGPackSerializer
+from potluck.utils.crypto import RSAPrivateKey, RSAPublicKey
+
+pydantic = pytest.importorskip("pydantic")
+pytest.importorskip("cryptography")
+
+
+def record(key: object, value: object, subkey: object = None) -> DHTRecord:
+    return DHTRecord(
+        MSGPackSerializer.dumps(key), MSGPackSerializer.dumps(subkey), MSGPackSerializer.dumps(value), 1e12
+    )
+
+
+def test_only_the_owner_writes_under_its_key() -> None:
+    owner, thief = RSASignatureValidator(RSAPrivateKey()), RSASignatureValidator(RSAPrivateKey())
+    plain = record("scores", 3, subkey=owner.local_public_key)
+    signed = dataclasses.replace(plain, value=owner.sign_value(plain))
+    assert owner.validate(signed) and thief.validate(signed), "everybody can check"
+    assert owner.strip_value(signed) == plain.value
+    assert not thief.validate(plain), "not signed"
+    assert not thief.validate(dataclasses.replace(plain, value=thief.sign_value(plain)))
+    changed = dataclasses.replace(signed, value=signed.value.replace(b"\x03", b"\x04", 1))
+    assert not owner.validate(changed)
+    moved = dataclasses.replace(signed, key=MSGPackSerializer.dumps("other"))
+    assert not owner.validate(moved)
+    assert thief.validate(record("scores", 3)), "nobody's record is everybody's"
+    assert not owner.validate(record("scores", 3, subkey=b"[owner:rubbish]"))
+
+
+def test_one_key_for_the_process_and_its_forms() -> None:
+    key = RSAPrivateKey.process_wide()
+    assert RSAPrivateKey.process_wide() is key and len(key.to_bytes()) > 1000
+    public = RSAPublicKey.from_bytes(key.get_public_key().to_bytes())
+    assert public.verify(b"data", key.sign(b"data")) and not public.verify(b"date", key.sign(b"data"))
+
+
+class Schema(pydantic.BaseModel):
+    """What a run's records look like."""
+
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    experiment: conbytes(regex=rb"run-\d+")
+    steps: dict[BytesWithPublicKey, pydantic.StrictInt]
+
+
+@pytest.mark.parametrize("prefix", [None, "lm"])
+def test_records_have_the_shape_of_the_schema(prefix: str | None) -> None:
+    validator = SchemaValidator(Schema, allow_extra_keys=False, prefix=prefix)
+    name = (lambda field: field) if prefix is None else (lambda field: f"{prefix}_{field}")
+    assert validator.validate(record(name("experiment"), b"run-12"))
+    assert not validator.validate(record(name("experiment"), b"other"))
+    assert not validator.validate(record(name("experiment"), 12))
+    owner = RSASignatureValidator(RSAPrivateKey()).local_public_key
+    assert validator.validate(record(name("steps"), 5, subkey=owner))
+    assert not validator.validate(record(name("steps"), "5", subkey=owner)), "nothing is converted"
+    assert not validator.validate(record(name("steps"), 5, subkey=b"nobody"))
+    assert not validator.validate(record(name("unknown"), 5))
+    assert SchemaValidator(Schema, prefix=prefix).validate(record(name("unknown"), 5))
+
+
+def test_both_together_sign_last_and_check_first() -> None:
+    rsa = RSASignatureValidator(RSAPrivateKey())
+    both = CompositeValidator([rsa, SchemaValidator(Schema, allow_extra_keys=False)])
+    plain = record("steps", 5, subkey=rsa.local_public_key)
+    signed = dataclasses.replace(plain, value=both.sign_value(plain))
+    assert both.validate(signed) and both.strip_value(signed) == plain.value
+    assert not both.validate(plain)
