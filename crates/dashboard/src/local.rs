@@ -39,6 +39,8 @@ impl Drop for Notice {
     fn drop(&mut self) {
         // If it is gone already, that is what is wanted.
         let _gone = std::fs::remove_file(&self.path);
+        // The last one takes the folder along; it is only removed when it is empty.
+        let _kept = self.path.parent().map(std::fs::remove_dir);
     }
 }
 
@@ -75,13 +77,15 @@ impl Notice {
             builder.mode(0o700);
             options.mode(0o600);
         }
-        builder.recursive(true).create(folder)?;
+        builder.recursive(true);
         let about = LocalRun { run_id: run_id.to_owned(), pid: std::process::id(), dashboard, token };
         for number in 0..NOTICES_MAX {
+            // Each time: whoever left last may have taken it along.
+            builder.create(folder)?;
             let path = folder.join(format!("{}-{number}.json", about.pid));
             let mut file = match options.write(true).create_new(true).open(&path) {
                 // Of another run of this process, or of a dead one that had the same number.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => continue,
                 opened => opened?,
             };
             // Only a file of ours can be trusted to stay ours: in a shared folder somebody else may have made it.
@@ -150,7 +154,7 @@ mod tests {
         drop(first);
         assert_eq!(runs_in(&folder).len(), 1);
         drop(second);
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "nothing stays behind");
+        assert!(!folder.exists(), "nothing stays behind");
     }
 
     #[test]
