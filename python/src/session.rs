@@ -246,7 +246,7 @@ impl Session {
         loop {
             match events.try_recv() {
                 Ok(event) => {
-                    let loud = matches!(event, Event::Alone { .. } | Event::LineageLost { .. });
+                    let loud = event.is_warning();
                     let json = serde_json::to_string(&event).unwrap_or_default();
                     taken.push((loud, event.to_string(), json));
                 }

@@ -29,6 +29,7 @@ mod station;
 mod store;
 mod sum;
 mod swarm;
+mod twin;
 mod wire;
 
 pub use averager::{

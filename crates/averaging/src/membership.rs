@@ -4,6 +4,7 @@
 //! only the peer itself raises its incarnation, which is how a peer that was given up wrongly comes back.
 
 use crate::detector::{Detector, HEARTBEAT, Opinion};
+use crate::twin::{OwnTwin, Twin};
 use crate::wire::{News, Progress, Pulse, Standing};
 use bytes::Bytes;
 use potluck_net::{Path, PeerId, Reachability};
@@ -43,6 +44,8 @@ pub struct Member {
     pub incarnation: u64,
     /// Random at each start of its program.
     pub process: u32,
+    /// Two processes speak under this identity: the file that holds it was copied.
+    pub twice: bool,
     /// Helps reducing, has no vector.
     pub auxiliary: bool,
     /// Dials out only.
@@ -94,6 +97,8 @@ struct Entry {
     pulse: Pulse,
     addresses: Vec<String>,
     detector: Detector,
+    twin: Twin,
+    twice: bool,
     linked: bool,
     /// When its newest heartbeat came, directly or relayed.
     pulse_at: Instant,
@@ -108,6 +113,7 @@ pub(crate) struct Membership {
     me: PeerId,
     incarnation: u64,
     pulse: Pulse,
+    twin: OwnTwin,
     peers: BTreeMap<PeerId, Entry>,
     next_beat: Instant,
     cursor: Option<PeerId>,
@@ -117,7 +123,17 @@ pub(crate) struct Membership {
 
 impl Membership {
     pub(crate) fn new(me: PeerId, pulse: Pulse, mesh_max: usize, now: Instant) -> Self {
-        Self { me, incarnation: 1, pulse, peers: BTreeMap::new(), next_beat: now, cursor: None, mesh_max }
+        let twin = OwnTwin::new(now);
+        Self {
+            me,
+            incarnation: 1,
+            pulse,
+            twin,
+            peers: BTreeMap::new(),
+            next_beat: now,
+            cursor: None,
+            mesh_max,
+        }
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
@@ -152,6 +168,8 @@ impl Membership {
             pulse: Pulse::default(),
             addresses: Vec::new(),
             detector: Detector::new(now),
+            twin: Twin::default(),
+            twice: false,
             linked: false,
             pulse_at: now,
             connect_at: now,
@@ -203,11 +221,16 @@ impl Membership {
         pulse: Pulse,
         actions: &mut Vec<Action>,
     ) {
-        if let Some(entry) = self.peers.get_mut(&peer)
-            && entry.pulse.process != pulse.process
-        {
-            // Its predecessor counted its heartbeats higher.
-            entry.pulse.sequence = 0;
+        if let Some(entry) = self.peers.get_mut(&peer) {
+            entry.twin.follows(now, entry.pulse.process, pulse.process);
+            let twice = entry.twin.is_certain(now);
+            if std::mem::replace(&mut entry.twice, twice) != twice {
+                actions.push(Action::Changed);
+            }
+            if entry.pulse.process != pulse.process {
+                // Its predecessor counted its heartbeats higher.
+                entry.pulse.sequence = 0;
+            }
         }
         self.hear_of(now, peer, incarnation, Standing::Alive, Some(pulse), actions);
         let Some(entry) = self.peers.get_mut(&peer) else { return };
@@ -224,6 +247,10 @@ impl Membership {
             if news.standing != Standing::Alive && news.incarnation >= self.incarnation {
                 self.incarnation = news.incarnation.saturating_add(1);
                 actions.push(Action::Beat);
+            }
+            if let Some(beat) = news.beat.filter(|beat| beat.process != self.pulse.process) {
+                self.twin.heard_of(now, beat.process, beat.sequence);
+                actions.push(Action::Changed);
             }
             return;
         }
@@ -421,14 +448,18 @@ impl Membership {
         })
     }
 
-    pub(crate) fn view(&self, path: impl Fn(PeerId) -> Option<Path>) -> View {
+    pub(crate) fn view(&self, now: Instant, path: impl Fn(PeerId) -> Option<Path>) -> View {
         let mut members: BTreeMap<PeerId, Member> = self
             .peers
             .iter()
             .filter(|(_, entry)| entry.standing == Standing::Alive)
-            .map(|(peer, entry)| (*peer, member(&entry.pulse, entry.incarnation, path(*peer), false)))
+            .map(|(peer, entry)| {
+                let other = member(&entry.pulse, entry.incarnation, path(*peer), false);
+                (*peer, Member { twice: entry.twice, ..other })
+            })
             .collect();
-        members.insert(self.me, member(&self.pulse, self.incarnation, None, true));
+        let own = member(&self.pulse, self.incarnation, None, true);
+        members.insert(self.me, Member { twice: self.twin.is_certain(now), ..own });
         View { members }
     }
 }
@@ -445,6 +476,7 @@ fn member(pulse: &Pulse, incarnation: u64, path: Option<Path>, local: bool) -> M
         path,
         incarnation,
         process: pulse.process,
+        twice: false,
         auxiliary: pulse.auxiliary,
         client: pulse.client,
         app: pulse.progress.app.clone(),

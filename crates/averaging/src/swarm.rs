@@ -413,7 +413,7 @@ impl Inner {
             if !std::mem::take(&mut state.view_dirty) {
                 return;
             }
-            let view = state.membership.view(|peer| self.transport.path(peer));
+            let view = state.membership.view(self.env.now(), |peer| self.transport.path(peer));
             let changed = self.view.send_if_modified(|old| {
                 let differs = *old != view;
                 *old = view;

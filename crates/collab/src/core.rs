@@ -11,7 +11,7 @@ use crate::wire::Note;
 use crate::{Channel, Event, Lineage, PolicyKind, SessionConfig, Snapshot, StateEvery};
 use bytes::Bytes;
 use potluck_net::{PeerFault, PeerId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::time::Instant;
 
@@ -58,6 +58,8 @@ pub(crate) struct Core {
     loss: Option<f32>,
     peers: BTreeMap<PeerId, PeerView>,
     was_in_company: bool,
+    /// Whose identity more than one machine uses.
+    twice: BTreeSet<PeerId>,
     pub(crate) rounds: u64,
     pub(crate) rounds_failed: u64,
     faults: BTreeMap<String, u64>,
@@ -99,6 +101,7 @@ impl Core {
             loss: None,
             peers: BTreeMap::new(),
             was_in_company: false,
+            twice: BTreeSet::new(),
             rounds: 0,
             rounds_failed: 0,
             faults: BTreeMap::new(),
@@ -110,7 +113,7 @@ impl Core {
     }
 
     /// Take in who is here; answers what changed.
-    pub(crate) fn see(&mut self, peers: Vec<PeerView>, events: &mut Vec<Event>) {
+    pub(crate) fn see(&mut self, peers: Vec<PeerView>, twice: BTreeSet<PeerId>, events: &mut Vec<Event>) {
         let seen: BTreeMap<PeerId, PeerView> = peers.into_iter().map(|view| (view.peer, view)).collect();
         let count = seen.len() + 1;
         for peer in seen.keys().filter(|peer| !self.peers.contains_key(peer)) {
@@ -126,6 +129,10 @@ impl Core {
         }
         self.was_in_company = company;
         self.peers = seen;
+        for peer in twice.difference(&self.twice) {
+            events.push(Event::Copied { peer: *peer, is_me: *peer == self.me });
+        }
+        self.twice = twice;
     }
 
     /// Whether somebody else works on our epoch or is ahead: whoever is behind cannot take part in our round.

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_net::{Outcome, Path, PeerFault, PeerId};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Which vector a round averages.
@@ -158,6 +158,11 @@ pub trait Dialect: Send + Sync + 'static {
 
     /// Everybody else who is alive, in the order of their ids.
     fn peers(&self) -> Vec<PeerView>;
+
+    /// Peers, this one included, whose identity more than one machine uses at the moment.
+    fn twice(&self) -> BTreeSet<PeerId> {
+        BTreeSet::new()
+    }
 
     /// Resolves when `peers` or `round_open` may have changed. Cancel-safe.
     fn changed(&self) -> BoxFuture<'_, ()>;

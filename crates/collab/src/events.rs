@@ -41,6 +41,13 @@ pub enum Event {
         /// Live peers now, this one included.
         peers: usize,
     },
+    /// Two machines are in the run under one identity: its file was copied.
+    Copied {
+        /// Whose identity.
+        peer: PeerId,
+        /// Whether it is ours.
+        is_me: bool,
+    },
     /// Everybody else is gone: this peer trains alone, which is rarely what its owner wants.
     Alone {
         /// The epoch at which it happened.
@@ -73,6 +80,13 @@ pub enum Event {
     Left,
 }
 
+impl Event {
+    /// Whether somebody should do something about it.
+    pub fn is_warning(&self) -> bool {
+        matches!(self, Self::Alone { .. } | Self::LineageLost { .. } | Self::Copied { .. })
+    }
+}
+
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -94,6 +108,12 @@ impl fmt::Display for Event {
             ),
             Self::Joined { peer, peers } => write!(f, "peer {} is here; {peers} peers", peer.short()),
             Self::Lost { peer, peers } => write!(f, "peer {} is gone; {peers} peers", peer.short()),
+            Self::Copied { peer, is_me } => write!(
+                f,
+                "{} {} is used by two machines at once: its identity file was copied; give one of them its own",
+                if *is_me { "the identity of THIS peer," } else { "the identity of peer" },
+                peer.short()
+            ),
             Self::Alone { epoch } => write!(
                 f,
                 "ALONE at epoch {epoch}: every other peer is gone; looking for them, check this machine's network"

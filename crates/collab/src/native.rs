@@ -15,7 +15,7 @@ use potluck_averaging::{
 use potluck_compression::Policy;
 use potluck_net::{Env, FaultKind, Outcome, PeerFault, PeerId, Transport};
 use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -229,6 +229,11 @@ impl Dialect for Native {
                 note: member.app,
             })
             .collect()
+    }
+
+    fn twice(&self) -> BTreeSet<PeerId> {
+        let members = self.members.borrow();
+        members.members.iter().filter(|(_, member)| member.twice).map(|(peer, _)| *peer).collect()
     }
 
     fn changed(&self) -> BoxFuture<'_, ()> {

@@ -272,7 +272,7 @@ impl Inner {
 
     fn emit(&self, event: Event) {
         match &event {
-            Event::Alone { .. } | Event::LineageLost { .. } => tracing::warn!(target: "potluck", "{event}"),
+            event if event.is_warning() => tracing::warn!(target: "potluck", "{event}"),
             _ => tracing::info!(target: "potluck", "{event}"),
         }
         // Nobody has to listen.
@@ -293,7 +293,7 @@ impl Inner {
 
     fn look(&self, core: &mut Core) {
         let mut events = Vec::new();
-        core.see(self.dialect.peers(), &mut events);
+        core.see(self.dialect.peers(), self.dialect.twice(), &mut events);
         for event in events {
             self.emit(event);
         }

@@ -89,7 +89,7 @@ function curves() {
 function happened(event) {
   const item = document.createElement("li");
   item.textContent = event.text;
-  if (["alone", "lost", "round_failed", "state_failed", "lineage_lost"].includes(event.what.event)) item.className = "bad";
+  if (["alone", "copied", "lost", "round_failed", "state_failed", "lineage_lost"].includes(event.what.event)) item.className = "bad";
   $("events").prepend(item);
   while ($("events").children.length > 200) $("events").lastChild.remove();
 }
