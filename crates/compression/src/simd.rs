@@ -82,6 +82,9 @@ pub(crate) trait Isa: Copy {
     fn stream(self, to: &mut [f32], from: &[f32]) {
         to.copy_from_slice(from);
     }
+    /// Ask for the cache line of `values[at]` ahead of its use. A hint: `at` may be past the end.
+    #[inline(always)]
+    fn prefetch(self, _values: &[f32], _at: usize) {}
     /// Order what was [streamed](Self::stream) before everything that follows.
     #[inline(always)]
     fn stream_end(self) {}
@@ -150,6 +153,12 @@ impl Isa for F16c {
             unsafe { _mm_stream_ps(to.as_mut_ptr(), _mm_loadu_ps(from.as_ptr())) };
         }
         to_tail.copy_from_slice(from_tail);
+    }
+    #[inline(always)]
+    fn prefetch(self, values: &[f32], at: usize) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64, and a prefetch of any address has no effect but on the caches.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(at).cast()) };
     }
     #[inline(always)]
     fn stream_end(self) {

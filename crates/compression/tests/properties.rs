@@ -272,19 +272,6 @@ fn a_single_bad_value_is_found_anywhere() {
 }
 
 #[test]
-fn a_warm_encoder_does_not_allocate() {
-    let values: Vec<f32> = (0..50_000).map(|i| (i as f32).sin()).collect();
-    for scheme in Scheme::ALL {
-        let (mut out, mut scratch) = (Vec::new(), Scratch::new());
-        scheme.encode(&values, &mut out, &mut scratch).unwrap();
-        let (capacity, place) = (out.capacity(), out.as_ptr());
-        out.clear();
-        scheme.encode(&values, &mut out, &mut scratch).unwrap();
-        assert_eq!((out.capacity(), out.as_ptr()), (capacity, place), "{scheme:?}");
-    }
-}
-
-#[test]
 fn strangers_cannot_make_us_allocate() {
     let limits = Limits { buffer_bytes_max: 100, elements_max: 1000, dimensions_max: 2 };
     let tensor = |size: &[u32], buffer: usize, compression| SerializedTensor {

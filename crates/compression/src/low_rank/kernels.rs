@@ -44,11 +44,20 @@ fn fold(lanes: [f32; LANES]) -> f32 {
 }
 
 /// Add the products of whole groups of lanes of one row with [`GROUP`] columns of a factor; the tail is the caller's.
+/// `ahead` is what will be read next, as far away as these columns are long.
 #[inline(always)]
-fn dot_lanes(lanes: &mut [[f32; LANES]; GROUP], row: &[f32], columns: [&[f32]; GROUP]) {
+fn dot_lanes<I: Isa>(
+    isa: I,
+    lanes: &mut [[f32; LANES]; GROUP],
+    row: &[f32],
+    columns: [&[f32]; GROUP],
+    ahead: &[f32],
+) {
     let mut sums = *lanes;
     let [a, b, c, d] = columns.map(|column| column.as_chunks::<LANES>().0);
-    for ((((x, a), b), c), d) in row.as_chunks::<LANES>().0.iter().zip(a).zip(b).zip(c).zip(d) {
+    let groups = row.as_chunks::<LANES>().0.iter().zip(a).zip(b).zip(c).zip(d);
+    for (number, ((((x, a), b), c), d)) in groups.enumerate() {
+        isa.prefetch(ahead, number * LANES);
         for lane in 0..LANES {
             sums[0][lane] += x[lane] * a[lane];
             sums[1][lane] += x[lane] * b[lane];
@@ -59,12 +68,29 @@ fn dot_lanes(lanes: &mut [[f32; LANES]; GROUP], row: &[f32], columns: [&[f32]; G
     *lanes = sums;
 }
 
-/// `target[j] += sum over the group of factor[k] * columns[k][j]`
+/// `target[j] += sum over the group of factor[k] * columns[k][j]`; `ahead` as in [`dot_lanes`].
 #[inline(always)]
-fn add_columns(target: &mut [f32], factors: [f32; GROUP], columns: [&[f32]; GROUP]) {
-    let [a, b, c, d] = columns;
+fn add_columns<I: Isa>(
+    isa: I,
+    target: &mut [f32],
+    factors: [f32; GROUP],
+    columns: [&[f32]; GROUP],
+    ahead: &[f32],
+) {
+    /// One cache line.
+    const LINE: usize = 16;
     let [fa, fb, fc, fd] = factors;
-    for ((((value, a), b), c), d) in target.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+    let (lines, rest) = target.as_chunks_mut::<LINE>();
+    let tail = lines.len() * LINE;
+    let [a, b, c, d] = columns.map(|column| column.as_chunks::<LINE>().0);
+    for (number, ((((line, a), b), c), d)) in lines.iter_mut().zip(a).zip(b).zip(c).zip(d).enumerate() {
+        isa.prefetch(ahead, number * LINE);
+        for j in 0..LINE {
+            line[j] += (fa * a[j] + fb * b[j]) + (fc * c[j] + fd * d[j]);
+        }
+    }
+    let [a, b, c, d] = columns.map(|column| &column[tail..]);
+    for ((((value, a), b), c), d) in rest.iter_mut().zip(a).zip(b).zip(c).zip(d) {
         *value += (fa * a + fb * b) + (fc * c + fd * d);
     }
 }
@@ -108,6 +134,8 @@ pub(super) struct Project<'a> {
     pub(super) grad: &'a [f32],
     pub(super) q: &'a [f32],
     pub(super) columns: usize,
+    /// A column of zeros, which stands in for those past the rank.
+    pub(super) zeros: &'a [f32],
     pub(super) rank: usize,
     pub(super) work: &'a mut [f32],
     pub(super) p: &'a mut [f32],
@@ -120,17 +148,21 @@ impl Kernel for Project<'_> {
         /// Rows and columns of a tile: pieces of eight factor columns stay in the L1 cache while eight rows use them.
         const TILE_ROWS: usize = 8;
         const TILE_COLUMNS: usize = 512;
-        let Self { base, correction, grad, q, columns, rank, work, p } = self;
+        let Self { base, correction, grad, q, columns, zeros, rank, work, p } = self;
         let rows = p.len() / rank;
-        let zeros = vec![0.0; columns];
         let mut piece = [0.0_f32; TILE_COLUMNS];
-        let is_streamed = work.len() >= STREAMED_MIN;
+        // Higher ranks read the row again below.
+        let is_streamed = work.len() >= STREAMED_MIN && rank <= GROUP;
         for first in (0..rows).step_by(TILE_ROWS) {
             let rows_here = first..rows.min(first + TILE_ROWS);
             let mut lanes = [[[0.0_f32; LANES]; GROUP]; TILE_ROWS];
             for start in (0..columns).step_by(TILE_COLUMNS) {
                 let tile = start..columns.min(start + TILE_COLUMNS);
+                // The same rows further right, or the first columns of the next rows.
+                let ahead = if tile.end < columns { tile.end } else { TILE_ROWS * columns };
                 for row in rows_here.clone() {
+                    let next = row * columns + ahead;
+                    let [next_base, next_grad] = [base, grad].map(|input| input.get(next..).unwrap_or(zeros));
                     let span = row * columns + tile.start..row * columns + tile.end;
                     let target = &mut work[span.clone()];
                     let work = &mut piece[..target.len()];
@@ -141,12 +173,12 @@ impl Kernel for Project<'_> {
                     if let Some(Correction { p, q }) = correction {
                         for at in (0..rank).step_by(GROUP) {
                             let factors = entries(p, rows, at, row).map(|f| -f);
-                            let pieces = group(q, columns, at, &zeros).map(|column| &column[tile.clone()]);
-                            add_columns(work, factors, pieces);
+                            let pieces = group(q, columns, at, zeros).map(|column| &column[tile.clone()]);
+                            add_columns(isa, work, factors, pieces, if at == 0 { next_base } else { zeros });
                         }
                     }
-                    let pieces = group(q, columns, 0, &zeros).map(|column| &column[tile.clone()]);
-                    dot_lanes(&mut lanes[row - first], work, pieces);
+                    let pieces = group(q, columns, 0, zeros).map(|column| &column[tile.clone()]);
+                    dot_lanes(isa, &mut lanes[row - first], work, pieces, next_grad);
                     put(isa, is_streamed, target, work);
                 }
             }
@@ -155,10 +187,10 @@ impl Kernel for Project<'_> {
                 let tail = columns - columns % LANES;
                 for at in (0..rank).step_by(GROUP) {
                     let mut lanes = lanes[row - first];
-                    let pieces = group(q, columns, at, &zeros);
+                    let pieces = group(q, columns, at, zeros);
                     if at > 0 {
                         lanes = [[0.0; LANES]; GROUP];
-                        dot_lanes(&mut lanes, work, pieces);
+                        dot_lanes(isa, &mut lanes, work, pieces, zeros);
                     }
                     for (k, piece) in pieces.into_iter().enumerate().take(rank - at) {
                         let rest = work[tail..].iter().zip(&piece[tail..]);
@@ -177,6 +209,7 @@ pub(super) struct ProjectBack<'a> {
     pub(super) work: &'a [f32],
     pub(super) p: &'a [f32],
     pub(super) columns: usize,
+    pub(super) zeros: &'a [f32],
     pub(super) rank: usize,
     pub(super) q: &'a mut [f32],
 }
@@ -184,16 +217,24 @@ pub(super) struct ProjectBack<'a> {
 impl Kernel for ProjectBack<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let Self { work, p, columns, rank, q } = self;
+    fn run<I: Isa>(self, isa: I) {
+        /// Columns of a tile: four pieces of rows and all factor pieces stay in the L1 cache.
+        const TILE: usize = 512;
+        let Self { work, p, columns, zeros, rank, q } = self;
         q.fill(0.0);
         let rows = p.len() / rank;
-        let zeros = vec![0.0; columns];
         for row in (0..rows).step_by(GROUP) {
-            let four = group(work, columns, row, &zeros);
-            for (p, q) in p.chunks_exact(rows).zip(q.chunks_exact_mut(columns)) {
-                let factors = std::array::from_fn(|k| p.get(row + k).copied().unwrap_or(0.0));
-                add_columns(q, factors, four);
+            let four = group(work, columns, row, zeros);
+            let next_four = group(work, columns, row + GROUP, zeros);
+            for start in (0..columns).step_by(TILE) {
+                let tile = start..columns.min(start + TILE);
+                let pieces = four.map(|row| &row[tile.clone()]);
+                let factor_columns = p.chunks_exact(rows).zip(q.chunks_exact_mut(columns));
+                for (number, (p, q)) in factor_columns.enumerate() {
+                    let factors = std::array::from_fn(|k| p.get(row + k).copied().unwrap_or(0.0));
+                    let ahead = &next_four[number % GROUP][start..];
+                    add_columns(isa, &mut q[tile.clone()], factors, pieces, ahead);
+                }
             }
         }
     }
@@ -204,6 +245,7 @@ pub(super) struct Reconstruct<'a> {
     pub(super) p: &'a [f32],
     pub(super) q: &'a [f32],
     pub(super) columns: usize,
+    pub(super) zeros: &'a [f32],
     pub(super) rank: usize,
     pub(super) out: &'a mut [f32],
 }
@@ -212,9 +254,8 @@ impl Kernel for Reconstruct<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { p, q, columns, rank, out } = self;
+        let Self { p, q, columns, zeros, rank, out } = self;
         let rows = p.len() / rank;
-        let zeros = vec![0.0; columns];
         const TILE: usize = 512;
         let mut piece = [0.0_f32; TILE];
         let is_streamed = out.len() >= STREAMED_MIN;
@@ -224,8 +265,8 @@ impl Kernel for Reconstruct<'_> {
                 out.fill(0.0);
                 let tile = number * TILE..number * TILE + out.len();
                 for at in (0..rank).step_by(GROUP) {
-                    let pieces = group(q, columns, at, &zeros).map(|column| &column[tile.clone()]);
-                    add_columns(out, entries(p, rows, at, row), pieces);
+                    let pieces = group(q, columns, at, zeros).map(|column| &column[tile.clone()]);
+                    add_columns(isa, out, entries(p, rows, at, row), pieces, zeros);
                 }
                 put(isa, is_streamed, target, out);
             }
@@ -239,6 +280,7 @@ pub(super) struct Settle<'a> {
     pub(super) base: &'a [f32],
     pub(super) correction: Option<Correction<'a>>,
     pub(super) columns: usize,
+    pub(super) zeros: &'a [f32],
     pub(super) rank: usize,
     pub(super) memory: &'a mut [f32],
 }
@@ -246,16 +288,15 @@ pub(super) struct Settle<'a> {
 impl Kernel for Settle<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let Self { base, correction, columns, rank, memory } = self;
+    fn run<I: Isa>(self, isa: I) {
+        let Self { base, correction, columns, zeros, rank, memory } = self;
         memory.copy_from_slice(base);
         let Some(Correction { p, q }) = correction else { return };
         let rows = p.len() / rank;
-        let zeros = vec![0.0; columns];
         for (row, memory) in memory.chunks_exact_mut(columns).enumerate() {
             for at in (0..rank).step_by(GROUP) {
                 let factors = entries(p, rows, at, row).map(|f| -f);
-                add_columns(memory, factors, group(q, columns, at, &zeros));
+                add_columns(isa, memory, factors, group(q, columns, at, zeros), zeros);
             }
         }
     }

@@ -9,7 +9,8 @@ use crate::simd::{self, Isa, Kernel};
 /// # Panics
 /// If the length is no multiple of `rank`.
 pub fn orthogonalize(matrix: &mut [f32], rank: usize) {
-    let mut columns = to_columns(matrix, rank);
+    let mut columns = Vec::new();
+    to_columns(matrix, rank, &mut columns);
     orthogonalize_columns(&mut columns, rank);
     from_columns(&columns, rank, matrix);
 }
@@ -22,8 +23,8 @@ pub(super) fn orthogonalize_columns(columns: &mut [f32], rank: usize) {
 }
 
 /// Row-major `rows x rank` to `rank` columns one after the other.
-pub(super) fn to_columns(matrix: &[f32], rank: usize) -> Vec<f32> {
-    let mut columns = vec![0.0; matrix.len()];
+pub(super) fn to_columns(matrix: &[f32], rank: usize, columns: &mut Vec<f32>) {
+    columns.resize(matrix.len(), 0.0);
     if rank > 0 {
         assert_eq!(matrix.len() % rank, 0, "the matrix is not {rank} columns wide");
         let rows = matrix.len() / rank;
@@ -33,7 +34,6 @@ pub(super) fn to_columns(matrix: &[f32], rank: usize) -> Vec<f32> {
             }
         }
     }
-    columns
 }
 
 /// The inverse of [`to_columns`].

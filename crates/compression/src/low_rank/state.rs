@@ -92,6 +92,8 @@ pub struct LowRank {
     round_q: Vec<f32>,
     /// What was last handed out, row-major.
     exchange: Vec<f32>,
+    /// One column of zeros.
+    zeros: Vec<f32>,
     stage: Stage,
 }
 
@@ -130,6 +132,7 @@ impl LowRank {
             round_p: Vec::new(),
             round_q: Vec::new(),
             exchange: Vec::new(),
+            zeros: vec![0.0; columns],
             stage: Stage::Idle,
         })
     }
@@ -155,6 +158,7 @@ impl LowRank {
             grad,
             q: &self.q,
             columns: self.columns,
+            zeros: &self.zeros,
             rank: self.rank,
             work: &mut self.work,
             p: &mut self.round_p,
@@ -182,7 +186,7 @@ impl LowRank {
         }
         check_length("P", self.rows * self.rank, averaged_p)?;
         check_finite("P", averaged_p)?;
-        self.round_p = to_columns(averaged_p, self.rank);
+        to_columns(averaged_p, self.rank, &mut self.round_p);
         // Twice: one pass leaves nearly dependent columns far from orthogonal, and the second repairs that.
         orthogonalize_columns(&mut self.round_p, self.rank);
         orthogonalize_columns(&mut self.round_p, self.rank);
@@ -192,6 +196,7 @@ impl LowRank {
             work: &self.work,
             p: &self.round_p,
             columns: self.columns,
+            zeros: &self.zeros,
             rank: self.rank,
             q: &mut self.round_q,
         });
@@ -213,11 +218,12 @@ impl LowRank {
         check_length("Q", self.columns * self.rank, averaged_q)?;
         check_length("out", self.base.len(), out)?;
         check_finite("Q", averaged_q)?;
-        self.round_q = to_columns(averaged_q, self.rank);
+        to_columns(averaged_q, self.rank, &mut self.round_q);
         simd::dispatch(Reconstruct {
             p: &self.round_p,
             q: &self.round_q,
             columns: self.columns,
+            zeros: &self.zeros,
             rank: self.rank,
             out,
         });
@@ -258,9 +264,11 @@ impl LowRank {
     /// The averaged Q spans the next start. Made orthonormal, it keeps P at the scale of the gradient, where the product
     /// with Q itself would square it (and 16-bit factors of small gradients would vanish); the span is the same.
     fn keep_q(&mut self) {
-        let mut next = self.round_q.clone();
-        orthogonalize_columns(&mut next, self.rank);
-        orthogonalize_columns(&mut next, self.rank);
+        // What was handed out is no longer needed; its memory is.
+        let next = &mut self.exchange;
+        next.clone_from(&self.round_q);
+        orthogonalize_columns(next, self.rank);
+        orthogonalize_columns(next, self.rank);
         for (kept, new) in self.q.chunks_exact_mut(self.columns).zip(next.chunks_exact(self.columns)) {
             // A zero column would yield zero factors for ever: after a zero gradient, for one.
             if new.iter().any(|value| *value != 0.0) && first_non_finite(new).is_none() {
@@ -298,7 +306,7 @@ impl LowRank {
         check_length("Q", self.q.len(), q)?;
         check_finite("Q", q)?;
         self.abort();
-        self.q = to_columns(q, self.rank);
+        to_columns(q, self.rank, &mut self.q);
         Ok(())
     }
 
@@ -310,6 +318,7 @@ impl LowRank {
             base: &self.base,
             correction: self.correction.as_ref().map(|(p, q)| Correction { p, q }),
             columns: self.columns,
+            zeros: &self.zeros,
             rank: self.rank,
             memory: &mut memory,
         });
