@@ -42,6 +42,9 @@ test-rust:
 
 test-python: wheel
 	$(PY) -m pytest python/tests
+	@# test-rust has just built it; by itself, with other features, it would take minutes.
+	test -x target/release/potluck || cargo build --release -p potluck-cli
+	$(PY) -m pytest tests/hard_days
 
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check
@@ -51,14 +54,14 @@ check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo nextest run --workspace --all-features
 	cargo test --workspace --all-features --doc
 	tools/ensure-deny && cargo deny check bans licenses sources
-	$(VENV)/bin/ruff check python examples bench
-	$(VENV)/bin/ruff format --check python examples bench
+	$(VENV)/bin/ruff check python examples bench tests
+	$(VENV)/bin/ruff format --check python examples bench tests
 
 fix:  ## Format and apply the lints' own corrections
 	cargo fmt --all
 	cargo clippy --workspace --all-targets --all-features --fix --allow-dirty --allow-staged
-	$(VENV)/bin/ruff check --fix python examples bench
-	$(VENV)/bin/ruff format python examples bench
+	$(VENV)/bin/ruff check --fix python examples bench tests
+	$(VENV)/bin/ruff format python examples bench tests
 
 sim:  ## Explore simulated runs: make sim SEED=7 SEEDS=1000
 	SEED=$(SEED) SEEDS=$(SEEDS) cargo run --release -p potluck-tests --bin explore

@@ -61,7 +61,17 @@ class Host:
 
     def link(self, up: bool):
         """Plug the cable in, or pull it."""
-        run("ip", "netns", "exec", self.far_namespace, "ip", "link", "set", self.far_device, "up" if up else "down")
+        run(
+            "ip",
+            "netns",
+            "exec",
+            self.far_namespace,
+            "ip",
+            "link",
+            "set",
+            self.far_device,
+            "up" if up else "down",
+        )
 
     def bytes(self) -> tuple[int, int]:
         """Bytes received and sent by this host's interface since it was made."""
@@ -127,7 +137,9 @@ class Lab:
     def close(self):
         """Remove every namespace, and with it every device, rule and process-less socket."""
         for namespace in reversed(self.namespaces):
-            pids = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()
+            pids = subprocess.run(
+                ["ip", "netns", "pids", namespace], capture_output=True, text=True
+            ).stdout.split()
             for pid in pids:
                 subprocess.run(["kill", "-9", pid], capture_output=True)
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True)

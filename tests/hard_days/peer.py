@@ -187,7 +187,7 @@ class Peer:
             # Never averaged, always part of what a newcomer loads.
             generator = torch.Generator().manual_seed(options.seed)
             self.ballast = torch.rand(options.ballast << 18, generator=generator)
-            extra = {"extra_tensors": [self.ballast], "average_state_every": 1 << 40}
+            extra = {"extra_tensors": [self.ballast], "average_state_every": 1 << 30}
         self.optimizer = potluck.Optimizer(
             dht=self.dht,
             run_id=options.run,

@@ -16,11 +16,19 @@ import sys
 import time
 from pathlib import Path
 
-import netlab
 import rules
 from crew import ROOT, Crew, HardDay, open_lab
 
-SCENARIOS = ("spot_notice", "odd_couple", "monday")
+import netlab
+
+SCENARIOS = (
+    "home_spot",
+    "spot_notice",
+    "long_outage",
+    "odd_couple",
+    "poisoner",
+    "monday",
+)
 
 
 def binary():
