@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +51,44 @@ def loopback_dht() -> Iterator[Callable[..., DHT]]:
     yield make
     for dht in made:
         dht.shutdown()
+
+
+def _namespaces_work() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"pl{uuid.uuid4().hex[:8]}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+    return made
+
+
+@pytest.fixture
+def machines() -> Iterator[list[list[str]]]:
+    """What to put before a command to run it on one of two machines.
+
+    They are network namespaces with one cable between them; without root, both are this machine.
+    """
+    if not _namespaces_work():
+        yield [[], []]
+        return
+    tag = uuid.uuid4().hex[:6]
+    hosts = (f"pl{tag}a", f"pl{tag}b")
+    commands = [f"ip netns add {host}" for host in hosts]
+    commands.append(f"ip link add v{tag}a netns {hosts[0]} type veth peer name v{tag}b netns {hosts[1]}")
+    for index, (host, cable) in enumerate(zip(hosts, (f"v{tag}a", f"v{tag}b"), strict=True)):
+        commands += [
+            f"ip -n {host} addr add 192.0.2.{index + 1}/24 dev {cable}",
+            f"ip -n {host} link set {cable} up",
+            f"ip -n {host} link set lo up",
+        ]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        yield [["ip", "netns", "exec", host] for host in hosts]
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "delete", host], check=False)
 
 
 def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:

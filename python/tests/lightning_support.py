@@ -145,10 +145,15 @@ def read_joining_line(process: subprocess.Popen) -> str:
 
 
 def paste(line: str, cwd: Path, **extra: str) -> subprocess.Popen:
-    """Run a printed line in a shell. ``python`` is this test's interpreter."""
+    """Run a printed line in a shell."""
+    return on_machine([], line, cwd, **extra)
+
+
+def on_machine(machine: list[str], line: str, cwd: Path, **extra: str) -> subprocess.Popen:
+    """Run a line in a shell of a machine (see the fixture ``machines``). ``python`` is this test's interpreter."""
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     return subprocess.Popen(
-        ["sh", "-c", "exec env " + line],
+        [*machine, "sh", "-c", "exec env " + line],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.timeout(300)
-def test_stubs_match_the_compiled_module() -> None:
-    command = [sys.executable, "-m", "mypy.stubtest", "potluck._core"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+def test_stubs_match_the_compiled_module(tmp_path: Path) -> None:
+    # The module needs nothing of torch, whose sources would take mypy most of a minute.
+    config = tmp_path / "mypy.ini"
+    config.write_text("[mypy]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy.stubtest", "potluck._core", "--mypy-config-file", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
