@@ -54,6 +54,7 @@ check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo nextest run --workspace --all-features
 	cargo test --workspace --all-features --doc
 	tools/ensure-deny && cargo deny check bans licenses sources
+	tools/check-advisories
 	$(VENV)/bin/ruff check python examples bench tests
 	$(VENV)/bin/ruff format --check python examples bench tests
 
