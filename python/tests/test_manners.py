@@ -44,8 +44,8 @@ def run(code: str, *options: str, **kwargs: object) -> subprocess.CompletedProce
 
 
 def test_importing_takes_less_than_a_third_of_a_second() -> None:
-    code = "import time; t = time.perf_counter(); import potluck, potluck.dht; print(time.perf_counter() - t)"
-    # The best of some: another program may have the processor for a moment.
+    code = "import time; t = time.process_time(); import potluck, potluck.dht; print(time.process_time() - t)"
+    # Of this processor, whoever else uses it meanwhile; the best of some, as the first may read from the disk.
     assert min(float(run(code).stdout) for _ in range(5)) < 0.3
 
 
