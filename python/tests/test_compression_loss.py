@@ -1,0 +1,27 @@
+"""Compressed training learns as well as uncompressed training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compression_loss import compare
+from lightning_support import QUIET
+
+from potluck.demo._scale import QUICK
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+
+@pytest.mark.timeout(300)
+def test_lossy_ways_reach_the_uncompressed_loss_within_a_hundredth() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = compare(QUICK)
+    finally:
+        torch.set_num_threads(threads)
+    plain = results.pop("uncompressed")[0]
+    assert plain < 3.2, "it learned"
+    for name, (loss, ratio) in results.items():
+        assert loss < 1.01 * plain, name
+        assert ratio > 1.3, name
