@@ -18,6 +18,7 @@ from potluck._tensors import FlatTensors, flat, views_of
 from potluck.compression import CompressionBase, NoCompression
 from potluck.optim._facts import OptimizerFacts
 from potluck.optim._inner import PLATEAU, InnerOptimizer
+from potluck.optim._outlook import Outlook
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.grad_scaler import GradScaler
 from potluck.optim.progress_tracker import SessionTracker
@@ -200,6 +201,7 @@ class Optimizer(OptimizerFacts):
             epoch_of=lambda epoch: epoch,
             alpha=alpha,
         )
+        self._outlook = Outlook(self.target_batch_size)
         self._worker: threading.Thread | None = None
         self._worker_error: BaseException | None = None
         self._loss: float | None = None
@@ -312,6 +314,8 @@ class Optimizer(OptimizerFacts):
                 getattr(self, f"_do_{action}")()
             self._log_events()
             action = self._session.step(0)
+        if not self._outlook.done and (line := self._outlook.look(self.status())):
+            logger.info("%s: %s", self.run_id, line)
 
     def _do_average(self) -> None:
         vector, weight, local = self._gathered()
