@@ -8,6 +8,7 @@ SEED ?= 1
 SEEDS ?= 1
 # Root installs Debian packages directly; others are told what is missing.
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
+export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
 .PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat hard-days clean
 
@@ -35,8 +36,8 @@ demo: wheel  ## Train a real model with three peers on this machine; one joins l
 
 test: setup test-rust test-python  ## Run every test, from a clean clone
 
-test-rust:
-	tools/ensure-nextest
+test-rust: setup
+	tools/ensure-cargo nextest 0.9.148
 	cargo nextest run --workspace --release --all-features
 	cargo test --workspace --release --all-features --doc
 
@@ -48,12 +49,13 @@ test-python: wheel
 
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --all-features -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --all-features
-	tools/ensure-nextest
-	cargo nextest run --workspace --all-features
-	cargo test --workspace --all-features --doc
-	tools/ensure-deny && cargo deny check bans licenses sources
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --all-features
+	tools/ensure-cargo nextest 0.9.148
+	cargo nextest run --locked --workspace --all-features
+	cargo test --locked --workspace --all-features --doc
+	tools/ensure-cargo deny 0.20.2
+	cargo deny --locked check bans licenses sources
 	tools/check-advisories
 	$(VENV)/bin/ruff check python examples bench tests
 	$(VENV)/bin/ruff format --check python examples bench tests

@@ -1,7 +1,7 @@
 //! Style as a test: layers, file headers, file and function length, machine paths, the one crate that names libp2p.
 //! The rules are CONTRIBUTING.md's; a rule that no machine checks does not last.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,6 +13,7 @@ const FUNCTION_LINES_MAX: usize = 80;
 const LAYERS: &[(&str, u8)] = &[
     ("potluck-compression", 0),
     ("potluck-net", 0),
+    ("potluck-net-conformance", 1),
     ("potluck-net-libp2p", 1),
     ("potluck-net-sim", 1),
     ("potluck-dht", 1),
@@ -91,6 +92,44 @@ fn only_net_libp2p_names_libp2p() {
         }
     }
     assert_none(problems, "only net-libp2p names libp2p (invariant 12)");
+}
+
+/// Each package of `cargo tree` with these arguments, with the features that it is built with.
+fn built_features(arguments: &[&str]) -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["tree", "--offline", "--prefix", "none", "--format", "{p}|{f}"])
+        .args(arguments)
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr));
+    let mut built: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for line in String::from_utf8(output.stdout).expect("UTF-8").lines() {
+        let Some((package, features)) = line.split_once('|') else { continue };
+        built.entry(package.to_owned()).or_default().insert(features.trim_end_matches(" (*)").to_owned());
+    }
+    built
+}
+
+#[test]
+fn the_wheel_and_the_command_reuse_what_the_tests_compiled() {
+    let tests = built_features(&["--workspace", "--all-features", "--edges", "normal,build,dev"]);
+    let mut problems = Vec::new();
+    for package in ["potluck-python", "potluck-cli"] {
+        let own = built_features(&["--package", package, "--edges", "normal"]);
+        assert!(own.len() > 100, "{package} has {} dependencies, so cargo tree was misread", own.len());
+        for (name, features) in own {
+            // pyo3 is the wheel's alone, and its switch `extension-module` is thrown by maturin.
+            let known = tests.get(&name).cloned().unwrap_or_default();
+            for extra in features.difference(&known).filter(|_| !name.starts_with("pyo3")) {
+                problems.push(format!("{package} builds {name} with [{extra}], the tests with {known:?}"));
+            }
+        }
+    }
+    assert_none(
+        problems,
+        "the same features everywhere (see python/Cargo.toml), or libp2p is compiled twice",
+    );
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
 //! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
 
-use potluck_net::conformance::{self, Network};
+
 use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport};
+use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

@@ -1,8 +1,8 @@
 //! The simulator keeps the contract of the seam: the same suite that libp2p passes.
 
 use bytes::Bytes;
-use potluck_net::conformance::{self, Network};
 use potluck_net::{FRAME_BYTES_MAX, PeerId, Protocol, Transport};
+use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_sim::{NatClass, PeerSpec, SimNet, run};
 use std::sync::Arc;
 

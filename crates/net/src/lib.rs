@@ -2,7 +2,7 @@
 //!
 //! Everything above the network talks to an [`Transport`] as `Arc<dyn Transport>` and to nothing else: it opens
 //! framed [`Stream`]s to a [`PeerId`] under a [`Protocol`] name, and accepts them. The simulator and libp2p are two
-//! implementations that pass one `conformance` suite (feature `conformance`).
+//! implementations that pass one conformance suite (`net-conformance`).
 //!
 //! What lives here and why:
 //! * [`PeerId`], [`Identity`]: who somebody is, and signatures that anyone can check.
@@ -24,9 +24,6 @@ mod stream;
 mod tasks;
 mod token;
 mod transport;
-
-#[cfg(feature = "conformance")]
-pub mod conformance;
 
 pub use env::Env;
 pub use fault::{FaultKind, Outcome, PeerFault};

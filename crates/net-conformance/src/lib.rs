@@ -5,13 +5,13 @@
 //!
 //! Every wait has a limit of [`LIMIT`], by tokio's clock; run simulated networks with paused time.
 
-use crate::{
-    AcceptError, FRAME_BYTES_MAX, Identity, Incoming, OpenError, PeerId, Protocol, Stream, StreamError,
-    Transport, rpc,
-};
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
 use futures::{StreamExt, join};
+use potluck_net::{
+    AcceptError, FRAME_BYTES_MAX, Identity, Incoming, OpenError, PeerId, Protocol, Stream, StreamError,
+    Transport, rpc,
+};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -96,14 +96,14 @@ pub async fn frames_arrive_whole_and_in_order<N: Network>(network: &N) {
     let count = 200;
     let frame = pattern(0, 10_000, 3);
     within("frames both ways at once", async {
-        let pump = async |sender: &mut crate::FrameSender| {
+        let pump = async |sender: &mut potluck_net::FrameSender| {
             for _ in 0..count {
                 sender.feed(frame.clone()).await.expect("open");
             }
             sender.flush().await.expect("open");
             sender.finish().await.expect("open");
         };
-        let drain = async |receiver: &mut crate::FrameReceiver| {
+        let drain = async |receiver: &mut potluck_net::FrameReceiver| {
             let mut seen = 0;
             while let Some(got) = receiver.recv().await.expect("no reset") {
                 assert!(got == frame, "frame {seen} changed on the way");
