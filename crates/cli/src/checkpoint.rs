@@ -3,7 +3,8 @@
 //! A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed. Reading checks a hash
 //! over the tensors, so what a failing disk returns is never taken for a state.
 
-use anyhow::{Context, Result, bail};
+use crate::failure::Failure;
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use potluck_collab::{Lineage, Snapshot};
 use potluck_compression::{Limits, SerializedTensor};
@@ -20,6 +21,7 @@ const FACTS: &str = "checkpoint.json";
 /// The fact that lists which tensors are messages of `potluck-compression` instead of plain values.
 const ENCODED: &str = "encoded";
 const PARTIAL: &str = ".partial-";
+const HINT: &str = "it was left as it is; take an older one (epoch-...) of the same folder";
 /// Larger descriptions are not read.
 const FACTS_BYTES_MAX: u64 = 256 << 20;
 
@@ -29,6 +31,12 @@ pub(crate) struct Checkpoint {
     pub(crate) run_id: String,
     pub(crate) manifest: BTreeMap<String, String>,
     pub(crate) snapshot: Snapshot,
+}
+
+/// What every format has.
+#[derive(Deserialize)]
+struct Written {
+    format: u32,
 }
 
 /// A checkpoint and where it lies.
@@ -48,6 +56,18 @@ struct Facts {
     facts: BTreeMap<String, String>,
     /// BLAKE3 of the file of tensors, in hex.
     tensors_blake3: String,
+    /// BLAKE3 of all of the above as JSON without spaces, in hex.
+    facts_blake3: String,
+}
+
+impl Facts {
+    fn hash(&self) -> serde_json::Result<String> {
+        let mut value = serde_json::to_value(self)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.remove("facts_blake3");
+        }
+        Ok(blake3::hash(value.to_string().as_bytes()).to_hex().to_string())
+    }
 }
 
 /// How a tensor's bytes are to be read.
@@ -125,8 +145,9 @@ impl Checkpoint {
             let _removed = fs::remove_dir_all(&partial);
             return Err(error).with_context(what);
         }
-        let mut older = list(dir)?;
-        older.drain(older.len().saturating_sub(keep.max(1))..);
+        // Newer ones are left alone: they are damaged, or the run would have gone on from them.
+        let mut older: Vec<PathBuf> = list(dir)?.into_iter().filter(|path| *path < place).collect();
+        older.truncate((older.len() + 1).saturating_sub(keep.max(1)));
         for path in older {
             fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
@@ -145,7 +166,7 @@ impl Checkpoint {
         let hash = blake3::hash(&bytes).to_hex().to_string();
         write_synced(&tensors, &bytes)?;
         let snapshot = &self.snapshot;
-        let facts = Facts {
+        let mut facts = Facts {
             format: FORMAT,
             run_id: self.run_id.clone(),
             epoch: snapshot.epoch,
@@ -154,7 +175,9 @@ impl Checkpoint {
             manifest: self.manifest.clone(),
             facts: snapshot.meta.clone(),
             tensors_blake3: hash,
+            facts_blake3: String::new(),
         };
+        facts.facts_blake3 = facts.hash()?;
         write_synced(&folder.join(FACTS), &serde_json::to_vec_pretty(&facts)?)?;
         sync_folder(folder)
     }
@@ -165,20 +188,27 @@ impl Checkpoint {
         let path = folder.join(FACTS);
         let size = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         if size > FACTS_BYTES_MAX {
-            bail!("{}: {FACTS} has {size} bytes", broken());
+            return Err(Failure::new(format!("{}: {FACTS} has {size} bytes", broken()), HINT).into());
         }
-        let facts: Facts = serde_json::from_slice(&fs::read(&path)?).with_context(broken)?;
-        if facts.format != FORMAT {
-            bail!(
-                "the checkpoint {} has format {}, this version reads {FORMAT}",
-                folder.display(),
-                facts.format
+        let read = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let malformed =
+            |error: serde_json::Error| Failure::new(format!("{}: {FACTS}: {error}", broken()), HINT);
+        let Written { format } = serde_json::from_slice(&read).map_err(malformed)?;
+        if format != FORMAT {
+            let message = format!(
+                "the checkpoint {} has format {format}, this version reads {FORMAT}",
+                folder.display()
             );
+            return Err(Failure::new(message, "read it with the version of potluck that wrote it").into());
+        }
+        let facts: Facts = serde_json::from_slice(&read).map_err(malformed)?;
+        if facts.hash()? != facts.facts_blake3 {
+            return Err(Failure::new(format!("{}: {FACTS} does not match its hash", broken()), HINT).into());
         }
         let path = folder.join(TENSORS);
         let bytes = Bytes::from(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
         if blake3::hash(&bytes).to_hex().as_str() != facts.tensors_blake3 {
-            bail!("{}: {TENSORS} does not match its hash", broken());
+            return Err(Failure::new(format!("{}: {TENSORS} does not match its hash", broken()), HINT).into());
         }
         let tensors = SafeTensors::deserialize(&bytes).with_context(broken)?;
         let blobs =
@@ -325,6 +355,38 @@ pub(crate) mod tests {
         assert_eq!(loaded, plain, "small whole numbers survive 16 bits");
         encoded.snapshot.blobs.insert("param.000000".into(), Bytes::from_static(b"rubbish"));
         assert!(encoded.decode().is_err());
+    }
+
+    #[test]
+    fn what_was_just_saved_stays_beside_a_damaged_newer_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let damaged = checkpoint(20).save(dir.path(), 1).unwrap();
+        fs::write(damaged.join(TENSORS), "").unwrap();
+        for epoch in [7, 8] {
+            checkpoint(epoch).save(dir.path(), 1).unwrap();
+        }
+        assert_eq!(list(dir.path()).unwrap(), [dir.path().join("epoch-000000000008"), damaged]);
+        let (found, wrong) = newest(dir.path()).unwrap();
+        assert_eq!((found.unwrap().1.snapshot.epoch, wrong.len()), (8, 1));
+    }
+
+    #[test]
+    fn a_changed_letter_anywhere_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = checkpoint(1).save(dir.path(), 9).unwrap();
+        for file in [FACTS, TENSORS] {
+            let good = fs::read(place.join(file)).unwrap();
+            for at in 0..good.len() {
+                let mut bad = good.clone();
+                // Any other letter; a space that JSON may have anywhere means nothing.
+                bad[at] = if bad[at] == b'7' { b'8' } else { b'7' };
+                fs::write(place.join(file), &bad).unwrap();
+                let read = Checkpoint::load(&place);
+                assert!(read.is_err(), "{file}: byte {at} of {}", good.len());
+            }
+            fs::write(place.join(file), good).unwrap();
+        }
+        assert_eq!(Checkpoint::load(&place).unwrap(), checkpoint(1));
     }
 
     #[test]
