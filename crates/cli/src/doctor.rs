@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::Args as ClapArgs;
 use potluck_collab::Speed;
 use potluck_net::{Env, Identity, Path, PeerId, Reachability, Token, Transport};
-use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport};
+use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport, Stage};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -152,6 +152,8 @@ async fn try_address(address: &str, env: &Env) -> Result<Attempt> {
     transport.abort();
     Ok(match found {
         Some(BootstrapAttempt { stage, detail, .. }) if !connected => {
+            // Whoever has not answered by now is not there, or a firewall is in between.
+            let stage = if stage == Stage::Dialing { Stage::Connect } else { stage };
             let detail = if detail.is_empty() { "no answer in time".to_owned() } else { detail };
             Attempt { address: address.to_owned(), ok: false, stage: stage.to_string(), detail, seconds }
         }
@@ -171,9 +173,10 @@ fn udp(bootstrap: &[Attempt]) -> Option<bool> {
     if tried.iter().any(|attempt| attempt.ok) {
         return Some(true);
     }
-    // Nothing is known about UDP if TCP does not get there either.
-    let tcp_works = bootstrap.iter().any(|attempt| !is_udp(&attempt) && attempt.ok);
-    (!tried.is_empty() && tcp_works).then_some(false)
+    // Nothing is known about UDP where TCP does not get to the same machine either.
+    let machine = |attempt: &Attempt| attempt.address.split('/').nth(2).map(str::to_owned);
+    let by_tcp: Vec<_> = bootstrap.iter().filter(|it| !is_udp(it) && it.ok).map(machine).collect();
+    tried.into_iter().any(|attempt| by_tcp.contains(&machine(attempt))).then_some(false)
 }
 
 async fn measure(transport: &Libp2pTransport) -> Option<Measured> {
@@ -379,6 +382,8 @@ mod tests {
         assert_eq!(udp(&[attempt(tcp, false), attempt(udp_address, false)]), None);
         assert_eq!(udp(&[attempt(udp_address, true)]), Some(true));
         assert_eq!(udp(&[attempt(tcp, true)]), None);
+        let elsewhere = "/ip4/5.6.7.8/udp/1/quic-v1";
+        assert_eq!(udp(&[attempt(tcp, true), attempt(elsewhere, false)]), None, "that one may be down");
     }
 
     #[test]

@@ -68,7 +68,8 @@ pub(crate) async fn find(bootstrap: &[String], env: &Env) -> Result<Nat> {
 }
 
 async fn ask(bootstrap: Vec<String>, listen: &str, env: &Env) -> Result<Nat> {
-    let ids: BTreeSet<&str> = bootstrap.iter().filter_map(|address| address.rsplit('/').next()).collect();
+    let id_of = |address: &String| Some(address.rsplit('/').next()?.to_owned());
+    let ids: BTreeSet<String> = bootstrap.iter().filter_map(id_of).collect();
     let peers = ids.len();
     if peers == 0 {
         return Ok(Nat::Unknown);
@@ -79,10 +80,17 @@ async fn ask(bootstrap: Vec<String>, listen: &str, env: &Env) -> Result<Nat> {
     config.bootstrap = bootstrap;
     let transport = Libp2pTransport::start(config, env.clone()).await?;
     let until = Instant::now() + SEEN_LIMIT;
-    while transport.observed().len() < peers && Instant::now() < until {
+    // Others that are met on the way may be on this machine, and by IPv6 nobody sees the socket that listens.
+    let seen = || -> Vec<(PeerId, String)> {
+        let asked = |peer: &PeerId, address: &str| {
+            ids.contains(peer.to_string().as_str()) && address.starts_with("/ip4/")
+        };
+        transport.observed().into_iter().filter(|(peer, address)| asked(peer, address)).collect()
+    };
+    while seen().len() < peers && Instant::now() < until {
         tokio::time::sleep(PAUSE).await;
     }
-    let nat = classify(&transport.observed(), &transport.addresses());
+    let nat = classify(&seen(), &transport.addresses());
     transport.abort();
     Ok(nat)
 }

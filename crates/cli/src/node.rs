@@ -17,6 +17,8 @@ use tokio::time::Instant;
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a start waits before it reports the bootstrap addresses that failed.
 const BOOTSTRAP_REPORT_AFTER: Duration = Duration::from_secs(12);
+/// How long it then waits at a time.
+const LATER: Duration = Duration::from_secs(3600);
 
 /// Addresses that a token takes, and those of the node itself among them.
 const ADDRESSES_MAX: usize = 12;
@@ -70,6 +72,31 @@ struct Started {
     run: String,
 }
 
+/// Say how the joining goes: that it worked, or how far each address got; it is tried on. Never ends.
+async fn tell_joining(args: &Args, transport: &Libp2pTransport) {
+    let mut limit = BOOTSTRAP_REPORT_AFTER;
+    while args.join.is_some() {
+        match transport.wait_bootstrapped(Instant::now() + limit).await {
+            Ok(peer) => {
+                if !args.json {
+                    // Nobody may read any more what a node says; it serves all the same.
+                    let _unread = writeln!(std::io::stdout().lock(), "joined {peer}");
+                }
+                break;
+            }
+            Err(attempts) if limit == BOOTSTRAP_REPORT_AFTER => {
+                attempts.iter().for_each(|attempt| eprintln!("bootstrap {attempt}"));
+                eprintln!(
+                    "potluck: not joined yet; all addresses are tried again, for as long as this node runs"
+                );
+                limit = LATER;
+            }
+            Err(_) => {}
+        }
+    }
+    std::future::pending::<()>().await;
+}
+
 /// Run until SIGINT or SIGTERM.
 pub(crate) async fn run(args: Args) -> Result<()> {
     // Before anything else, so that a signal during the start is not lost.
@@ -92,23 +119,16 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     // `potluck doctor` measures its way here.
     let serving = Tasks::new();
     potluck_collab::serve_speed(&*transport, &serving);
+    crate::probe::answer(&*transport, &serving)?;
 
     let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
     let token = print_start(&args, &transport, run)?;
     let _notice = crate::nearby::post(run, token);
-    let report = async {
-        if let Err(attempts) = transport.wait_bootstrapped(Instant::now() + BOOTSTRAP_REPORT_AFTER).await {
-            for attempt in attempts {
-                eprintln!("bootstrap {attempt}");
-            }
-        }
-        std::future::pending::<()>().await;
-    };
     tokio::select! {
         biased;
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
-        () = report => {}
+        () = tell_joining(&args, &transport) => {}
     }
     let leave = async {
         dht.shutdown().await;

@@ -1,10 +1,10 @@
 //! `potluck probe`: join through a token, then either wait for callers or call one peer and say how the two are
 //! connected. It is what the NAT test runs, and what a user runs who wonders why two machines do not meet.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::Args as ClapArgs;
-use potluck_net::{Env, Identity, Path, PeerId, Protocol, Stream, Token, Transport};
+use potluck_net::{Env, Identity, Incoming, Path, PeerId, Protocol, Stream, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport};
 use serde::Serialize;
 use std::io::Write;
@@ -70,8 +70,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let transport = Libp2pTransport::start(config, env).await?;
     let deadline = Instant::now() + Duration::from_secs(args.limit);
     if let Err(attempts) = transport.wait_bootstrapped(deadline).await {
-        let lines: Vec<String> = attempts.iter().map(ToString::to_string).collect();
-        bail!("no bootstrap peer answers:\n{}", lines.join("\n"));
+        return Err(crate::visit::no_answer(&attempts));
     }
     let result = match args.call {
         Some(peer) => call(&transport, peer, &args, deadline).await,
@@ -81,8 +80,24 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     result
 }
 
+/// Answer callers as long as the tasks live, as every node does.
+pub(crate) fn answer(transport: &dyn Transport, tasks: &Tasks) -> Result<()> {
+    let incoming = transport.accept(Protocol::new(PROTOCOL), BACKLOG)?;
+    tasks.spawn(echo_all(incoming));
+    Ok(())
+}
+
+/// One caller after the other.
+async fn echo_all(mut incoming: Incoming) {
+    while let Some(mut stream) = incoming.next().await {
+        if let Err(error) = echo(&mut stream).await {
+            tracing::info!(target: "potluck::net", peer = %stream.peer(), "a caller was not answered: {error:#}");
+        }
+    }
+}
+
 async fn serve(transport: &Arc<Libp2pTransport>) -> Result<()> {
-    let mut incoming = transport.accept(Protocol::new(PROTOCOL), BACKLOG)?;
+    let incoming = transport.accept(Protocol::new(PROTOCOL), BACKLOG)?;
     // Reachable means: by a circuit, or by an address of our own that somebody confirmed. The first is quick.
     let patience = Instant::now() + Duration::from_secs(10);
     while !transport.addresses().iter().any(|address| address.contains("/p2p-circuit"))
@@ -94,11 +109,7 @@ async fn serve(transport: &Arc<Libp2pTransport>) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "{}", serde_json::to_string(&ready)?)?;
     out.flush()?;
-    while let Some(mut stream) = incoming.next().await {
-        if let Err(error) = echo(&mut stream).await {
-            eprintln!("caller {}: {error:#}", stream.peer());
-        }
-    }
+    echo_all(incoming).await;
     Ok(())
 }
 

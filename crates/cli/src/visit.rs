@@ -99,12 +99,7 @@ impl Visit {
         };
         match connected {
             Ok(_) => Ok(()),
-            Err(attempts) => {
-                let lines: Vec<String> = attempts.iter().map(|attempt| format!("  {attempt}")).collect();
-                let message = format!("no address of the token answers:\n{}", lines.join("\n"));
-                let hint = "is the node still running, and is this machine online? `potluck doctor TOKEN` looks closer";
-                Err(Failure::new(message, hint).into())
-            }
+            Err(attempts) => Err(no_answer(&attempts)),
         }
     }
 
@@ -172,6 +167,14 @@ impl Visit {
         // Whoever misses the goodbye notices anyway.
         let _left = tokio::time::timeout(Duration::from_secs(2), leave).await;
     }
+}
+
+/// The error for that: one line per address.
+pub(crate) fn no_answer(attempts: &[BootstrapAttempt]) -> anyhow::Error {
+    let lines: Vec<String> = attempts.iter().map(|attempt| format!("  {attempt}")).collect();
+    let message = format!("no address of the token answers:\n{}", lines.join("\n"));
+    let hint = "is the node still running, and is this machine online? `potluck doctor TOKEN` looks closer";
+    Failure::new(message, hint).into()
 }
 
 fn rank(sight: &Sight) -> (u64, u64) {

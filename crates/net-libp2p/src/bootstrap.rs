@@ -4,14 +4,19 @@
 use crate::convert;
 use crate::shared::{Shared, lock};
 use crate::stage::{self, Stage};
-use libp2p::Multiaddr;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError};
+use libp2p::{Multiaddr, identify};
 use potluck_net::PeerId;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// What peers of potluck say in identify that they speak; another number is another network.
+pub(crate) const PROTOCOL_VERSION: &str = "/potluck/1";
+/// Characters shown of what a stranger says of itself.
+const SAID_MAX: usize = 40;
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
@@ -39,11 +44,17 @@ impl fmt::Display for BootstrapAttempt {
     }
 }
 
+fn short(said: &str) -> String {
+    said.chars().filter(|c| !c.is_control()).take(SAID_MAX).collect()
+}
+
 /// What the callers see.
 #[derive(Default)]
 pub(crate) struct Report {
     pub(crate) attempts: Vec<BootstrapAttempt>,
     pub(crate) peers: Vec<PeerId>,
+    /// Those of them that are connected and have said that they speak our version.
+    pub(crate) joined: BTreeSet<PeerId>,
 }
 
 struct Target {
@@ -116,35 +127,92 @@ impl Bootstrap {
         dials
     }
 
-    pub(crate) fn on_connected(&mut self, peer: &libp2p::PeerId, id: ConnectionId, shared: &Shared) {
-        let mut report = lock(&shared.bootstrap);
-        for (target, attempt) in self.targets.iter_mut().zip(&mut report.attempts) {
-            if target.peer != *peer {
-                continue;
-            }
+    /// A connection is there; whether it is of use shows when the peer has said what it is.
+    pub(crate) fn on_connected(&mut self, peer: &libp2p::PeerId, id: ConnectionId) {
+        for target in self.targets.iter_mut().filter(|target| target.peer == *peer) {
             if target.dialing == Some(id) {
                 target.dialing = None;
             }
-            target.backoff = RETRY_FIRST;
             target.tried = true;
-            attempt.ok = true;
-            attempt.stage = Stage::Connected;
-            attempt.detail.clear();
+        }
+    }
+
+    /// The peer has said what it speaks. False if that is not what we speak: then it is of no use.
+    pub(crate) fn on_identified(
+        &mut self,
+        peer: &libp2p::PeerId,
+        info: &identify::Info,
+        shared: &Shared,
+    ) -> bool {
+        let same = info.protocol_version == PROTOCOL_VERSION;
+        let detail = if same {
+            String::new()
+        } else {
+            let (theirs, agent) = (short(&info.protocol_version), short(&info.agent_version));
+            format!("the peer there speaks {theirs:?} ({agent}), not {PROTOCOL_VERSION:?}")
+        };
+        self.settle(peer, if same { Stage::Connected } else { Stage::Version }, &detail, shared);
+        same
+    }
+
+    /// The peer is connected but does not say what it is.
+    pub(crate) fn on_unidentified(&mut self, peer: &libp2p::PeerId, error: &str, shared: &Shared) {
+        let known =
+            convert::from_libp2p(peer).is_some_and(|peer| lock(&shared.bootstrap).joined.contains(&peer));
+        if !known {
+            self.settle(
+                peer,
+                Stage::Version,
+                &format!("the peer there does not say what it is: {error}"),
+                shared,
+            );
+        }
+    }
+
+    fn settle(&mut self, peer: &libp2p::PeerId, stage: Stage, detail: &str, shared: &Shared) {
+        let mut report = lock(&shared.bootstrap);
+        let ok = stage == Stage::Connected;
+        let ours =
+            self.targets.iter_mut().zip(&mut report.attempts).filter(|(target, _)| target.peer == *peer);
+        let mut changed = false;
+        for (target, attempt) in ours {
+            if ok {
+                target.backoff = RETRY_FIRST;
+            }
+            (attempt.ok, attempt.stage) = (ok, stage);
+            detail.clone_into(&mut attempt.detail);
+            changed = true;
+        }
+        if let (true, true, Some(peer)) = (changed, ok, convert::from_libp2p(peer)) {
+            report.joined.insert(peer);
         }
         drop(report);
-        shared.bootstrap_changed.notify_waiters();
+        if changed {
+            shared.bootstrap_changed.notify_waiters();
+        }
     }
 
     pub(crate) fn on_disconnected(&mut self, peer: &libp2p::PeerId, now: Instant, shared: &Shared) {
         let mut report = lock(&shared.bootstrap);
         for (target, attempt) in self.targets.iter_mut().zip(&mut report.attempts) {
-            if target.peer == *peer {
-                target.retry_at = now + target.backoff;
-                attempt.ok = false;
+            if target.peer != *peer {
+                continue;
+            }
+            target.retry_at = now + target.backoff;
+            attempt.ok = false;
+            // Why a peer was of no use is worth more than that it is gone.
+            if attempt.stage == Stage::Version {
+                target.backoff = (target.backoff * 2).min(RETRY_MAX);
+            } else {
                 attempt.stage = Stage::Connect;
                 attempt.detail = "the connection was lost".into();
             }
         }
+        if let Some(peer) = convert::from_libp2p(peer) {
+            report.joined.remove(&peer);
+        }
+        drop(report);
+        shared.bootstrap_changed.notify_waiters();
     }
 
     pub(crate) fn on_failure(

@@ -328,7 +328,7 @@ impl Driver {
 
     fn on_connected(&mut self, id: libp2p::PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         tracing::debug!(target: "potluck::net", peer = %id, ?endpoint, "connected");
-        self.bootstrap.on_connected(&id, connection, &self.shared);
+        self.bootstrap.on_connected(&id, connection);
         let Some(peer) = convert::from_libp2p(&id) else { return };
         if let ConnectedPoint::Dialer { address, .. } = endpoint {
             self.shared.book.add(peer, [address.clone()]);
@@ -356,11 +356,17 @@ impl Driver {
     fn on_behaviour(&mut self, event: BehaviourEvent) {
         match event {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                let useful = self.bootstrap.on_identified(&peer_id, &info, &self.shared);
                 self.on_identified(peer_id, info);
                 self.introduced(&peer_id);
+                if !useful && self.bootstrap.contains(&peer_id) {
+                    // An error means that it has closed the connection already.
+                    let _gone = self.swarm.disconnect_peer_id(peer_id);
+                }
             }
             BehaviourEvent::Identify(identify::Event::Error { peer_id, error, .. }) => {
                 tracing::debug!(target: "potluck::net", peer = %peer_id, %error, "does not say who it is");
+                self.bootstrap.on_unidentified(&peer_id, &error.to_string(), &self.shared);
                 self.introduced(&peer_id);
             }
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) })

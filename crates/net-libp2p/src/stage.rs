@@ -24,6 +24,8 @@ pub enum Stage {
     Handshake,
     /// Somebody answered, but not the peer that the address names.
     WrongIdentity,
+    /// The right peer, but it does not speak this version of potluck, or not potluck at all.
+    Version,
     /// One of the two sides has no room for more connections.
     Refused,
     /// Connected.
@@ -39,6 +41,7 @@ impl fmt::Display for Stage {
             Self::Connect => "connect",
             Self::Handshake => "handshake",
             Self::WrongIdentity => "wrong identity",
+            Self::Version => "version",
             Self::Refused => "refused",
             Self::Connected => "connected",
         })

@@ -1,5 +1,6 @@
 //! The libp2p side: transports and behaviours with their limits, put together. Nothing here decides anything later.
 
+use crate::bootstrap::PROTOCOL_VERSION;
 use crate::config::Config;
 use crate::secure::Secure;
 use crate::shared::Shared;
@@ -165,7 +166,7 @@ fn behaviour(
         .with_max_established(Some(CONNECTIONS_MAX))
         .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX));
     // No signed peer record: go-libp2p peers log an error for each of rust-libp2p's.
-    let identify = identify::Config::new("/potluck/1".into(), keypair.public())
+    let identify = identify::Config::new(PROTOCOL_VERSION.into(), keypair.public())
         .with_agent_version(concat!("potluck/", env!("CARGO_PKG_VERSION")).into())
         .with_push_listen_addr_updates(true);
     let ping =

@@ -95,7 +95,7 @@ impl Libp2pTransport {
         own.observed.iter().map(|(peer, address)| (*peer, address.to_string())).collect()
     }
 
-    /// Wait until one bootstrap peer is connected; that one.
+    /// Wait until one bootstrap peer is connected and has said that it speaks our version; that one.
     ///
     /// # Errors
     /// How far each address got, if none is connected at the deadline. Dialing goes on all the same.
@@ -105,9 +105,8 @@ impl Libp2pTransport {
             tokio::pin!(changed);
             // Listening before looking: a change in between is not missed.
             changed.as_mut().enable();
-            let connected = |peer: &PeerId| self.shared.peers.path(*peer).is_some();
-            if let Some(peer) = self.bootstrap_peers().into_iter().find(connected) {
-                return Ok(peer);
+            if let Some(peer) = lock(&self.shared.bootstrap).joined.first() {
+                return Ok(*peer);
             }
             let report = self.bootstrap_report();
             if report.is_empty() || tokio::time::timeout_at(deadline, changed).await.is_err() {

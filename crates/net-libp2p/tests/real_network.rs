@@ -1,7 +1,6 @@
 //! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
 //! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
 
-
 use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport};
 use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
@@ -137,6 +136,48 @@ async fn bootstrap_says_for_each_address_how_far_it_got() {
     assert!(text.lines().last().unwrap().ends_with(": connected"), "{text}");
     joiner.close().await;
     server.close().await;
+}
+
+/// Somebody else's program: encryption, multiplexing and identify are those of every libp2p peer, potluck it is not.
+fn foreign_swarm() -> libp2p::Swarm<libp2p::identify::Behaviour> {
+    libp2p::SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(libp2p::tcp::Config::default(), libp2p::noise::Config::new, libp2p::yamux::Config::default)
+        .expect("noise needs nothing")
+        .with_behaviour(|key| {
+            let config = libp2p::identify::Config::new("/elsewhere/7".into(), key.public());
+            libp2p::identify::Behaviour::new(config.with_agent_version("kitchen/7".into()))
+        })
+        .expect("identify needs nothing")
+        .build()
+}
+
+#[tokio::test]
+async fn a_bootstrap_peer_that_speaks_something_else_has_failed_at_version() {
+    let mut foreign = foreign_swarm();
+    foreign.listen_on(TCP.parse().unwrap()).unwrap();
+    let (told, address) = tokio::sync::oneshot::channel();
+    let id = *foreign.local_peer_id();
+    let serving = potluck_net::Tasks::new();
+    serving.spawn(async move {
+        let mut told = Some(told);
+        loop {
+            let event = futures::StreamExt::select_next_some(&mut foreign).await;
+            if let libp2p::swarm::SwarmEvent::NewListenAddr { address, .. } = event
+                && let Some(told) = told.take()
+            {
+                told.send(format!("{address}/p2p/{id}")).unwrap();
+            }
+        }
+    });
+    let address = address.await.unwrap();
+    let joiner = peer_on(&[TCP], |config| config.bootstrap = vec![address.clone()]).await;
+    let report = joiner.wait_bootstrapped(Instant::now() + Duration::from_secs(3)).await.unwrap_err();
+    let expected = format!(
+        "{address}: failed at version: the peer there speaks \"/elsewhere/7\" (kitchen/7), not \"/potluck/1\""
+    );
+    assert_eq!(report[0].to_string(), expected);
+    joiner.close().await;
 }
 
 #[tokio::test]

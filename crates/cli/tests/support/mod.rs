@@ -140,9 +140,14 @@ impl Running {
     }
 
     /// SIGTERM, and whether it ended with 0.
-    pub(crate) fn stop(mut self) -> bool {
+    pub(crate) fn stop(self) -> bool {
+        self.end("-TERM")
+    }
+
+    /// The same with another signal.
+    pub(crate) fn end(mut self, signal: &str) -> bool {
         let pid = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
+        let sent = Command::new("kill").args([signal, &pid]).status().expect("kill runs");
         sent.success() && self.child.wait().expect("it ends").success()
     }
 }
