@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from chromium import Chromium
 from lightning_support import environment
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 PEER = Path(__file__).with_name("browser_peer.py")
 PICTURES = Path(__file__).parents[2] / ".build" / "browser"
@@ -79,6 +81,25 @@ def background(browser: Chromium) -> int:
     return sum(int(part) for part in colour[4:-1].split(",")[:3])
 
 
+def metrics_are_read_by_prometheus(url: str, ids: list[str]) -> None:
+    """Its own parser takes them, with their units, and they say what the page says."""
+    with urlopen(f"{url}metrics", timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+        families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+    assert families["potluck_peers"].samples[0].value == 3
+    units = {
+        name: families[f"potluck_{name}"].unit
+        for name in ("sent_bytes", "samples_per_second", "round_seconds")
+    }
+    assert units == {
+        "sent_bytes": "bytes",
+        "samples_per_second": "samples_per_second",
+        "round_seconds": "seconds",
+    }
+    shares = families["potluck_peer_contributed_samples"].samples
+    assert {sample.labels["peer"] for sample in shares} == set(ids)
+
+
 @pytest.mark.timeout(300)
 def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
     first, second, third = peers
@@ -101,6 +122,8 @@ def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
         no_wider_than_the_screen(browser)
         bright = background(browser)
         browser.screenshot(PICTURES / "three-peers.png")
+
+        metrics_are_read_by_prometheus(first.about["url"], ids)
 
         third.kill()
         browser.until(f"{SHOWN.format('peers')} === 2")

@@ -1,7 +1,7 @@
 //! What to do about an error: the `hint:` line under it.
 
 use potluck_collab::JoinError;
-use potluck_dashboard::ServeError;
+use potluck_dashboard::{ReplayError, ServeError};
 use potluck_net::TokenError;
 use potluck_net_libp2p::StartError;
 use potluck_net_libp2p::identity_file::IdentityFileError;
@@ -50,6 +50,12 @@ pub(crate) fn hint(error: &anyhow::Error) -> Option<&'static str> {
             return Some(match error {
                 ServeError::Bind { source, .. } => about_socket(source),
                 _ => "choose another --dashboard address",
+            });
+        }
+        if let Some(error) = cause.downcast_ref::<ReplayError>() {
+            return Some(match error {
+                ReplayError::Read { source, .. } => about_file(source).unwrap_or("name another file"),
+                _ => "name a file that `potluck monitor TOKEN --log FILE` has written",
             });
         }
         if let Some(error) = cause.downcast_ref::<StartError>() {

@@ -4,9 +4,10 @@ use crate::visit::Visit;
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use potluck_collab::{Event, Status};
-use potluck_dashboard::{Dashboard, write_log};
-use potluck_net::{PeerId, Tasks, Token};
+use potluck_dashboard::{Dashboard, Replay, write_log};
+use potluck_net::{PeerId, Token};
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,25 +15,32 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, watch};
 
 pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
-potluck monitor potluck1…\n  potluck monitor potluck1… --dashboard 127.0.0.1:0 --log events.jsonl\n\n\
+potluck monitor potluck1…\n  potluck monitor potluck1… --dashboard 127.0.0.1:0 --log events.jsonl\n  \
+potluck monitor --replay events.jsonl\n\n\
 Prometheus reads http://ADDRESS/metrics.";
 
 /// How often the run is asked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long one look may take before the page says so.
 const LOOK_LIMIT: Duration = Duration::from_secs(10);
+/// How long the last lines of the log may take.
+const LOG_LIMIT: Duration = Duration::from_secs(2);
 const EVENTS_WAITING_MAX: usize = 256;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
     /// The run's token
-    token: Token,
+    #[arg(required_unless_present = "replay")]
+    token: Option<Token>,
     /// Where to serve the page; port 0 is any free one
     #[arg(long, default_value = "127.0.0.1:8080")]
     dashboard: SocketAddr,
     /// Append every event to this file, one JSON object a line
     #[arg(long)]
     log: Option<PathBuf>,
+    /// Show what such a file tells of a run, without looking for the run
+    #[arg(long, value_name = "LOG", conflicts_with_all = ["token", "log"])]
+    replay: Option<PathBuf>,
     /// How long to look for the run, in seconds
     #[arg(long, default_value_t = 20.0, value_parser = crate::status::positive)]
     limit: f64,
@@ -42,34 +50,99 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let visit = Visit::enter(&args.token).await?;
-    let watching = async {
-        let first = visit.look(Duration::from_secs_f64(args.limit)).await?.1.status;
-        let (events, listener) = broadcast::channel(EVENTS_WAITING_MAX);
-        let statuses = watch::Sender::new(as_outsider(first));
-        let dashboard = Dashboard::serve_feed(statuses.subscribe(), listener, args.dashboard).await?;
-        let tasks = Tasks::new();
-        if let Some(log) = args.log.clone() {
-            check(&log)?;
-            let listener = events.subscribe();
-            tasks.spawn(async move {
-                if let Err(error) = write_log(&log, listener).await {
-                    eprintln!("potluck: {error}");
-                }
-            });
+    let Some(token) = &args.token else {
+        let replayed = replay(&args).await?;
+        println!("dashboard {}", replayed.url());
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
-        println!("dashboard {}", dashboard.url());
-        follow(&visit, &statuses, &events).await;
-        anyhow::Ok(())
+        return Ok(());
     };
-    let result = tokio::select! {
+    let visit = Visit::enter(token).await?;
+    let mut stopped = std::pin::pin!(async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    });
+    let started = tokio::select! {
         biased;
-        _ = interrupt.recv() => Ok(()),
-        _ = terminate.recv() => Ok(()),
-        result = watching => result,
+        () = &mut stopped => Ok(None),
+        started = start(&args, &visit) => started.map(Some),
+    };
+    let result = match started {
+        Ok(Some(started)) => {
+            feed(&args, &visit, started, stopped).await;
+            Ok(())
+        }
+        other => other.map(|_| ()),
     };
     visit.leave().await;
     result
+}
+
+/// Follow the run until told to stop, and write how things stood then into the log.
+async fn feed(args: &Args, visit: &Visit, started: Started, stopped: impl Future<Output = ()>) {
+    let Started { statuses, events, _dashboard } = started;
+    let (mut logging, mut ended) = (Box::pin(log(args, &statuses, &events)), false);
+    let log_then_wait = async {
+        logging.as_mut().await;
+        ended = true;
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        () = stopped => {}
+        () = follow(visit, &statuses, &events) => {}
+        () = log_then_wait => {}
+    }
+    drop(events);
+    if !ended && tokio::time::timeout(LOG_LIMIT, logging).await.is_err() {
+        eprintln!("potluck: the end of the log could not be written in time");
+    }
+}
+
+/// What is fed, and the page that shows it.
+struct Started {
+    statuses: watch::Sender<Status>,
+    events: broadcast::Sender<Event>,
+    _dashboard: Dashboard,
+}
+
+async fn start(args: &Args, visit: &Visit) -> Result<Started> {
+    let first = visit.look(Duration::from_secs_f64(args.limit)).await?.1.status;
+    let (events, listener) = broadcast::channel(EVENTS_WAITING_MAX);
+    let statuses = watch::Sender::new(as_outsider(first));
+    let dashboard = Dashboard::serve_feed(statuses.subscribe(), listener, args.dashboard).await?;
+    if let Some(log) = &args.log {
+        check(log)?;
+    }
+    println!("dashboard {}", dashboard.url());
+    Ok(Started { statuses, events, _dashboard: dashboard })
+}
+
+/// Write the log until nobody sends events any more. Without one, that is now.
+fn log(
+    args: &Args,
+    statuses: &watch::Sender<Status>,
+    events: &broadcast::Sender<Event>,
+) -> impl Future<Output = ()> + use<> {
+    let feeds = args.log.clone().map(|log| (log, statuses.subscribe(), events.subscribe()));
+    async move {
+        if let Some((log, statuses, events)) = feeds
+            && let Err(error) = write_log(&log, statuses, events).await
+        {
+            eprintln!("potluck: {error}");
+        }
+    }
+}
+
+async fn replay(args: &Args) -> Result<Dashboard> {
+    let log = args.replay.clone().context("neither a token nor a log")?;
+    let replay = Replay::read(&log)?;
+    println!("replaying {} of the run {:?}", log.display(), replay.run_id());
+    Ok(Dashboard::serve_replay(replay, args.dashboard).await?)
 }
 
 /// A log that cannot be written is an error now, not in an hour.

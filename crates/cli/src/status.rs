@@ -10,7 +10,7 @@ use ratatui::layout::{Constraint, Layout};
 use ratatui::widgets::{Block, Gauge, Paragraph, Row, Table};
 use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
 potluck status                  # the runs with a peer on this machine\n  potluck status my-run\n  potluck status potluck1…\n  potluck status potluck1… --json | jq .epoch\n  potluck status potluck1… --watch";
@@ -50,12 +50,15 @@ pub(crate) fn positive(text: &str) -> Result<f64, String> {
 
 /// Look.
 pub(crate) async fn run(args: Args) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     let sources = Source::find(args.target.as_ref(), args.watch || args.json).await?;
     let last = sources.len();
     for (at, source) in sources.into_iter().enumerate() {
         let result = tokio::select! {
             biased;
-            _ = tokio::signal::ctrl_c() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            _ = terminate.recv() => Ok(()),
             result = show(&source, &args) => result,
         };
         source.leave().await;
@@ -80,12 +83,25 @@ async fn show(visit: &Source, args: &Args) -> Result<()> {
     if args.json || !std::io::stdout().is_terminal() {
         return print_on(visit, args, first).await;
     }
-    let mut terminal = ratatui::init();
-    crate::log::hush(true);
-    let result = draw_on(visit, args, first, &mut terminal).await;
-    crate::log::hush(false);
-    ratatui::restore();
-    result
+    let (mut terminal, _view) = View::open();
+    draw_on(visit, args, first, &mut terminal).await
+}
+
+/// The terminal is ours until this is dropped, however that comes: a signal drops it in the middle.
+struct View;
+
+impl View {
+    fn open() -> (ratatui::DefaultTerminal, Self) {
+        crate::log::hush(true);
+        (ratatui::init(), Self)
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        ratatui::restore();
+        crate::log::hush(false);
+    }
 }
 
 /// Plain lines, for pipes and logs.
@@ -115,23 +131,36 @@ async fn draw_on(
 ) -> Result<()> {
     let mut looks = 1;
     loop {
-        let next = Instant::now() + Duration::from_secs_f64(args.every);
-        while Instant::now() < next {
-            terminal.draw(|frame| draw(frame, &status))?;
-            while event::poll(Duration::ZERO)? {
-                if let Event::Key(key) = event::read()?
-                    && matches!(key.code, KeyCode::Char('q' | 'c') | KeyCode::Esc)
-                {
-                    return Ok(());
-                }
-            }
-            tokio::time::sleep(KEYS_EVERY).await;
-        }
-        if args.count.is_some_and(|count| looks >= count) {
-            return Ok(());
-        }
-        status = visit.look(SILENCE_MAX).await?;
+        terminal.draw(|frame| draw(frame, &status))?;
+        let pause = tokio::time::sleep(Duration::from_secs_f64(args.every));
+        let last = args.count.is_some_and(|count| looks >= count);
+        // Keys count also while the run does not answer.
+        let next = async {
+            pause.await;
+            if last { Ok(None) } else { visit.look(SILENCE_MAX).await.map(Some) }
+        };
+        let next = tokio::select! {
+            next = next => next?,
+            ended = until_ended(terminal, &status) => return ended,
+        };
+        let Some(next) = next else { return Ok(()) };
+        status = next;
         looks += 1;
+    }
+}
+
+/// Until a key ends the view. It is drawn again meanwhile, for a window that has another size now.
+async fn until_ended(terminal: &mut ratatui::DefaultTerminal, status: &Status) -> Result<()> {
+    loop {
+        while event::poll(Duration::ZERO)? {
+            if let Event::Key(key) = event::read()?
+                && matches!(key.code, KeyCode::Char('q' | 'c') | KeyCode::Esc)
+            {
+                return Ok(());
+            }
+        }
+        tokio::time::sleep(KEYS_EVERY).await;
+        terminal.draw(|frame| draw(frame, status))?;
     }
 }
 

@@ -59,6 +59,8 @@ async fn status_and_doctor_see_a_run_and_do_not_disturb_it() {
     let lines = stdout(&run(arguments(&watch)).await);
     assert_eq!(lines.lines().count(), 3, "{lines}");
 
+    in_a_terminal(&code).await;
+
     let doctor = run(arguments(&["doctor", &code, "--listen", "/ip4/127.0.0.1/tcp/0", "--json"])).await;
     let report: serde_json::Value = serde_json::from_str(&stdout(&doctor)).unwrap();
     let network = &report["network"];
@@ -70,6 +72,24 @@ async fn status_and_doctor_see_a_run_and_do_not_disturb_it() {
     assert_eq!(first.session.status().borrow().rounds_failed, 0);
     first.leave().await;
     second.leave().await;
+}
+
+/// The view of a terminal, which `script` pretends to be; a signal gives the terminal back as it was.
+async fn in_a_terminal(code: &str) {
+    let watch = format!(
+        "stty rows 24 columns 100; timeout --foreground -s TERM 4 {} status {code} --watch --every 0.3",
+        env!("CARGO_BIN_EXE_potluck")
+    );
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &watch, "/dev/null"]).env("TERM", "xterm").env_remove("POTLUCK_LOG");
+    command.stdin(std::process::Stdio::null());
+    let screen = stdout(&blocking(move || command.output().expect("script is part of the system")).await);
+    let (opened, closed) = (screen.find("\u{1b}[?1049h"), screen.rfind("\u{1b}[?1049l"));
+    assert!(opened.is_some() && opened < closed, "the terminal is given back: {screen:?}");
+    // Blanks are not printed but jumped over.
+    for text in ["potluck", "ends)", "seen:", "samples/s,", "contributed", "direct"] {
+        assert!(screen.contains(text), "{text:?} is not on {screen:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -96,19 +116,9 @@ async fn monitor_serves_the_dashboard_of_a_run_it_is_not_in() {
         assert!(tokio::time::Instant::now() < patience, "the newcomer is not in the log");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let get = |path: &'static str| {
-        let address = address.clone();
-        blocking(move || {
-            let mut stream = std::net::TcpStream::connect(address).unwrap();
-            write!(stream, "GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).unwrap();
-            answer
-        })
-    };
-    let metrics = get("/metrics").await;
+    let metrics = get(&address, "/metrics").await;
     assert!(metrics.contains("potluck_peers{run=\"shown\"} 2"), "{metrics}");
-    assert!(get("/").await.contains("<html"));
+    assert!(get(&address, "/").await.contains("<html"));
     let local: serde_json::Value =
         serde_json::from_str(&stdout(&run(arguments(&["status", "shown", "--json"])).await)).unwrap();
     assert_eq!(local["peers"].as_array().unwrap().len(), 2, "from the page of the monitor: {local}");
@@ -117,8 +127,47 @@ async fn monitor_serves_the_dashboard_of_a_run_it_is_not_in() {
     assert!(blocking(move || monitor.stop()).await, "SIGTERM ends it with 0");
     let left: Vec<_> = std::fs::read_dir(support::runtime_dir()).unwrap().collect();
     assert_eq!(left.len(), 1, "the notice of the node only: {left:?}");
+    replayed(&log).await;
     first.leave().await;
     second.leave().await;
+}
+
+/// The log alone is enough for the page of a run.
+async fn replayed(log: &std::path::Path) {
+    let mut command = potluck(&["monitor", "--dashboard", "127.0.0.1:0", "--replay"]);
+    command.arg(log);
+    let address = blocking(move || {
+        let monitor = Running::start(command);
+        assert!(monitor.line("replaying").ends_with("of the run \"shown\""));
+        let url = monitor.line("dashboard");
+        (monitor, url.trim_start_matches("http://").trim_end_matches('/').to_owned())
+    });
+    let (_monitor, address) = address.await;
+    let history: serde_json::Value = serde_json::from_str(&get(&address, "/api/history").await).unwrap();
+    assert_eq!(history["replayed"], true);
+    let kinds: Vec<&str> = history["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| event["what"]["event"].as_str().unwrap())
+        .collect();
+    assert!(kinds.contains(&"joined"), "{kinds:?}");
+    assert_eq!(history["points"].as_array().unwrap().last().unwrap()["peers"], 2, "{history}");
+    let status: serde_json::Value = serde_json::from_str(&get(&address, "/api/status").await).unwrap();
+    assert_eq!((&status["run_id"], status["peers"].as_array().unwrap().len()), (&"shown".into(), 2));
+}
+
+/// The body of a page.
+async fn get(address: &str, path: &str) -> String {
+    let (address, path) = (address.to_owned(), path.to_owned());
+    blocking(move || {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -162,7 +211,33 @@ async fn a_run_comes_back_from_its_keeper_when_everybody_has_left() {
     golden("export", &export, &[(text(dir.path()), "DIR")], true);
     let bytes = std::fs::read(&weights).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(tensors.tensor("param.000000").unwrap().shape(), [VALUES]);
+    let param = tensors.tensor("param.000000").unwrap();
+    assert_eq!(param.shape(), [VALUES]);
+
+    let (weights, names) = (dir.path().join("weights.pt"), dir.path().join("names.txt"));
+    std::fs::write(&names, "layer.weight\n").unwrap();
+    let export = ["export", text(&kept), "--names", text(&names), "--output", text(&weights)];
+    assert!(run(arguments(&export)).await.status.success());
+    if let Some(loaded) = blocking(move || as_torch_loads_it(&weights)).await {
+        let (words, _) = param.data().as_chunks::<4>();
+        let values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+        assert_eq!(loaded, serde_json::json!({ "layer.weight": values }));
+    }
+}
+
+/// What `torch.load` makes of a state dict, with nothing of potluck imported. `None` before `make setup`.
+fn as_torch_loads_it(weights: &std::path::Path) -> Option<serde_json::Value> {
+    let python = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python");
+    if !python.exists() {
+        eprintln!("skipped: no .venv with torch");
+        return None;
+    }
+    let script = "import json, sys, torch\n\
+        state = torch.load(sys.argv[1], weights_only=True)\n\
+        print(json.dumps({name: tensor.tolist() for name, tensor in state.items()}))";
+    let output = std::process::Command::new(python).args(["-c", script, text(weights)]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    Some(serde_json::from_str(&stdout(&output)).unwrap())
 }
 
 async fn start_keeper(token: &Token, kept: &std::path::Path, more: &[&str]) -> Running {
@@ -175,6 +250,62 @@ async fn start_keeper(token: &Token, kept: &std::path::Path, more: &[&str]) -> R
         keeper
     })
     .await
+}
+
+/// A disk of its own in memory, of so many kB; `None` where this user may not mount one.
+struct Disk(std::path::PathBuf);
+
+impl Disk {
+    fn mount(at: &std::path::Path, kilobytes: u32) -> Option<Self> {
+        std::fs::create_dir(at).unwrap();
+        let size = format!("size={kilobytes}k");
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs", text(at)]);
+        mount.output().is_ok_and(|output| output.status.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Whoever is still in it keeps it; that is no reason to fail.
+        let _unmounted = std::process::Command::new("umount").arg("--lazy").arg(&self.0).output();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_fills_up_in_the_middle_of_a_checkpoint_keeps_the_older_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = dir.path().join("kept");
+    // Six pages: the identity, two checkpoints of two files, and the first file of the third.
+    let Some(_disk) = Disk::mount(&kept, 24) else {
+        eprintln!("skipped: needs root to mount a small disk");
+        return;
+    };
+    let (_node, token) = node(dir.path(), "tiny");
+    let mut trainer = Trainer::join(&token).await;
+    let limited = ["--keep", "3", "--every", "1", "--no-port-mapping", "--listen", "/ip4/127.0.0.1/tcp/0"];
+    let code = token.to_string();
+    let mut command = std::process::Command::new("timeout");
+    command.args(["-s", "TERM", "--preserve-status", "8", env!("CARGO_BIN_EXE_potluck"), "keeper", &code]);
+    command.arg("--dir").arg(&kept).args(limited).env("POTLUCK_RUNTIME_DIR", support::runtime_dir());
+    let output = blocking(move || command.output().unwrap()).await;
+    trainer.reach(3).await;
+    let said = stderr(&output);
+    assert!(output.status.success(), "the keeper goes on and ends when told to: {said}");
+    assert!(
+        said.contains("cannot save the checkpoint") && said.contains("No space left on device"),
+        "{said}"
+    );
+    assert!(said.contains("older checkpoints are untouched"), "{said}");
+    assert!(said.contains("hint: free some space"), "{said}");
+    let whole = checkpoints(&kept);
+    assert_eq!(whole.len(), 2, "{whole:?} after\n{}", stdout(&output));
+    let weights = dir.path().join("weights.safetensors");
+    for checkpoint in &whole {
+        let export = run(arguments(&["export", text(checkpoint), "--output", text(&weights)])).await;
+        assert!(export.status.success(), "{}", stderr(&export));
+    }
+    trainer.leave().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -92,11 +92,15 @@ impl fmt::Display for Event {
         match self {
             Self::Round(round) => write!(
                 f,
-                "epoch {}: averaged {} with {} peers, {:.0} samples, {:.2} s{}",
+                "epoch {}: averaged {} with {} peers, {}{:.2} s{}",
                 round.epoch,
                 channel(round.channel),
                 round.members.len(),
-                round.weight_total,
+                match round.channel {
+                    Channel::Gradients => format!("{:.0} samples, ", round.weight_total),
+                    // The weight of a state is a matter of the policy, and no number of samples.
+                    Channel::State => String::new(),
+                },
                 round.stats.seconds,
                 faults(&round.faults)
             ),

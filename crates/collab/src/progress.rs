@@ -25,17 +25,18 @@ pub(crate) struct Own {
     /// Calls with samples since the last epoch.
     pub(crate) steps: u32,
     pub(crate) samples_per_second: f32,
-    last_step: Instant,
+    /// `None`: unknown when the work on the next samples began.
+    last_step: Option<Instant>,
 }
 
 impl Own {
     pub(crate) fn new(now: Instant) -> Self {
-        Self { samples: 0, samples_under_way: 0, steps: 0, samples_per_second: 0.0, last_step: now }
+        Self { samples: 0, samples_under_way: 0, steps: 0, samples_per_second: 0.0, last_step: Some(now) }
     }
 
     pub(crate) fn add(&mut self, now: Instant, samples: u64) {
-        let seconds = now.duration_since(self.last_step).as_secs_f32();
-        self.last_step = now;
+        let seconds = self.last_step.map_or(0.0, |before| now.duration_since(before).as_secs_f32());
+        self.last_step = Some(now);
         if samples == 0 {
             return;
         }
@@ -48,9 +49,14 @@ impl Own {
         }
     }
 
-    /// Time that was not spent on samples (a round, a download) says nothing about speed.
+    /// Time that was not spent on samples (a round) says nothing about speed.
     pub(crate) fn restart_clock(&mut self, now: Instant) {
-        self.last_step = now;
+        self.last_step = Some(now);
+    }
+
+    /// A download has ended. The next samples may have been computed before it, so how long they took is unknown.
+    pub(crate) fn forget_clock(&mut self) {
+        self.last_step = None;
     }
 
     /// The epoch ended with the samples that were in its round.
@@ -197,6 +203,19 @@ mod tests {
         assert_eq!(eta_seconds(&swarm, 23), Some(0.0));
         let idle = Swarm { samples: 0, samples_per_second: 0.0, peers: 1 };
         assert_eq!(eta_seconds(&idle, 1), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn samples_that_waited_for_a_download_say_nothing_about_speed() {
+        let mut own = Own::new(Instant::now());
+        own.forget_clock();
+        // The batch was there before the download: it is counted, and no speed is made of the moment since.
+        tokio::time::advance(Duration::from_millis(1)).await;
+        own.add(Instant::now(), 8);
+        assert_eq!((own.samples, own.samples_per_second), (8, 0.0));
+        tokio::time::advance(Duration::from_secs(2)).await;
+        own.add(Instant::now(), 8);
+        assert_eq!((own.samples, own.samples_per_second), (16, 4.0));
     }
 
     #[tokio::test(start_paused = true)]

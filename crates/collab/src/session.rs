@@ -225,7 +225,7 @@ impl Session {
     /// why); the program goes on and `step` says so again if it must.
     pub async fn load_state(&self) -> Outcome<Option<Snapshot>> {
         let loaded = self.inner.load_state().await;
-        self.inner.core().own.restart_clock(self.inner.env.now());
+        self.inner.core().own.forget_clock();
         self.inner.tell(true);
         loaded
     }

@@ -4,7 +4,7 @@ import { curve, swarm } from "./charts.js";
 
 const $ = id => document.getElementById(id);
 const points = [];
-let last = null;
+let last = null, calm = null;
 
 function bytes(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
@@ -47,7 +47,8 @@ function board(peers) {
 function round(found) {
   const rows = found === null ? [["", "no round yet"]] : [
     ["epoch", found.epoch], ["averaged", found.channel], ["members", found.members.length],
-    ["samples", rounded(found.weight_total, 6)], ["seconds", rounded(found.seconds)],
+    // The weight of a state is a matter of the policy, and no number of samples.
+    ...(found.channel === "gradients" ? [["samples", rounded(found.weight_total, 6)]] : []), ["seconds", rounded(found.seconds)],
     ["sent", bytes(found.bytes_sent)], ["received", bytes(found.bytes_received)],
     ["faults", found.faults.length ? found.faults.map(f => `…${f.peer.slice(-6)} ${f.kind}`).join(", ") : "none"],
   ];
@@ -86,7 +87,21 @@ function curves() {
   curve($("speed-chart"), points.map(p => [p.seconds, p.samples_per_second]), "samples per second", "s");
 }
 
+/** Rounds in which all went well, one after the other, are one line; what stands out is not lost between them. */
+function well(event) {
+  if (event.what.event !== "round" || event.what.faults.length) { calm = null; return false; }
+  if (!calm) {
+    calm = { item: document.createElement("li"), count: 0, first: event.what.epoch };
+    $("events").prepend(calm.item);
+  }
+  calm.count++;
+  const before = calm.count === 1 ? "" : ` (and ${calm.count - 1} more since epoch ${calm.first}, none with a fault)`;
+  calm.item.textContent = event.text + before;
+  return true;
+}
+
 function happened(event) {
+  if (well(event)) return;
   const item = document.createElement("li");
   item.textContent = event.text;
   if (["alone", "copied", "lost", "round_failed", "state_failed", "lineage_lost"].includes(event.what.event)) item.className = "bad";
@@ -97,6 +112,7 @@ function happened(event) {
 async function history() {
   const answer = await (await fetch("api/history")).json();
   points.splice(0, points.length, ...answer.points);
+  if (answer.replayed) $("connection").dataset.open = "replay of a log";
   return answer.events;
 }
 
@@ -104,7 +120,7 @@ async function start() {
   (await history()).forEach(happened);
   curves();
   const live = new EventSource("api/live");
-  live.addEventListener("open", () => { $("connection").textContent = "live"; });
+  live.addEventListener("open", () => { $("connection").textContent = $("connection").dataset.open ?? "live"; });
   live.addEventListener("error", () => { $("connection").textContent = "the peer does not answer; trying again"; });
   live.addEventListener("status", message => show(JSON.parse(message.data)));
   live.addEventListener("event", message => happened(JSON.parse(message.data)));

@@ -41,7 +41,9 @@ export function curve(box, points, what, xName) {
     svg.append(element("line", { class: "grid", x1: left, x2: width - right, y1: py(y), y2: py(y) }));
     svg.append(element("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, number(y)));
   }
-  svg.append(element("text", { x: left, y: height - 6 }, number(x0)));
+  // Next to a long run the fraction at which it began says nothing.
+  const begin = x1 - x0 > 10 ? Math.round(x0) : x0;
+  svg.append(element("text", { x: left, y: height - 6 }, number(begin)));
   svg.append(element("text", { x: width - right, y: height - 6, "text-anchor": "end" }, `${number(x1)} ${xName}`));
   svg.append(element("polyline", { class: "curve", points: points.map(p => `${px(p[0])},${py(p[1])}`).join(" ") }));
   box.setAttribute("aria-label", `${what}: from ${number(ys[0])} to ${number(ys[ys.length - 1])} over ${number(x1 - x0)} ${xName}`);

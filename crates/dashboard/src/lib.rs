@@ -14,6 +14,6 @@ mod server;
 
 pub use history::{History, Point};
 pub use local::{LocalRun, Notice, local_runs};
-pub use log::{LogError, write_log};
+pub use log::{LogError, Replay, ReplayError, write_log};
 pub use metrics::openmetrics;
 pub use server::{Dashboard, ServeError};

@@ -51,12 +51,19 @@ pub fn openmetrics(status: &Status) -> String {
     text.0
 }
 
+/// What a name may end in.
+const UNITS: [&str; 5] = ["bytes", "samples_per_second", "samples", "seconds", "ratio"];
+
 #[derive(Default)]
 struct Text(String);
 
 impl Text {
     fn head(&mut self, name: &str, kind: &str, help: &str) {
-        write!(self.0, "# TYPE {name} {kind}\n# HELP {name} {help}.\n").expect("a String takes everything");
+        write!(self.0, "# TYPE {name} {kind}\n").expect("a String takes everything");
+        if let Some(unit) = UNITS.iter().find(|unit| name.ends_with(&format!("_{unit}"))) {
+            writeln!(self.0, "# UNIT {name} {unit}").expect("a String takes everything");
+        }
+        writeln!(self.0, "# HELP {name} {help}.").expect("a String takes everything");
     }
 
     fn sample(&mut self, name: &str, labels: &str, value: impl Display) {
@@ -90,6 +97,10 @@ mod tests {
         assert!(text.ends_with("# EOF\n"));
         assert!(text.contains("potluck_rounds_total{run=\"a\\\"b\\\\c\\nd\"} 7\n"));
         assert!(text.contains("kind=\"silent\"} 2\n"));
+        assert!(
+            text.contains("# TYPE potluck_sent_bytes counter\n# UNIT potluck_sent_bytes bytes\n# HELP"),
+            "{text}"
+        );
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (_, value) = line.rsplit_once(' ').unwrap();
             assert!(value.parse::<f64>().is_ok(), "{line}");

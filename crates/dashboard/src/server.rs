@@ -1,6 +1,6 @@
 //! The web server: the page, the status, the live events, the metrics. Read-only; loopback unless told otherwise.
 
-use crate::{History, Notice, openmetrics};
+use crate::{History, Notice, Replay, openmetrics};
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
@@ -21,8 +21,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 /// How often the page is told the newest status, at most.
 const REFRESH: Duration = Duration::from_millis(500);
-/// Events that a page shows which has just been opened.
-const EVENTS_SHOWN: usize = 200;
+/// Events that a page shows which has just been opened: rounds without a fault, and all others, which shall not be
+/// pushed out by them.
+const ROUNDS_SHOWN: usize = 50;
+const OTHERS_SHOWN: usize = 200;
 /// Pages that are open at the same time.
 const PAGES_MAX: usize = 64;
 
@@ -53,12 +55,37 @@ struct Shared {
     seen: Mutex<Seen>,
     pages: Arc<Semaphore>,
     news: broadcast::Sender<Event>,
+    /// Everything is over: a log is shown.
+    replayed: bool,
 }
 
-#[derive(Default)]
 struct Seen {
     history: History,
-    events: VecDeque<(f64, Event)>,
+    rounds: VecDeque<(f64, Event)>,
+    others: VecDeque<(f64, Event)>,
+}
+
+impl Seen {
+    fn new() -> Self {
+        Self { history: History::new(), rounds: VecDeque::new(), others: VecDeque::new() }
+    }
+
+    fn push(&mut self, seconds: f64, event: Event) {
+        let well = matches!(&event, Event::Round(round) if round.faults.is_empty());
+        let (list, most) =
+            if well { (&mut self.rounds, ROUNDS_SHOWN) } else { (&mut self.others, OTHERS_SHOWN) };
+        list.push_back((seconds, event));
+        if list.len() > most {
+            list.pop_front();
+        }
+    }
+
+    /// Oldest first.
+    fn events(&self) -> Vec<&(f64, Event)> {
+        let mut all: Vec<_> = self.rounds.iter().chain(&self.others).collect();
+        all.sort_by(|one, other| one.0.total_cmp(&other.0));
+        all
+    }
 }
 
 impl Shared {
@@ -85,25 +112,37 @@ impl Dashboard {
         events: broadcast::Receiver<Event>,
         address: SocketAddr,
     ) -> Result<Self, ServeError> {
-        let listener =
-            TcpListener::bind(address).await.map_err(|source| ServeError::Bind { address, source })?;
-        let address = listener.local_addr().map_err(|source| ServeError::Bind { address, source })?;
+        let (listener, address) = bind(address).await?;
         let run_id = status.borrow().run_id.clone();
         let notice = Notice::post(&run_id, Some(address), None);
         if let Err(error) = &notice {
             tracing::debug!(target: "potluck::dashboard", %error, "`potluck status` will not find this peer by name");
         }
         let (news, _) = broadcast::channel(256);
-        let seen = Mutex::new(Seen { history: History::new(), events: VecDeque::new() });
-        let shared = Arc::new(Shared { status, seen, pages: Arc::new(Semaphore::new(PAGES_MAX)), news });
+        let (seen, pages) = (Mutex::new(Seen::new()), Arc::new(Semaphore::new(PAGES_MAX)));
+        let shared = Arc::new(Shared { status, seen, pages, news, replayed: false });
         let tasks = Tasks::new();
         tasks.spawn(watch_session(shared.clone(), events));
-        tasks.spawn(async move {
-            if let Err(error) = axum::serve(listener, router(shared)).await {
-                tracing::warn!(target: "potluck::dashboard", %error, "the dashboard has ended");
-            }
-        });
+        tasks.spawn(answer_pages(listener, shared));
         Ok(Self { address, _tasks: tasks, _notice: notice.ok() })
+    }
+
+    /// Show what a log tells: its curves, what happened, and how things stood at its end.
+    ///
+    /// # Errors
+    /// As [`Dashboard::serve`].
+    pub async fn serve_replay(replay: Replay, address: SocketAddr) -> Result<Self, ServeError> {
+        let (listener, address) = bind(address).await?;
+        let mut seen = Seen::new();
+        replay.statuses.iter().for_each(|(seconds, status)| seen.history.push(*seconds, status));
+        replay.events.into_iter().for_each(|(seconds, event)| seen.push(seconds, event));
+        let last = replay.statuses.into_iter().next_back().map(|(_, status)| status).unwrap_or_default();
+        let (news, _) = broadcast::channel(1);
+        let (seen, pages) = (Mutex::new(seen), Arc::new(Semaphore::new(PAGES_MAX)));
+        let status = watch::Sender::new(last).subscribe();
+        let tasks = Tasks::new();
+        tasks.spawn(answer_pages(listener, Arc::new(Shared { status, seen, pages, news, replayed: true })));
+        Ok(Self { address, _tasks: tasks, _notice: None })
     }
 
     /// Where it listens.
@@ -114,6 +153,18 @@ impl Dashboard {
     /// What to open in a browser.
     pub fn url(&self) -> String {
         format!("http://{}/", self.address)
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServeError> {
+    let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Bind { address, source })?;
+    let address = listener.local_addr().map_err(|source| ServeError::Bind { address, source })?;
+    Ok((listener, address))
+}
+
+async fn answer_pages(listener: TcpListener, shared: Arc<Shared>) {
+    if let Err(error) = axum::serve(listener, router(shared)).await {
+        tracing::warn!(target: "potluck::dashboard", %error, "the dashboard has ended");
     }
 }
 
@@ -128,12 +179,7 @@ async fn watch_session(shared: Arc<Shared>, mut events: broadcast::Receiver<Even
             biased;
             event = events.recv() => match event {
                 Ok(event) => {
-                    let mut seen = shared.seen();
-                    seen.events.push_back((start.elapsed().as_secs_f64(), event.clone()));
-                    if seen.events.len() > EVENTS_SHOWN {
-                        seen.events.pop_front();
-                    }
-                    drop(seen);
+                    shared.seen().push(start.elapsed().as_secs_f64(), event.clone());
                     if shared.news.receiver_count() > 0 && shared.news.send(event).is_err() {
                         tracing::trace!(target: "potluck::dashboard", "the last page has just been closed");
                     }
@@ -175,8 +221,10 @@ async fn api_status(State(shared): State<Arc<Shared>>) -> Response {
 
 async fn api_history(State(shared): State<Arc<Shared>>) -> Response {
     let seen = shared.seen();
-    let events: Vec<_> = seen.events.iter().map(|(seconds, event)| described(*seconds, event)).collect();
-    axum::Json(serde_json::json!({"points": seen.history.points(), "events": events})).into_response()
+    let events: Vec<_> =
+        seen.events().into_iter().map(|(seconds, event)| described(*seconds, event)).collect();
+    let (points, replayed) = (seen.history.points(), shared.replayed);
+    axum::Json(serde_json::json!({"points": points, "events": events, "replayed": replayed})).into_response()
 }
 
 async fn api_metrics(State(shared): State<Arc<Shared>>) -> Response {
