@@ -14,6 +14,8 @@ mod convert;
 mod dials;
 mod driver;
 pub mod identity_file;
+mod mux;
+mod read_ahead;
 mod secure;
 mod shared;
 mod stage;

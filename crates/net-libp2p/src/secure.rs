@@ -1,6 +1,7 @@
 //! The security upgrade of a TCP or relayed connection: TLS or Noise, whichever the configuration allows.
 
 use crate::config::Security;
+use crate::read_ahead::ReadAhead;
 use crate::tls::{self, Tls};
 use futures::future::{BoxFuture, Either};
 use futures::{AsyncRead, AsyncWrite, FutureExt};
@@ -22,7 +23,7 @@ pub(crate) struct Secure {
 }
 
 /// An encrypted byte stream.
-pub(crate) type Encrypted<C> = Either<TlsStream<C>, noise::Output<C>>;
+pub(crate) type Encrypted<C> = Either<TlsStream<ReadAhead<C>>, noise::Output<ReadAhead<C>>>;
 
 impl Secure {
     pub(crate) fn new(keypair: &Keypair, allowed: Security) -> io::Result<Self> {
@@ -54,6 +55,7 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, io::Error>>;
 
     fn upgrade_inbound(self, socket: C, name: &'static str) -> Self::Future {
+        let socket = ReadAhead::new(socket);
         async move {
             if name == tls::NAME {
                 let (peer, stream) = self.tls.accept(socket).await?;
@@ -75,6 +77,7 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, io::Error>>;
 
     fn upgrade_outbound(self, socket: C, name: &'static str) -> Self::Future {
+        let socket = ReadAhead::new(socket);
         async move {
             if name == tls::NAME {
                 let (peer, stream) = self.tls.connect(socket).await?;

@@ -6,7 +6,7 @@ use crate::streams::OpenRequest;
 use crate::traffic::TrafficTable;
 use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
-use potluck_net::{AcceptError, Path, PeerId, Protocol, Reachability, Stream};
+use potluck_net::{AcceptError, BufferPool, Path, PeerId, Protocol, Reachability, Stream};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::{Notify, Semaphore, mpsc};
@@ -32,6 +32,8 @@ pub(crate) struct Shared {
     pub(crate) peers: Peers,
     pub(crate) book: AddressBook,
     pub(crate) traffic: Arc<TrafficTable>,
+    /// Memory of large frames that arrive.
+    pub(crate) buffers: Arc<BufferPool>,
     pub(crate) own: Mutex<Own>,
     pub(crate) bootstrap: Mutex<crate::bootstrap::Report>,
     /// Rung when the bootstrap report changes.

@@ -105,7 +105,7 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
             stream.write_all(&[TAKEN]).await?;
             stream.flush().await?;
             let meter = self.shared.traffic.meter(self.peer, self.path, None);
-            let (sink, frames) = wire::frames(stream, meter);
+            let (sink, frames) = wire::frames(stream, meter, &self.shared.buffers);
             place.send(Stream::new(self.peer, protocol, sink, frames));
             Ok(())
         }

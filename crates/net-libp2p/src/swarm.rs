@@ -2,6 +2,7 @@
 
 use crate::bootstrap::PROTOCOL_VERSION;
 use crate::config::Config;
+use crate::mux::Mux;
 use crate::secure::Secure;
 use crate::shared::Shared;
 use crate::stage::{Stage, StageError};
@@ -15,7 +16,7 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     PeerId, StreamProtocol, Swarm, Transport, autonat, connection_limits, dcutr, dns, identify, kad, ping,
-    quic, relay, tcp, upnp, yamux,
+    quic, relay, tcp, upnp,
 };
 use potluck_net::Tasks;
 use std::io;
@@ -25,11 +26,7 @@ use std::time::Duration;
 
 /// Streams of both sides on one connection. Above it the muxer gives up the whole connection, hence the margin over
 /// what [`crate::shared`] lets one side open.
-///
-/// yamux sets 256 KiB of its 1 GiB for receive windows aside for each of these, and only out of what is left may a stream's
-/// window grow with the round trip. If nothing is left, a stream moves 256 KiB per round trip however fast the link is.
-const STREAMS_PER_CONNECTION_MAX: usize = 3840;
-const _: () = assert!((STREAMS_PER_CONNECTION_MAX << 18) + QUIC_CONNECTION_WINDOW_BYTES as usize <= 1 << 30);
+const STREAMS_PER_CONNECTION_MAX: usize = 4096;
 /// Inbound streams of one connection under negotiation.
 const NEGOTIATING_MAX: usize = 1024;
 /// A TCP connection has this long to come about.
@@ -87,8 +84,7 @@ fn transport(
     relayed: relay::client::Transport,
 ) -> io::Result<Boxed<Output>> {
     let secure = Secure::new(keypair, config.security)?;
-    let mut mux = yamux::Config::default();
-    mux.set_max_num_streams(STREAMS_PER_CONNECTION_MAX);
+    let mux = Mux::new(STREAMS_PER_CONNECTION_MAX);
 
     let relayed = relayed
         .map_err(StageError::at(Stage::Connect))

@@ -20,6 +20,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+/// Memory of received frames that is kept for the next ones.
+const RECEIVED_BYTES_KEPT: usize = 32 << 20;
 /// An open ends within this, dialing included.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 /// Commands that may wait for the swarm's task.
@@ -71,6 +73,7 @@ impl Libp2pTransport {
     /// [`StartError`], naming the address that cannot be used.
     pub async fn start(config: Config, env: Env) -> Result<Arc<Self>, StartError> {
         let shared = Arc::new(Shared::default());
+        shared.buffers.keep(RECEIVED_BYTES_KEPT);
         let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
         let identity = config.identity.clone();
         let driver = Driver::start(config, env, shared.clone(), waiting).await?;
@@ -141,7 +144,7 @@ impl Libp2pTransport {
             match ask(&link, &protocol).await {
                 Ok(stream) => {
                     let meter = self.shared.traffic.meter(peer, link.path, Some(place));
-                    let (sink, frames) = wire::frames(stream, meter);
+                    let (sink, frames) = wire::frames(stream, meter, &self.shared.buffers);
                     return Ok(Stream::new(peer, protocol, sink, frames));
                 }
                 Err(OpenFailure::UnknownProtocol) => {

@@ -7,7 +7,7 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures::{AsyncRead, AsyncWrite, Sink};
-use potluck_net::{FRAME_BYTES_MAX, StreamError};
+use potluck_net::{BufferPool, FRAME_BYTES_MAX, StreamError};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +21,8 @@ const HEAD_BYTES: usize = 4;
 const GATHER_BYTES: usize = 16 << 10;
 /// What is allocated for a frame before its sender has shown that it really sends such frames.
 const UNPROVEN_BYTES_MAX: usize = 256 << 10;
+/// Frames from this size on are received into memory that is used again.
+const POOLED_BYTES_MIN: usize = 64 << 10;
 
 /// Counts what passes; the owner of a stream decides what the figures are for.
 pub(crate) trait Meter: Send + Sync + 'static {
@@ -61,7 +63,11 @@ impl<S> State<S> {
 }
 
 /// Frame a byte stream.
-pub(crate) fn frames<S>(bytes: S, meter: impl Meter) -> (FrameSink<S>, FrameStream<S>)
+pub(crate) fn frames<S>(
+    bytes: S,
+    meter: impl Meter,
+    buffers: &Arc<BufferPool>,
+) -> (FrameSink<S>, FrameStream<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -70,7 +76,8 @@ where
     let shared = Arc::new(Shared { state: Mutex::new(state), meter: Box::new(meter) });
     let sink =
         FrameSink { shared: shared.clone(), gathered: BytesMut::new(), body: Bytes::new(), marked: false };
-    (sink, FrameStream { shared, head: [0; HEAD_BYTES], head_len: 0, body: None, proven: 0, failed: None })
+    let (buffers, head) = (buffers.clone(), [0; HEAD_BYTES]);
+    (sink, FrameStream { shared, buffers, head, head_len: 0, body: None, proven: 0, failed: None })
 }
 
 fn gone() -> StreamError {
@@ -199,6 +206,7 @@ impl<S> Drop for FrameSink<S> {
 /// The receiving half.
 pub(crate) struct FrameStream<S> {
     shared: Arc<Shared<S>>,
+    buffers: Arc<BufferPool>,
     head: [u8; HEAD_BYTES],
     head_len: usize,
     /// The frame being read.
@@ -211,15 +219,16 @@ pub(crate) struct FrameStream<S> {
 
 /// A frame of `len` bytes, of which `filled` are there. `buffer` may be shorter until the sender has proven itself.
 struct Body {
-    buffer: BytesMut,
+    buffer: Vec<u8>,
     filled: usize,
     len: usize,
 }
 
 impl Body {
-    fn new(len: usize, proven: usize) -> Self {
+    fn new(len: usize, proven: usize, buffers: &BufferPool) -> Self {
         let first = len.min(UNPROVEN_BYTES_MAX.max(proven));
-        Self { buffer: BytesMut::zeroed(first), filled: 0, len }
+        let buffer = if len < POOLED_BYTES_MIN { vec![0; first] } else { buffers.take_filled(first) };
+        Self { buffer, filled: 0, len }
     }
 
     /// Where the next bytes belong. Empty when the frame is whole.
@@ -266,7 +275,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
                     continue;
                 }
                 self.proven = self.proven.max(body.len);
-                let whole = std::mem::take(&mut body.buffer).freeze();
+                let whole = std::mem::take(&mut body.buffer);
+                let pooled = body.len >= POOLED_BYTES_MIN;
+                let whole = if pooled { self.buffers.bytes(whole) } else { whole.into() };
                 self.body = None;
                 return Poll::Ready(Ok(Some(whole)));
             }
@@ -283,7 +294,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
             if len > FRAME_BYTES_MAX {
                 return Poll::Ready(Err(StreamError::FrameTooLarge { len, max: FRAME_BYTES_MAX }));
             }
-            self.body = Some(Body::new(len, self.proven));
+            self.body = Some(Body::new(len, self.proven, &self.buffers));
         }
     }
 }

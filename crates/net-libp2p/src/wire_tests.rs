@@ -15,7 +15,7 @@ impl Meter for Ignore {
 
 /// What reading `bytes` as frames gives, and how it ends.
 fn read_all(bytes: Vec<u8>) -> (Vec<Bytes>, Option<StreamError>) {
-    let (sink, mut stream) = frames(Cursor::new(bytes), Ignore);
+    let (sink, mut stream) = frames(Cursor::new(bytes), Ignore, &Arc::default());
     let mut whole = Vec::new();
     let end = futures::executor::block_on(async {
         loop {
@@ -32,7 +32,7 @@ fn read_all(bytes: Vec<u8>) -> (Vec<Bytes>, Option<StreamError>) {
 
 fn write_all(payloads: &[Vec<u8>]) -> Vec<u8> {
     futures::executor::block_on(async {
-        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore);
+        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore, &Arc::default());
         for payload in payloads {
             sink.feed(Bytes::from(payload.clone())).await.unwrap();
         }
@@ -70,17 +70,20 @@ fn an_oversize_frame_is_refused_before_anything_is_allocated() {
 
 #[test]
 fn a_stranger_cannot_make_us_allocate_what_it_does_not_send() {
-    let mut body = Body::new(FRAME_BYTES_MAX, 0);
+    let mut body = Body::new(FRAME_BYTES_MAX, 0, &BufferPool::default());
     assert_eq!(body.rest().len(), UNPROVEN_BYTES_MAX);
     body.filled = UNPROVEN_BYTES_MAX;
     assert_eq!(body.rest().len(), FRAME_BYTES_MAX - UNPROVEN_BYTES_MAX);
-    assert_eq!(Body::new(FRAME_BYTES_MAX, FRAME_BYTES_MAX).rest().len(), FRAME_BYTES_MAX);
+    assert_eq!(
+        Body::new(FRAME_BYTES_MAX, FRAME_BYTES_MAX, &BufferPool::default()).rest().len(),
+        FRAME_BYTES_MAX
+    );
 }
 
 #[test]
 fn sending_after_finish_is_refused() {
     futures::executor::block_on(async {
-        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore);
+        let (mut sink, _stream) = frames(Cursor::new(Vec::new()), Ignore, &Arc::default());
         sink.close().await.unwrap();
         assert_eq!(sink.send(Bytes::new()).await, Err(StreamError::Finished));
     });

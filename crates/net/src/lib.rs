@@ -10,6 +10,7 @@
 //! * [`rpc`]: one request, one answer, one deadline.
 //! * [`Env`]: clock, seeded randomness and CPU off-loading, so that a simulated run is reproducible.
 //! * [`PeerFault`], [`Outcome`]: a lost peer is a value, never an error.
+//! * [`BufferPool`]: memory of bulk data, used again.
 //! * [`Tasks`]: no task outlives its owner.
 //!
 //! The fault model fits the layer: inside a stream no frame is ever lost, duplicated or re-ordered, because TCP and
@@ -19,6 +20,7 @@ mod env;
 mod fault;
 mod identity;
 mod peer_id;
+mod pool;
 pub mod rpc;
 mod stream;
 mod tasks;
@@ -29,6 +31,7 @@ pub use env::Env;
 pub use fault::{FaultKind, Outcome, PeerFault};
 pub use identity::Identity;
 pub use peer_id::{PeerId, PeerIdError};
+pub use pool::BufferPool;
 pub use stream::{FRAME_BYTES_MAX, FrameReceiver, FrameSender, Stream, StreamError};
 pub use tasks::Tasks;
 pub use token::{Token, TokenError};

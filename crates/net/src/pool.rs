@@ -1,0 +1,120 @@
+//! Buffers that go round: memory that bulk data has touched is used again for the next, because the first touch of a
+//! page costs more than copying into it.
+
+use bytes::Bytes;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Buffers that nobody uses at the moment, up to a number of bytes; none before [`BufferPool::keep`] says how many.
+#[derive(Debug, Default)]
+pub struct BufferPool {
+    shelf: Mutex<Shelf>,
+}
+
+#[derive(Debug, Default)]
+struct Shelf {
+    free: Vec<Vec<u8>>,
+    bytes: usize,
+    bytes_max: usize,
+}
+
+/// A buffer on loan.
+struct Lent {
+    buffer: Vec<u8>,
+    pool: Arc<BufferPool>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut shelf = self.pool.shelf();
+        if shelf.bytes + buffer.capacity() <= shelf.bytes_max {
+            shelf.bytes += buffer.capacity();
+            shelf.free.push(buffer);
+        }
+    }
+}
+
+impl BufferPool {
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keep up to so many bytes from now on, or more if more was said before.
+    pub fn keep(&self, bytes: usize) {
+        let mut shelf = self.shelf();
+        shelf.bytes_max = shelf.bytes_max.max(bytes);
+    }
+
+    /// An empty buffer with room for `len` bytes.
+    pub fn take(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.find(len);
+        buffer.clear();
+        buffer
+    }
+
+    /// A buffer of `len` bytes to be overwritten: zeros, or what was in it before.
+    pub fn take_filled(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.find(len);
+        buffer.resize(len, 0);
+        buffer
+    }
+
+    fn find(&self, len: usize) -> Vec<u8> {
+        let mut shelf = self.shelf();
+        // Pieces of bulk data differ little in length, so that the last buffer nearly always fits. None that is far too
+        // large: it would be missed where it is needed.
+        let fits = |buffer: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&buffer.capacity());
+        let fits = shelf.free.iter().rposition(fits);
+        let Some(at) = fits else {
+            drop(shelf);
+            return Vec::with_capacity(len);
+        };
+        let buffer = shelf.free.swap_remove(at);
+        shelf.bytes -= buffer.capacity();
+        buffer
+    }
+
+    /// Share a buffer; it comes back when the last user has dropped it.
+    pub fn bytes(self: &Arc<Self>, buffer: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Lent { buffer, pool: self.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_comes_back_when_its_last_slice_is_gone() {
+        let pool = Arc::new(BufferPool::default());
+        pool.keep(1 << 20);
+        let mut buffer = pool.take(1000);
+        buffer.extend_from_slice(&[7; 1000]);
+        let memory = buffer.as_ptr();
+        let whole = pool.bytes(buffer);
+        let slice = whole.slice(10..20);
+        drop(whole);
+        let other = pool.take(1000);
+        assert_ne!(other.as_ptr(), memory, "still in use");
+        assert_eq!(slice, [7; 10][..]);
+        drop(slice);
+        let again = pool.take(900);
+        assert!(again.is_empty() && again.as_ptr() == memory);
+    }
+
+    #[test]
+    fn no_more_is_kept_than_was_asked_for() {
+        let pool = Arc::new(BufferPool::default());
+        pool.keep(2500);
+        let lent: Vec<Bytes> = (0..5).map(|_| pool.bytes(Vec::with_capacity(1000))).collect();
+        drop(lent);
+        let shelf = pool.shelf();
+        assert_eq!((shelf.free.len(), shelf.bytes), (2, 2000));
+    }
+}
