@@ -5,11 +5,10 @@ use crate::membership::Member;
 use crate::phases::{Finished, Own};
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
-use crate::sum::square_sum;
 use crate::swarm::{ChannelHandler, Inner, Swarm};
 use crate::wire::{GATHER_BYTES_MAX, Ready, RoundMessage};
 use bytes::Bytes;
-use potluck_compression::{Policy, TensorInfo, first_non_finite};
+use potluck_compression::{Policy, TensorInfo, tally};
 use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, Reachability};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -132,6 +131,8 @@ pub struct Round {
     pub weight_total: f64,
     /// Names the plan; all members report the same.
     pub plan_hash: [u8; 32],
+    /// Names the plan and every bit of what the group agreed on.
+    pub result_hash: [u8; 32],
     /// Number of the attempt.
     pub attempt: u32,
     /// Which members (bit i: the i-th) are in all of the averages.
@@ -197,6 +198,8 @@ pub struct Averager {
     layout_hash: [u8; 32],
     values: usize,
     stepping: tokio::sync::Mutex<()>,
+    /// The vector that went into the last round: memory for the average of the next.
+    spare: Mutex<Vec<f32>>,
     // Keeps the membership running.
     _swarm: Swarm,
 }
@@ -274,6 +277,7 @@ impl Averager {
             channel,
             config,
             stepping: tokio::sync::Mutex::new(()),
+            spare: Mutex::default(),
             _swarm: swarm.clone(),
         }
     }
@@ -316,9 +320,8 @@ impl Averager {
         let own = request.vector;
         let (vector, norm, bad) = env
             .offload(move || {
-                let bad = if check_own { first_non_finite(&own) } else { None };
-                let norm = square_sum(&own).sqrt();
-                (own, norm, bad)
+                let found = tally(&own);
+                (own, found.square_sum.sqrt(), found.first_non_finite.filter(|_| check_own))
             })
             .await;
         let request = RoundRequest { vector: Vec::new(), ..request };
@@ -334,14 +337,16 @@ impl Averager {
         self.channel.station().start(wish);
         let leaving = Leaving(&self.channel);
         let vector = Arc::new(vector);
-        let own = Own { vector: vector.clone(), bad: bad.is_some(), between };
+        let spare = std::mem::take(&mut *self.spare());
+        let own = Own { vector: vector.clone(), spare, bad: bad.is_some(), between };
         let result = self.round(&request, own, started, deadline, &mut faults).await;
         faults.append(&mut self.channel.station().faults);
         drop(leaving);
         let original = Arc::try_unwrap(vector).unwrap_or_else(|shared| shared.as_ref().clone());
         match result {
             Ok(Finished::Alone) => Ok(Outcome { value: self.alone(request, original), faults }),
-            Ok(Finished::Averaged { average, second, plan, hash, contributors, stats }) => {
+            Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats }) => {
+                *self.spare() = original;
                 let members: Vec<MemberReport> = plan.members.iter().map(report).collect();
                 let round = Round {
                     vector: average,
@@ -349,6 +354,7 @@ impl Averager {
                     weight_total: members.iter().map(|member| member.weight).sum(),
                     members,
                     plan_hash: hash,
+                    result_hash: result,
                     attempt: plan.attempt,
                     full_contributors: contributors,
                     stats,
@@ -357,6 +363,10 @@ impl Averager {
             }
             Err(kind) => Err(RoundError { kind, vector: original, faults }),
         }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<f32>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check(&self, request: &RoundRequest, twice: bool) -> Result<(), RoundErrorKind> {
@@ -407,6 +417,7 @@ impl Averager {
             members: vec![MemberReport { peer, weight: request.weight, gathered: request.gather }],
             weight_total: request.weight,
             plan_hash: [0; 32],
+            result_hash: [0; 32],
             attempt: 0,
             full_contributors: 1,
             stats: RoundStats::default(),

@@ -1,12 +1,11 @@
 //! The all-reduce of one round: one stream per pair of members, contributions one way, averages the other, and parts
 //! that move to the next reducer when theirs is lost. Decisions about order are in `reducer.rs` and `station.rs`.
 
-use crate::pair::{self, Event, Payload};
-use crate::reducer::{Next, Reducer};
+use crate::pair::{self, Event};
+use crate::reducing::Reducing;
 use crate::router::Arrival;
 use crate::spans::Layout;
 use crate::store::{Average, Store};
-use crate::sum::ChunkSum;
 use crate::swarm::Inner;
 use crate::wire::{PairFrame, Plan};
 use bytes::Bytes;
@@ -71,7 +70,7 @@ impl Shared {
         !member.auxiliary && member.weight > 0.0
     }
 
-    fn wake_all(&self) {
+    pub(crate) fn wake_all(&self) {
         self.wake.iter().for_each(Notify::notify_one);
     }
 }
@@ -84,7 +83,7 @@ struct Adoption {
 
 pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
-    reducers: BTreeMap<usize, Reducer<Payload>>,
+    pub(crate) reducers: BTreeMap<usize, Reducing>,
     adoptions: BTreeMap<usize, Adoption>,
     sources: Vec<usize>,
     /// Parts that are fetched again because others hold different bits.
@@ -92,8 +91,10 @@ pub(crate) struct Exchange {
     events: mpsc::Receiver<Event>,
     arrivals: mpsc::Receiver<Arrival>,
     inlets: Vec<Option<mpsc::Sender<Arrival>>>,
-    sum: Option<ChunkSum>,
-    weights: Vec<f64>,
+    /// Relative to the largest one.
+    pub(crate) weights: Vec<f64>,
+    /// Every chunk is decoded into it as soon as it is finished; what it holds counts once the group has agreed.
+    pub(crate) vector: Vec<f32>,
     pub(crate) faults: Vec<PeerFault>,
     pub(crate) reassigned: u32,
     _tasks: Tasks,
@@ -109,11 +110,12 @@ impl Exchange {
     pub(crate) fn start(
         swarm: &Arc<Inner>,
         plan: &Arc<Plan>,
-        hash: [u8; 32],
-        phase: u8,
+        (hash, phase): ([u8; 32], u8),
         layout: Layout,
         vector: Arc<Vec<f32>>,
+        mut output: Vec<f32>,
     ) -> Self {
+        output.resize(if swarm.config.auxiliary { 0 } else { layout.values }, 0.0);
         let members = plan.members.len();
         let me = plan.index_of(swarm.me).expect("a plan without us is not accepted");
         let shares: Vec<u32> = plan.members.iter().map(|member| member.share).collect();
@@ -146,8 +148,8 @@ impl Exchange {
             events,
             arrivals: swarm.router.register((hash, phase)),
             inlets: Vec::new(),
-            sum: Some(ChunkSum::new()),
             weights: plan.members.iter().map(|m| m.weight / heaviest.max(f64::MIN_POSITIVE)).collect(),
+            vector: output,
             faults: Vec::new(),
             reassigned: 0,
             _tasks: tasks.clone(),
@@ -175,7 +177,7 @@ impl Exchange {
             }
             if part == me {
                 let chunks = board.store.parts[part].range.len() as u32;
-                self.reducers.insert(part, self.reducer(0, chunks));
+                self.reducers.insert(part, self.reducing(0, chunks));
                 for member in (0..shared.plan.members.len()).filter(|m| *m != me) {
                     if !shared.plan.members[member].auxiliary {
                         board.outboxes[member].averages.insert(part, 0);
@@ -189,17 +191,17 @@ impl Exchange {
         self.publish_needs();
     }
 
-    fn reducer(&self, first: u32, chunks: u32) -> Reducer<Payload> {
+    fn reducing(&self, first: u32, chunks: u32) -> Reducing {
         let senders = (0..self.shared.plan.members.len()).filter(|m| self.shared.sends(*m)).collect();
-        Reducer::new(self.shared.me, senders, first, chunks)
+        Reducing::new(self.shared.me, senders, first, chunks)
     }
 
     /// For pairs that connect again: the next chunk that we need of each sender.
-    fn publish_needs(&self) {
+    pub(crate) fn publish_needs(&self) {
         let mut board = self.shared.board();
         for (member, needs) in board.needs.iter_mut().enumerate() {
-            *needs =
-                self.reducers.iter().map(|(part, reducer)| (*part, reducer.needs_from(member))).collect();
+            let of = |(part, reducing): (&usize, &Reducing)| (*part, reducing.order.needs_from(member));
+            *needs = self.reducers.iter().map(of).collect();
         }
     }
 
@@ -223,13 +225,15 @@ impl Exchange {
                 }
             }
             Event::Contribution { from, part, chunk, payload } => {
-                if let Some(reducer) = self.reducers.get_mut(&part) {
-                    reducer.offer(from, chunk, payload);
+                if let Some(reducing) = self.reducers.get_mut(&part) {
+                    reducing.order.offer(from, chunk, payload);
                     self.reduce(part).await;
                 }
             }
-            Event::Average { from, part, generation, chunk, average } => {
-                self.on_average(from, part, generation, chunk, average).await;
+            Event::Average { from, part, generation, chunk, mask, whole } => {
+                if self.expects(from, part, generation) {
+                    self.on_average(part, chunk, mask, whole).await;
+                }
             }
             Event::Resumed { with } => self.say_again(with),
             Event::Frame { from, frame } => self.on_frame(from, frame).await,
@@ -244,21 +248,33 @@ impl Exchange {
         }
     }
 
-    async fn on_average(&mut self, from: usize, part: usize, generation: u16, chunk: u32, average: Average) {
+    /// Whether averages of a part are due from this member.
+    fn expects(&self, from: usize, part: usize, generation: u16) -> bool {
         let copying = self.adoptions.get(&part).and_then(|adoption| adoption.copying);
         let refetching = self.refetching.get(&part).copied();
-        {
-            let mut board = self.shared.board();
-            let Some(held) = board.store.parts.get(part) else { return };
-            let expected = refetching.or(copying).or_else(|| self.sources.get(part).copied());
-            if expected != Some(from) || (refetching.is_none() && held.generation != generation) {
-                return;
-            }
-            if !board.store.push(&self.shared.layout, part, chunk, average) {
-                return;
-            }
+        let expected = refetching.or(copying).or_else(|| self.sources.get(part).copied());
+        let current = self.shared.board().store.parts.get(part).map(|held| held.generation);
+        expected == Some(from) && current.is_some_and(|current| refetching.is_some() || current == generation)
+    }
+
+    async fn on_average(&mut self, part: usize, chunk: u32, mask: u64, whole: Bytes) {
+        let shared = self.shared.clone();
+        if shared.board().store.next(&shared.layout, part, chunk).is_none() {
+            return;
         }
-        if copying.is_some() {
+        let mut vector = std::mem::take(&mut self.vector);
+        let open = move || {
+            let next = shared.board().store.next(&shared.layout, part, chunk).cloned();
+            let average = next.map(|next| Average::open(whole, mask, &next, &mut vector));
+            (average, vector)
+        };
+        let (average, vector) = self.shared.swarm.env.offload(open).await;
+        self.vector = vector;
+        let Some(average) = average else { return };
+        if !self.shared.board().store.push(&self.shared.layout, part, chunk, average) {
+            return;
+        }
+        if self.adoptions.get(&part).is_some_and(|adoption| adoption.copying.is_some()) {
             self.shared.wake_all();
             self.settle(part).await;
         }
@@ -403,77 +419,22 @@ impl Exchange {
                 let pull = PairFrame::Pull { part: part as u16, generation, chunk: held };
                 board.outboxes[member].frames.push_back(pull);
             }
-            let mut reducer = self.reducer(held, chunks);
-            board.lost.iter().enumerate().filter(|(_, lost)| **lost).for_each(|(m, _)| reducer.lose(m));
-            self.reducers.insert(part, reducer);
+            let mut reducing = self.reducing(held, chunks);
+            let lost = board.lost.iter().enumerate().filter(|(_, lost)| **lost);
+            lost.for_each(|(member, _)| reducing.order.lose(member));
+            self.reducers.insert(part, reducing);
         }
         self.adoptions.remove(&part);
         self.shared.wake_all();
         self.reduce(part).await;
     }
 
-    /// Do what can be done of a part that we reduce.
-    async fn reduce(&mut self, part: usize) {
-        let start = self.shared.board().store.parts[part].range.start;
-        while let Some(reducer) = self.reducers.get_mut(&part) {
-            let index = start + self.shared.board().store.parts[part].done.len();
-            let mut sum = self.sum.take().unwrap_or_else(ChunkSum::new);
-            let shared = self.shared.clone();
-            match reducer.next() {
-                Next::Wait | Next::Complete => {
-                    self.sum = Some(sum);
-                    break;
-                }
-                Next::AddOwn { sender } => {
-                    let weight = self.weights[sender];
-                    let work = move || {
-                        let checked =
-                            sum.add_own(&shared.layout.chunks[index], sender, weight, &shared.vector);
-                        (sum, checked)
-                    };
-                    let (sum, checked) = self.shared.swarm.env.offload(work).await;
-                    self.sum = Some(sum);
-                    if let Err((kind, reason)) = checked {
-                        self.exclude(part, sender, kind, &reason);
-                    }
-                }
-                Next::Add { sender, payload } => {
-                    let weight = self.weights[sender];
-                    let norm = self.shared.plan.members[sender].norm;
-                    let work = move || {
-                        let chunk = &shared.layout.chunks[index];
-                        let checked = sum.add_encoded(chunk, sender, weight, norm, &payload.bytes);
-                        (sum, checked)
-                    };
-                    let (sum, checked) = self.shared.swarm.env.offload(work).await;
-                    self.sum = Some(sum);
-                    if let Err((kind, reason)) = checked {
-                        self.exclude(part, sender, kind, &reason);
-                    }
-                }
-                Next::Finish { chunk } => {
-                    let work = move || {
-                        let finished = sum.finish(&shared.layout.chunks[index]);
-                        (sum, finished)
-                    };
-                    let (sum, finished) = self.shared.swarm.env.offload(work).await;
-                    self.sum = Some(sum);
-                    let Some((mask, bytes)) = finished else { break };
-                    let average = Average { mask, bytes: Bytes::from(bytes) };
-                    self.shared.board().store.push(&self.shared.layout, part, chunk, average);
-                    self.shared.wake_all();
-                }
-            }
-        }
-        self.publish_needs();
-    }
-
-    fn exclude(&mut self, part: usize, sender: usize, kind: FaultKind, reason: &str) {
+    pub(crate) fn exclude(&mut self, part: usize, sender: usize, kind: FaultKind, reason: &str) {
         let plan = &self.shared.plan;
         let context = format!("{} round {:?}, part {part}: {reason}", plan.channel, plan.epoch);
         self.faults.push(PeerFault::new(self.shared.peer(sender), kind, context));
-        for reducer in self.reducers.values_mut() {
-            reducer.exclude(sender);
+        for reducing in self.reducers.values_mut() {
+            reducing.order.exclude(sender);
         }
     }
 
@@ -494,8 +455,8 @@ impl Exchange {
         }
         self.inlets[member] = None;
         self.shared.wake[member].notify_one();
-        for reducer in self.reducers.values_mut() {
-            reducer.lose(member);
+        for reducing in self.reducers.values_mut() {
+            reducing.order.lose(member);
         }
         let parts: Vec<usize> = self.reducers.keys().copied().collect();
         for part in parts {

@@ -23,6 +23,7 @@ mod phases;
 mod plan;
 mod rates;
 mod reducer;
+mod reducing;
 mod router;
 mod spans;
 mod station;

@@ -3,8 +3,7 @@
 
 use crate::exchange::Shared;
 use crate::router::{self, Arrival};
-use crate::store::Average;
-use crate::wire::PairFrame;
+use crate::wire::{PairFrame, contribution_head};
 use bytes::Bytes;
 use potluck_compression::Scratch;
 use potluck_net::{FrameReceiver, FrameSender, Stream};
@@ -23,8 +22,14 @@ type Positions = Vec<(u16, u32)>;
 /// An encoded contribution; its place in the window is free again when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Payload {
-    pub(crate) bytes: Bytes,
+    bytes: Bytes,
     _place: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Payload {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// What the round's loop hears of.
@@ -41,7 +46,9 @@ pub(crate) enum Event {
         part: usize,
         generation: u16,
         chunk: u32,
-        average: Average,
+        mask: u64,
+        /// As it arrived.
+        whole: Bytes,
     },
     Frame {
         from: usize,
@@ -185,6 +192,7 @@ async fn read(
         shared.swarm.heard(shared.peer(member));
         shared.swarm.count(0, frame.len());
         shared.board().traffic.received += frame.len() as u64;
+        let whole = frame.clone();
         let Ok(frame) = PairFrame::decode(frame) else { return };
         let event = match frame {
             PairFrame::Hello { .. } => continue,
@@ -193,9 +201,8 @@ async fn read(
                 let payload = Payload { bytes, _place: place };
                 Event::Contribution { from: member, part: part.into(), chunk, payload }
             }
-            PairFrame::Average { part, generation, chunk, mask, bytes } => {
-                let average = Average { mask, bytes };
-                Event::Average { from: member, part: part.into(), generation, chunk, average }
+            PairFrame::Average { part, generation, chunk, mask, .. } => {
+                Event::Average { from: member, part: part.into(), generation, chunk, mask, whole }
             }
             frame => Event::Frame { from: member, frame },
         };
@@ -207,7 +214,7 @@ async fn read(
 
 /// What to send next.
 enum Work {
-    Frame(PairFrame),
+    Frame(Bytes),
     Encode { part: usize, chunk: u32 },
 }
 
@@ -216,18 +223,12 @@ fn next_work(shared: &Shared, member: usize) -> Option<Work> {
     let board = &mut *board;
     let outbox = &mut board.outboxes[member];
     if let Some(frame) = outbox.frames.pop_front() {
-        return Some(Work::Frame(frame));
+        return Some(Work::Frame(frame.encode()));
     }
     for (part, next) in &mut outbox.averages {
         let held = &board.store.parts[*part];
         if let Some(average) = held.done.get(*next as usize) {
-            let frame = PairFrame::Average {
-                part: *part as u16,
-                generation: held.generation,
-                chunk: *next,
-                mask: average.mask,
-                bytes: average.bytes.clone(),
-            };
+            let frame = average.frame(*part as u16, held.generation, *next);
             *next += 1;
             return Some(Work::Frame(frame));
         }
@@ -260,18 +261,19 @@ async fn write(shared: &Arc<Shared>, member: usize, sender: &mut FrameSender) {
                 let encode = move || {
                     let index = source.board().store.parts[part].range.start + chunk as usize;
                     let of = &source.layout.chunks[index];
-                    let mut bytes = Vec::with_capacity(of.encoded_bytes());
+                    let head = contribution_head(part as u16, chunk);
+                    let mut frame = source.swarm.pool.take(head.len() + of.encoded_bytes());
+                    frame.extend_from_slice(&head);
                     // A value that the scheme cannot express becomes an empty frame: the reducer excludes and names us.
                     let _unsendable =
-                        of.scheme.encode(&source.vector[of.range.clone()], &mut bytes, &mut memory);
-                    (Bytes::from(bytes), memory)
+                        of.scheme.encode(&source.vector[of.range.clone()], &mut frame, &mut memory);
+                    (source.swarm.pool.bytes(frame), memory)
                 };
-                let (bytes, memory) = shared.swarm.env.offload(encode).await;
+                let (frame, memory) = shared.swarm.env.offload(encode).await;
                 scratch = memory;
-                PairFrame::Contribution { part: part as u16, chunk, bytes }
+                frame
             }
         };
-        let frame = frame.encode();
         let len = frame.len();
         if sender.feed(frame).await.is_err() {
             return;

@@ -9,7 +9,7 @@ use crate::detector::HEARTBEAT;
 use crate::exchange::Exchange;
 use crate::membership::Member;
 use crate::pair::Event;
-use crate::spans::Layout;
+use crate::spans::{Chunk, Layout};
 use crate::station::{Agreed, Gathering, PlanHash};
 use crate::wire::Plan;
 use potluck_compression::TensorInfo;
@@ -21,6 +21,8 @@ use tokio::time::Instant;
 /// What we put into a round.
 pub(crate) struct Own {
     pub(crate) vector: Arc<Vec<f32>>,
+    /// Memory for the average.
+    pub(crate) spare: Vec<f32>,
     /// It is not finite: we take part without it.
     pub(crate) bad: bool,
     pub(crate) between: Option<Arc<Between>>,
@@ -33,6 +35,7 @@ pub(crate) enum Finished {
         second: Vec<f32>,
         plan: Arc<Plan>,
         hash: PlanHash,
+        result: [u8; 32],
         contributors: u64,
         stats: RoundStats,
     },
@@ -74,9 +77,10 @@ impl Averager {
             members = plan.members.len(), "round begins");
         let mut stats =
             RoundStats { gather_seconds: (env.now() - started).as_secs_f64(), ..RoundStats::default() };
-        let mut first = self.start(&plan, hash, 0, &self.config.tensors, own.vector);
+        let mut first = self.start(&plan, (hash, 0), &self.config.tensors, own.vector, own.spare);
         let phase = self.phase(&mut first, None, &plan, deadline, &mut stats, faults).await?;
         let (average, mut contributors) = (phase.average, phase.contributors);
+        let mut agreed = phase.agreed.digests.clone();
         let mut second = Vec::new();
         if let Some(tensors) = &self.config.second {
             let (average, between) = (average.clone(), own.between);
@@ -88,16 +92,18 @@ impl Averager {
             self.check_second(made.len(), tensors)?;
             let hash = second_name(&hash, &phase.agreed);
             self.channel.station().next_phase(hash);
-            let mut exchange = self.start(&plan, hash, 1, tensors, Arc::new(made));
+            let mut exchange = self.start(&plan, (hash, 1), tensors, Arc::new(made), Vec::new());
             self.inherit_losses(&first, &mut exchange).await;
             let phase =
                 self.phase(&mut exchange, Some(&mut first), &plan, deadline, &mut stats, faults).await?;
             second = phase.average;
             contributors &= phase.contributors;
+            agreed.extend(phase.agreed.digests);
         }
         let everybody = u64::MAX >> (64 - plan.members.len().clamp(1, 64));
         let contributors = contributors & everybody;
-        Ok(Finished::Averaged { average, second, plan, hash, contributors, stats })
+        let result = result_name(&hash, &agreed);
+        Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats })
     }
 
     fn check_second(&self, values: usize, tensors: &[TensorInfo]) -> Result<(), RoundErrorKind> {
@@ -113,13 +119,17 @@ impl Averager {
     fn start(
         &self,
         plan: &Arc<Plan>,
-        hash: PlanHash,
-        phase: u8,
+        name: (PlanHash, u8),
         tensors: &[TensorInfo],
         vector: Arc<Vec<f32>>,
+        output: Vec<f32>,
     ) -> Exchange {
         let layout = Layout::new(tensors, &self.config.compression, plan.members.len());
-        Exchange::start(&self.channel.swarm, plan, hash, phase, layout, vector)
+        let swarm = &self.channel.swarm;
+        // Our own part's averages last for the round; to each member a contribution or two are on their way.
+        let (members, chunk) = (plan.members.len(), layout.chunks.first().map_or(0, Chunk::encoded_bytes));
+        swarm.pool.keep(layout.encoded_bytes() / members.max(1) + 2 * chunk * members);
+        Exchange::start(swarm, plan, name, layout, vector, output)
     }
 
     /// Whoever was lost in the first phase may have gone on with another average of it: not a member of the second.
@@ -149,18 +159,16 @@ impl Averager {
         let (finished_at, agreed) = ended?;
         stats.transfer_seconds += (finished_at - begun).as_secs_f64();
         let auxiliary = self.channel.swarm.config.auxiliary;
-        let decoding = exchange.shared.clone();
-        let (average, contributors) = env
-            .offload(move || {
-                let board = decoding.board();
-                let mut average = vec![0.0; if auxiliary { 0 } else { decoding.layout.values }];
-                let decoded =
-                    if auxiliary { Ok(()) } else { board.store.decode(&decoding.layout, &mut average) };
-                let masks = board.store.parts.iter().flat_map(|part| &part.done).map(|average| average.mask);
-                decoded.map(|()| (average, masks.fold(u64::MAX, |all, mask| all & mask)))
-            })
-            .await
-            .map_err(|reason| RoundErrorKind::Diverged { reason })?;
+        let average = std::mem::take(&mut exchange.vector);
+        let contributors = {
+            let store = &exchange.shared.board().store;
+            if !auxiliary {
+                let checked = store.check(&exchange.shared.layout);
+                checked.map_err(|reason| RoundErrorKind::Diverged { reason })?;
+            }
+            let masks = store.parts.iter().flat_map(|part| &part.done).map(|average| average.mask);
+            masks.fold(u64::MAX, |all, mask| all & mask)
+        };
         stats.agree_seconds += (env.now() - finished_at).as_secs_f64();
         stats.encoded_bytes += exchange.shared.layout.encoded_bytes() as u64;
         stats.parts_reassigned += exchange.reassigned;
@@ -314,6 +322,17 @@ async fn event_of(exchange: &mut Option<&mut Exchange>) -> Event {
         Some(exchange) => exchange.next_event().await,
         None => futures::future::pending().await,
     }
+}
+
+/// Names the plan and what came out of it. A peer that was cut off may have finished the same plan with fewer senders,
+/// and must then have another history.
+fn result_name(plan: &PlanHash, agreed: &[[u8; 32]]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("potluck round result v2");
+    hasher.update(plan);
+    for digest in agreed {
+        hasher.update(digest);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// Names the second phase of a plan after what the group agreed on in the first.

@@ -11,7 +11,7 @@ use crate::router::Router;
 use crate::wire::{self, Control, Hello, PROTOCOL_VERSION, Progress, Pulse, RoundMessage};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use potluck_net::{AcceptError, Env, PeerId, Protocol, Tasks, Transport};
+use potluck_net::{AcceptError, BufferPool, Env, PeerId, Protocol, Tasks, Transport};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -153,6 +153,8 @@ pub(crate) struct Inner {
     pub(crate) config: SwarmConfig,
     pub(crate) me: PeerId,
     pub(crate) router: Router,
+    /// Memory of encoded chunks.
+    pub(crate) pool: Arc<BufferPool>,
     state: Mutex<State>,
     view: watch::Sender<View>,
     wake: Notify,
@@ -203,6 +205,7 @@ impl Swarm {
             }),
             view: watch::Sender::new(View::default()),
             wake: Notify::new(),
+            pool: Arc::default(),
             spawner,
             left: false.into(),
             transport,

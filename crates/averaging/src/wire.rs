@@ -271,6 +271,33 @@ pub(crate) enum PairFrame {
     Complain { part: u16, generation: u16 },
 }
 
+/// Bytes in front of the encoded values of an average.
+pub(crate) const AVERAGE_HEAD_BYTES: usize = 17;
+/// Bytes in front of the encoded values of a contribution.
+pub(crate) const CONTRIBUTION_HEAD_BYTES: usize = 7;
+
+/// The start of an average's frame. What is large is encoded right behind its head, so that nobody copies it.
+pub(crate) fn average_head(part: u16, generation: u16, chunk: u32, mask: u64) -> [u8; AVERAGE_HEAD_BYTES] {
+    let mut head = [0; AVERAGE_HEAD_BYTES];
+    let mut out = head.as_mut_slice();
+    out.put_u8(2);
+    out.put_u16_le(part);
+    out.put_u16_le(generation);
+    out.put_u32_le(chunk);
+    out.put_u64_le(mask);
+    head
+}
+
+/// The start of a contribution's frame.
+pub(crate) fn contribution_head(part: u16, chunk: u32) -> [u8; CONTRIBUTION_HEAD_BYTES] {
+    let mut head = [0; CONTRIBUTION_HEAD_BYTES];
+    let mut out = head.as_mut_slice();
+    out.put_u8(1);
+    out.put_u16_le(part);
+    out.put_u32_le(chunk);
+    head
+}
+
 impl PairFrame {
     pub(crate) fn encode(&self) -> Bytes {
         let mut out = BytesMut::with_capacity(64);
@@ -288,19 +315,11 @@ impl PairFrame {
                 }
             }
             Self::Contribution { part, chunk, bytes } => {
-                out.reserve(bytes.len());
-                out.put_u8(1);
-                out.put_u16_le(*part);
-                out.put_u32_le(*chunk);
+                out.put_slice(&contribution_head(*part, *chunk));
                 out.put_slice(bytes);
             }
             Self::Average { part, generation, chunk, mask, bytes } => {
-                out.reserve(bytes.len());
-                out.put_u8(2);
-                out.put_u16_le(*part);
-                out.put_u16_le(*generation);
-                out.put_u32_le(*chunk);
-                out.put_u64_le(*mask);
+                out.put_slice(&average_head(*part, *generation, *chunk, *mask));
                 out.put_slice(bytes);
             }
             Self::Adopt { part, generation } => short(&mut out, 3, *part, *generation, 0),

@@ -134,19 +134,11 @@ impl Native {
             });
         }
         let Outcome { value: round, faults } = outcome;
-        let (vector, plan_hash) = self
-            .swarm
-            .env()
-            .offload(move || {
-                let hash = result_hash(&round.plan_hash, [&round.vector, &round.second]);
-                (round.vector, hash)
-            })
-            .await;
         let value = RoundResult {
-            vector,
+            vector: round.vector,
             members: round.members.iter().map(|member| member.peer).collect(),
             weight_total: round.weight_total,
-            plan_hash,
+            plan_hash: round.result_hash,
             stats: round_stats,
         };
         Ok(Outcome { value, faults })
@@ -318,20 +310,6 @@ impl Dialect for Native {
     fn leave(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.swarm.leave())
     }
-}
-
-/// Names the plan and what came out of it: a peer that was cut off may have finished the same plan with fewer senders,
-/// and must then have another history.
-fn result_hash(plan_hash: &[u8; 32], vectors: [&[f32]; 2]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("potluck round result v1");
-    hasher.update(plan_hash);
-    let mut bytes = Vec::with_capacity(1 << 16);
-    for chunk in vectors.into_iter().flat_map(|vector| vector.chunks(1 << 14)) {
-        bytes.clear();
-        bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
-        hasher.update(&bytes);
-    }
-    *hasher.finalize().as_bytes()
 }
 
 fn says_lineage(view: &PeerView, lineage: &[u8; 32]) -> bool {
