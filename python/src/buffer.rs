@@ -1,10 +1,12 @@
 //! Flat f32 memory shared with torch, both ways, through DLPack: no copy and no dependency on torch's ABI.
 //!
 //! The only file with unsafe code. Rust owns the memory of a [`FlatBuffer`]; a torch view keeps it alive. Rust touches
-//! it only inside short copies (`copy_out`) made while the caller waits, so a tensor operation never overlaps one.
+//! it only inside short copies (`copy_out`) made while the caller waits, so a tensor operation never overlaps one, and
+//! as an average that nobody writes to any more (`sealed`).
 #![expect(unsafe_code, reason = "DLPack is a C interface; every block states why it holds")]
 
 use crate::error::Error;
+use bytes::Bytes;
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -12,7 +14,7 @@ use pyo3::types::{PyCapsule, PyCapsuleMethods, PyDict, PyTuple};
 use std::cell::UnsafeCell;
 use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 const NAME: &CStr = c"dltensor";
 const USED: &CStr = c"used_dltensor";
@@ -41,13 +43,65 @@ struct DlManaged {
     deleter: Option<unsafe extern "C" fn(*mut DlManaged)>,
 }
 
-struct Memory(Box<[UnsafeCell<f32>]>);
+struct Memory {
+    values: UnsafeCell<Vec<f32>>,
+    /// Where the vector goes when nobody views it any more.
+    home: Arc<Shelf>,
+}
 
-// SAFETY: access from Rust goes through `copy_out` only; exclusion against torch is the caller's waiting,
+impl Memory {
+    fn start(&self) -> *mut f32 {
+        // SAFETY: nobody moves or resizes the vector while it is here; only its values change.
+        unsafe { (*self.values.get()).as_mut_ptr() }
+    }
+
+    fn values(&self) -> &[f32] {
+        // SAFETY: nobody writes meanwhile (see the header).
+        unsafe { (*self.values.get()).as_slice() }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.home.put(std::mem::take(self.values.get_mut()));
+    }
+}
+
+// SAFETY: access from Rust goes through `copy_out` and `sealed` only; exclusion against torch is the caller's waiting,
 // as with any tensor that two threads share.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
+
+/// A vector that went through a round is the memory of the next one: its pages need not be touched for the first time
+/// again, which would cost more than the copy. One vector at a time.
+#[derive(Default)]
+pub(crate) struct Shelf(Mutex<Option<Vec<f32>>>);
+
+impl Shelf {
+    fn put(&self, values: Vec<f32>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(values);
+    }
+
+    fn take(&self, len: usize) -> Vec<f32> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut values =
+            kept.filter(|kept| kept.capacity() == len).unwrap_or_else(|| Vec::with_capacity(len));
+        values.clear();
+        values
+    }
+}
+
+/// The bytes of an average, as they are.
+struct Sealed(Arc<Memory>);
+
+impl AsRef<[u8]> for Sealed {
+    fn as_ref(&self) -> &[u8] {
+        let values = self.0.values();
+        // SAFETY: any f32 is four initialized bytes, and u8 needs no alignment; nobody writes any more.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+    }
+}
 
 /// A vector of f32 that Rust owns and torch views: `torch.from_dlpack(buffer)` is a one-dimensional tensor on it.
 #[pyclass(frozen, module = "potluck._core")]
@@ -63,16 +117,22 @@ struct Export {
 }
 
 impl FlatBuffer {
-    /// A buffer holding `values`.
-    pub(crate) fn from_vec(values: Vec<f32>) -> Self {
-        Self { memory: Arc::new(Memory(values.into_iter().map(UnsafeCell::new).collect())) }
+    /// A buffer holding `values`, which go to `home` in the end.
+    pub(crate) fn from_vec(values: Vec<f32>, home: Arc<Shelf>) -> Self {
+        Self { memory: Arc::new(Memory { values: UnsafeCell::new(values), home }) }
     }
 
-    /// A copy of the values.
-    pub(crate) fn copy_out(&self) -> Vec<f32> {
-        let cells = &self.memory.0;
-        // SAFETY: UnsafeCell<f32> has the layout of f32; nobody writes meanwhile (see the header).
-        unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<f32>(), cells.len()) }.to_vec()
+    /// A copy of the values, in memory from `shelf` if it has some.
+    pub(crate) fn copy_out(&self, shelf: &Shelf) -> Vec<f32> {
+        let values = self.memory.values();
+        let mut copy = shelf.take(values.len());
+        copy.extend_from_slice(values);
+        copy
+    }
+
+    /// The values as bytes, without copying. Nobody may write to the buffer or its views from now on.
+    pub(crate) fn sealed(&self) -> Bytes {
+        Bytes::from_owner(Sealed(self.memory.clone()))
     }
 }
 
@@ -104,17 +164,17 @@ impl FlatBuffer {
             .try_reserve_exact(length)
             .map_err(|_| PyValueError::new_err(format!("cannot allocate {length} values of 4 bytes")))?;
         values.resize(length, 0.0);
-        Ok(Self::from_vec(values))
+        Ok(Self::from_vec(values, Arc::default()))
     }
 
     fn __len__(&self) -> usize {
-        self.memory.0.len()
+        self.memory.values().len()
     }
 
     /// Bytes held.
     #[getter]
     fn nbytes(&self) -> usize {
-        self.memory.0.len() * size_of::<f32>()
+        self.memory.values().len() * size_of::<f32>()
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {
@@ -131,11 +191,11 @@ impl FlatBuffer {
         if copy.is_some_and(|copy| copy.is_truthy().unwrap_or(false)) {
             return Err(PyValueError::new_err("a FlatBuffer is shared, not copied: copy the tensor instead"));
         }
-        let cells = &self.memory.0;
+        let len = self.memory.values().len();
         let mut export = Box::new(Export {
             managed: DlManaged {
                 tensor: DlTensor {
-                    data: cells.as_ptr().cast_mut().cast(),
+                    data: self.memory.start().cast(),
                     device_type: CPU,
                     device_id: 0,
                     ndim: 1,
@@ -149,7 +209,7 @@ impl FlatBuffer {
                 context: std::ptr::null_mut(),
                 deleter: Some(delete_export),
             },
-            shape: [cells.len() as i64],
+            shape: [len as i64],
             _memory: Arc::clone(&self.memory),
         });
         export.managed.tensor.shape = export.shape.as_mut_ptr();

@@ -1,6 +1,6 @@
 //! One peer's part in a run, as Python drives it: vectors in and out, states in and out, status as JSON.
 
-use crate::buffer::{Borrowed, FlatBuffer};
+use crate::buffer::{Borrowed, FlatBuffer, Shelf};
 use crate::error::Error;
 use crate::node::Node;
 use crate::runtime;
@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::broadcast::{Receiver, error::TryRecvError};
 
@@ -76,6 +76,9 @@ type Loaded<'py> = (u64, BTreeMap<String, String>, Bound<'py, PyDict>);
 pub(crate) struct Session {
     core: Core,
     events: Mutex<Receiver<Event>>,
+    /// Memory of vectors between their rounds: gradients, parameters.
+    gradients: Arc<Shelf>,
+    state: Arc<Shelf>,
     /// Lives as long as the session.
     dashboard: Mutex<Option<Dashboard>>,
 }
@@ -83,10 +86,10 @@ pub(crate) struct Session {
 /// An average: `(values, alone, members, weight)`.
 type Average = (FlatBuffer, bool, Vec<String>, f64);
 
-fn average(outcome: Outcome<Averaged>) -> Average {
+fn average(outcome: Outcome<Averaged>, home: &Arc<Shelf>) -> Average {
     let Averaged { vector, members, weight_total, alone, .. } = outcome.value;
     let members = members.iter().map(ToString::to_string).collect();
-    (FlatBuffer::from_vec(vector), alone, members, weight_total)
+    (FlatBuffer::from_vec(vector, home.clone()), alone, members, weight_total)
 }
 
 #[pymethods]
@@ -99,7 +102,8 @@ impl Session {
         let config = options.config()?;
         let core = node.join(py, config)?;
         let events = Mutex::new(core.events());
-        Ok(Self { core, events, dashboard: Mutex::new(None) })
+        let (gradients, state) = Default::default();
+        Ok(Self { core, events, gradients, state, dashboard: Mutex::new(None) })
     }
 
     /// Serve the page that shows this run, at `"host:port"` (port 0: any free one), and answer its URL.
@@ -144,21 +148,23 @@ impl Session {
 
     /// Average gradients; waits.
     fn average_gradients(&self, py: Python<'_>, vector: &FlatBuffer, weight: f64) -> Result<Average, Error> {
-        let vector = vector.copy_out();
-        runtime::wait(py, async { Ok(average(self.core.average_gradients(vector, weight).await)) })
+        let vector = vector.copy_out(&self.gradients);
+        let averaged = runtime::wait(py, async { Ok(self.core.average_gradients(vector, weight).await) })?;
+        Ok(average(averaged, &self.gradients))
     }
 
     /// Average parameters; waits.
     fn average_state(&self, py: Python<'_>, vector: &FlatBuffer) -> Result<Average, Error> {
-        let vector = vector.copy_out();
-        runtime::wait(py, async { Ok(average(self.core.average_state(vector).await)) })
+        let vector = vector.copy_out(&self.state);
+        let averaged = runtime::wait(py, async { Ok(self.core.average_state(vector).await) })?;
+        Ok(average(averaged, &self.state))
     }
 
     /// Average gradients beside the next samples.
     fn start_gradients(&self, vector: &FlatBuffer, weight: f64) -> Result<(), Error> {
         let _entered = runtime::handle()?;
         let _guard = _entered.enter();
-        self.core.start_gradients(vector.copy_out(), weight);
+        self.core.start_gradients(vector.copy_out(&self.gradients), weight);
         Ok(())
     }
 
@@ -166,18 +172,18 @@ impl Session {
     fn start_state(&self, vector: &FlatBuffer) -> Result<(), Error> {
         let handle = runtime::handle()?;
         let _guard = handle.enter();
-        self.core.start_state(vector.copy_out());
+        self.core.start_state(vector.copy_out(&self.state));
         Ok(())
     }
 
     /// What was started and is ready: `("gradients" | "state", average)`.
     fn take_started(&self) -> Option<(&'static str, Average)> {
         let started = self.core.take_started()?;
-        let name = match started.channel {
-            potluck_collab::Channel::Gradients => "gradients",
-            potluck_collab::Channel::State => "state",
+        let (name, home) = match started.channel {
+            potluck_collab::Channel::Gradients => ("gradients", &self.gradients),
+            potluck_collab::Channel::State => ("state", &self.state),
         };
-        Some((name, average(started.averaged)))
+        Some((name, average(started.averaged, home)))
     }
 
     /// The delayed optimizer step has finished.
@@ -212,6 +218,32 @@ impl Session {
         py.detach(|| {
             let _guard = handle.enter();
             self.core.publish(snapshot);
+        });
+        Ok(())
+    }
+
+    /// Offer an average as it is, without copying it: tensors of these sizes in bytes, in order, under these names.
+    /// Nobody may write to `vector` any more.
+    fn publish_average(
+        &self,
+        py: Python<'_>,
+        meta: BTreeMap<String, String>,
+        vector: &FlatBuffer,
+        sizes: Vec<(String, usize)>,
+    ) -> Result<(), Error> {
+        let (whole, mut blobs, mut start) = (vector.sealed(), BTreeMap::new(), 0);
+        for (name, size) in sizes {
+            let end = start + size;
+            if end > whole.len() {
+                return Err(Error::Value(format!("{name} ends at byte {end} of {}", whole.len())));
+            }
+            blobs.insert(name, whole.slice(start..end));
+            start = end;
+        }
+        let handle = runtime::handle()?;
+        py.detach(|| {
+            let _guard = handle.enter();
+            self.core.publish(Snapshot { meta, blobs, ..Snapshot::default() });
         });
         Ok(())
     }

@@ -36,6 +36,29 @@ def test_tensors_become_the_weighted_mean(local_dht: Callable[[], DHT]) -> None:
             assert torch.equal(tensors[1], torch.full((2, 2), -3.75))
 
 
+def test_newcomers_load_the_average_of_a_round_whatever_became_of_the_tensors(
+    local_dht: Callable[[], DHT],
+) -> None:
+    peers = averagers(local_dht, [1.0, 3.0])
+    together(*(lambda p=p: p.step() for p in peers))
+    for peer in peers:
+        with peer.get_tensors() as tensors:
+            tensors[0].fill_(100.0)
+    (newcomer,) = averagers(local_dht, [7.0])
+    loaded = newcomer.load_state_from_peers(timeout=30)
+    assert loaded is not None
+    with newcomer.get_tensors() as tensors:
+        assert torch.equal(tensors[0], torch.full((3,), 2.0))
+        assert torch.equal(tensors[1], torch.full((2, 2), -2.0))
+    # The memory that is offered is not that of the next round: another one later changes neither.
+    together(*(lambda p=p: p.step() for p in [*peers, newcomer]))
+    for given, expected in zip(loaded[1], [2.0, -2.0], strict=True):
+        assert torch.equal(given, torch.full_like(given, expected))
+    for peer in peers:
+        with peer.get_tensors() as tensors:
+            assert torch.equal(tensors[1], torch.full((2, 2), -2.0))
+
+
 def test_without_a_group_nothing_changes(local_dht: Callable[[], DHT]) -> None:
     (alone,) = averagers(local_dht, [5.0])
     assert alone.step(timeout=0.2) is None

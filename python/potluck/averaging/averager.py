@@ -234,10 +234,11 @@ class DecentralizedAverager:
             self._announce(key, control)
             self._fill()
             vector, alone, members, _ = session.average_gradients(self._flat.buffer, weight)
-            if not alone and len(members) >= self.min_group_size:
+            used = not alone and len(members) >= self.min_group_size
+            if used:
                 self._use(vector)
             session.epoch_done(None)
-            self._share(session)
+            self._share(session, vector if used else None)
             self._log(session)
         if alone or len(members) < self.min_group_size:
             return None
@@ -341,16 +342,27 @@ class DecentralizedAverager:
         infos = [CompressionInfo.from_tensor(t, key=index) for index, t in enumerate(copies)]
         return {"group_key": self.get_group_bits()}, copies, infos
 
-    def _share(self, session: _core.Session) -> None:
+    def _share(self, session: _core.Session, average: _core.FlatBuffer | None = None) -> None:
         if session.epoch == 0:
             return
         if not self._allow_state_sharing:
             session.publish({}, {})
             return
+        if average is not None and self._is_offered_as_it_is():
+            facts = {"group_key": self.get_group_bits()}
+            sizes = [(f"tensor.{i:06}", 4 * t.numel()) for i, t in enumerate(self._tensors)]
+            session.publish_average({"facts": json.dumps(facts)}, average, sizes)
+            return
         facts, tensors, infos = self.get_current_state()
         blobs = {f"tensor.{i:06}": t.contiguous() for i, t in enumerate(tensors)}
         encoded = encode_blobs(blobs, list(zip(blobs, infos, strict=True)), self.state_compression)
         session.publish({"facts": json.dumps(facts), **encoded}, blobs)
+
+    def _is_offered_as_it_is(self) -> bool:
+        """Whether what others load is what the last round left, which nobody writes to: it need not be copied."""
+        own = type(self).get_current_state is not DecentralizedAverager.get_current_state
+        plain = self.averaging_alpha == 1.0 and type(self.state_compression) is NoCompression
+        return plain and not own and all(t.dtype == torch.float32 for t in self._tensors)
 
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
         """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""

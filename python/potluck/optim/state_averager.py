@@ -202,7 +202,7 @@ class TrainingStateAverager(DecentralizedAverager):
         infos = [CompressionInfo.from_tensor(t, key=name) for name, t in zip(blobs, copies, strict=True)]
         return {**meta, "epoch": self.local_epoch, "names": list(blobs)}, copies, infos
 
-    def _share(self, session: Any) -> None:
+    def _share(self, session: Any, average: Any = None) -> None:
         if session.epoch == 0 or not self._allow_state_sharing:
             return
         facts, tensors, _ = self.get_current_state()
