@@ -7,11 +7,12 @@ use crate::invariants::{self, Violation};
 use crate::models::Model;
 use crate::record::Entry;
 use crate::reference::test_loss;
-use potluck_collab::{Policy, PolicyKind, Scheme, StateEvery};
+use potluck_collab::{Policy, PolicyKind, PowerSgd, Scheme, StateEvery};
 use potluck_net::PeerId;
-use potluck_net_sim::{FaultRates, NatClass, PeerSpec};
+use potluck_net_sim::{FaultRates, NatClass, PeerSpec, SimTransport};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Epochs of an explored run.
@@ -52,6 +53,7 @@ pub fn explore(seed: u64, protocol: Protocol) -> Explored {
             Protocol::Native => World::new(net, spec.clone()),
             Protocol::Ideal => World::with_hub(net, spec.clone(), Hub::default()),
         };
+        let _relay = net_relay(&world);
         let peers = PEERS.0 + below(&mut rng, PEERS.1 - PEERS.0 + 1);
         let ids: Vec<PeerId> = (0..peers).map(|_| world.start(plan(&mut rng, protocol))).collect();
         for id in &ids {
@@ -90,6 +92,11 @@ async fn conclude(world: &World, spec: &RunSpec, ids: &[PeerId]) -> Vec<Violatio
     violations
 }
 
+/// Through which peers behind NAT meet.
+fn net_relay(world: &World) -> Arc<SimTransport> {
+    world.net.add_peer(PeerSpec { relay: true, name: "relay".to_owned(), ..PeerSpec::default() })
+}
+
 fn is_exact(spec: &RunSpec) -> bool {
     spec.compression == Policy::default() && spec.powersgd.is_none()
 }
@@ -107,7 +114,9 @@ fn spec(seed: u64, rng: &mut StdRng) -> RunSpec {
     let schemes = [Scheme::None, Scheme::None, Scheme::Float16, Scheme::Uniform8Bit, Scheme::Blockwise8Bit];
     let state = [StateEvery::Never, StateEvery::Never, StateEvery::Epochs(3), StateEvery::Drift(0.05)];
     let policy = pick(rng, &policies);
+    let low_rank = policy == PolicyKind::Synchronous && below(rng, 4) == 0;
     RunSpec {
+        powersgd: low_rank.then_some(PowerSgd { rank: 1, min_compression_ratio: 0.0 }),
         model: pick(rng, &[Model::LeastSquares, Model::Perceptron]),
         policy,
         state_every: match policy {
@@ -123,8 +132,11 @@ fn spec(seed: u64, rng: &mut StdRng) -> RunSpec {
 
 fn plan(rng: &mut StdRng, protocol: Protocol) -> PeerPlan {
     let rates = [1.25e6, 5e6, 100e6];
-    let faults = match (protocol, below(rng, 4)) {
+    let nats =
+        [NatClass::Open, NatClass::Open, NatClass::FullCone, NatClass::PortRestricted, NatClass::Symmetric];
+    let faults = match (protocol, below(rng, 6)) {
         (Protocol::Native, 0) => FaultRates { delay: 0.02, ..FaultRates::default() },
+        (Protocol::Native, 1) => FaultRates { reset: 0.01, refuse_open: 0.05, ..FaultRates::default() },
         _ => FaultRates::default(),
     };
     PeerPlan {
@@ -133,7 +145,7 @@ fn plan(rng: &mut StdRng, protocol: Protocol) -> PeerPlan {
             down_bytes_per_second: pick(rng, &rates),
             latency: Duration::from_millis(1 + below(rng, 80)),
             jitter: Duration::from_millis(below(rng, 5)),
-            nat: pick(rng, &[NatClass::Open, NatClass::Open, NatClass::FullCone]),
+            nat: pick(rng, &nats),
             clock_skew: below(rng, 7200) as i64 - 3600,
             faults,
             ..PeerSpec::default()
@@ -216,7 +228,7 @@ pub fn report(seed: u64, explored: &Explored) -> String {
 }
 
 /// Lines of a record that a report shows at most: the last ones.
-const LINES_MAX: usize = 60;
+const LINES_MAX: usize = 200;
 
 /// The entries of a record as lines, for looking into a failure.
 pub fn lines(entries: &[Entry]) -> Vec<String> {

@@ -139,6 +139,9 @@ impl World {
         let transport = self.net.add_peer(plan.machine.clone());
         let peer = transport.local_peer();
         let data_seed = self.spec.seed.wrapping_mul(1000).wrapping_add(self.peers.len() as u64);
+        if plan.mischief != Mischief::None {
+            self.inject(peer, "mischief");
+        }
         self.peers.insert(peer, Peer { plan, data_seed, tasks: None, transport });
         self.launch(peer);
         peer

@@ -6,7 +6,7 @@ use crate::phases::{Finished, Own};
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
 use crate::swarm::{ChannelHandler, Inner, Swarm};
-use crate::wire::{GATHER_BYTES_MAX, Ready, RoundMessage};
+use crate::wire::{GATHER_BYTES_MAX, Plan, Ready, RoundMessage};
 use bytes::Bytes;
 use potluck_compression::{Policy, TensorInfo, tally};
 use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, Reachability};
@@ -166,6 +166,15 @@ pub enum RoundErrorKind {
     /// The group began without us. Load the state of the others, then step again.
     #[error("the round began without us: catch up and step again")]
     LeftOut,
+    /// Most of the group was lost. Those at the other end of the broken line finish the round, if there are any, and
+    /// everybody would have to take over what we make of it alone. Step again.
+    #[error("cut off from {lost} of {members} members")]
+    CutOff {
+        /// Members that were given up.
+        lost: usize,
+        /// Members of the plan.
+        members: usize,
+    },
     /// The group agreed on something that we could not fetch. Step again.
     #[error("the group's result could not be obtained: {reason}")]
     Diverged {
@@ -347,6 +356,7 @@ impl Averager {
             Ok(Finished::Alone) => Ok(Outcome { value: self.alone(request, original), faults }),
             Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats }) => {
                 *self.spare() = original;
+                name_missing(&plan, contributors, &mut faults);
                 let members: Vec<MemberReport> = plan.members.iter().map(report).collect();
                 let round = Round {
                     vector: average,
@@ -421,6 +431,20 @@ impl Averager {
             attempt: 0,
             full_contributors: 1,
             stats: RoundStats::default(),
+        }
+    }
+}
+
+/// Whoever is not in all of the average is named by everybody, not only by the reducers that know why.
+fn name_missing(plan: &Plan, contributors: u64, faults: &mut Vec<PeerFault>) {
+    for (at, member) in plan.members.iter().enumerate() {
+        let missing = member.weight > 0.0 && contributors & (1 << at) == 0;
+        if missing && !faults.iter().any(|fault| fault.peer == member.peer) {
+            let context = format!(
+                "not in all parts of {} round {:?}; their reducers know why",
+                plan.channel, plan.epoch
+            );
+            faults.push(PeerFault::new(member.peer, FaultKind::Missing, context));
         }
     }
 }

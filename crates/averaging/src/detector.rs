@@ -63,6 +63,11 @@ impl Detector {
         now.saturating_duration_since(self.heard)
     }
 
+    /// Whether its link, if it broke at all, broke too recently for what others say of its death to count.
+    pub(crate) fn is_heard(&self, now: Instant, linked: bool) -> bool {
+        (linked || self.broken.is_some()) && self.silence(now) < SUSPECT_AFTER
+    }
+
     pub(crate) fn judge(&mut self, now: Instant) -> Opinion {
         if let Some(asked) = self.asked {
             return if now >= asked + VERDICT_AFTER { Opinion::Dead } else { Opinion::Fine };

@@ -277,6 +277,9 @@ impl Exchange {
         if self.adoptions.get(&part).is_some_and(|adoption| adoption.copying.is_some()) {
             self.shared.wake_all();
             self.settle(part).await;
+        } else if self.shared.board().outboxes.iter().any(|outbox| outbox.averages.contains_key(&part)) {
+            // Somebody has it from us.
+            self.shared.wake_all();
         }
     }
 
@@ -307,8 +310,11 @@ impl Exchange {
                 let part = usize::from(part);
                 let current = self.shared.board().store.parts.get(part).map(|p| p.generation);
                 let ours = self.shared.plan.reducer(part, generation.into()) == self.shared.me;
-                if ours && current.is_some_and(|current| generation > current) {
-                    self.adopt(part, generation).await;
+                match current {
+                    Some(current) if generation <= current => {}
+                    Some(_) if ours => self.adopt(part, generation).await,
+                    Some(_) => self.moved(from, part, generation),
+                    None => {}
                 }
             }
             PairFrame::Hello { .. } | PairFrame::Contribution { .. } | PairFrame::Average { .. } => {}
@@ -332,7 +338,8 @@ impl Exchange {
             } else if self.refetching.get(&at) == Some(&member) && !held.is_complete() {
                 frames.push_back(PairFrame::Copy { part, generation, chunk });
             } else if self.sources[at] == member && !held.is_complete() {
-                // A complaint of ours made it the source; it may not have heard of that.
+                // A complaint of ours made it the source, or it passes on what another reduces; say so again.
+                frames.push_back(PairFrame::Copy { part, generation, chunk });
                 let next = self.shared.plan.next_generation(at, generation.into(), &board.lost);
                 let theirs = next.filter(|next| self.shared.plan.reducer(at, *next) == member);
                 if let Some(next) = theirs.filter(|next| *next > usize::from(generation)) {
@@ -352,7 +359,7 @@ impl Exchange {
         }
         held.generation = generation;
         let chunks = held.done.len() as u32;
-        self.sources[part] = from;
+        let before = std::mem::replace(&mut self.sources[part], from);
         self.reducers.remove(&part);
         self.adoptions.remove(&part);
         for outbox in &mut board.outboxes {
@@ -362,6 +369,41 @@ impl Exchange {
         board.outboxes[from].frames.push_back(PairFrame::Prefix { part: part as u16, generation, chunks });
         drop(board);
         self.shared.wake[from].notify_one();
+        if before != from {
+            // Lost to its successor only, it does not know that we send it nothing more.
+            self.tell_moved([before], part, generation);
+        }
+    }
+
+    /// A part has passed to a reducer of which we have not heard, perhaps because we are lost to each other. Whoever says
+    /// so passes its averages on, and so do we.
+    fn moved(&mut self, from: usize, part: usize, generation: u16) {
+        let mut board = self.shared.board();
+        let Some(held) = board.store.parts.get_mut(part) else { return };
+        held.generation = generation;
+        let chunk = held.done.len() as u32;
+        self.sources[part] = from;
+        self.reducers.remove(&part);
+        self.adoptions.remove(&part);
+        for outbox in &mut board.outboxes {
+            outbox.contributions.remove(&part);
+        }
+        board.outboxes[from].frames.push_back(PairFrame::Copy { part: part as u16, generation, chunk });
+        drop(board);
+        self.shared.wake[from].notify_one();
+        let others = (0..self.shared.plan.members.len()).filter(|member| *member != from);
+        self.tell_moved(others, part, generation);
+    }
+
+    fn tell_moved(&self, members: impl IntoIterator<Item = usize>, part: usize, generation: u16) {
+        let mut board = self.shared.board();
+        for member in members {
+            if member != self.shared.me && !board.lost[member] {
+                let moved = PairFrame::Complain { part: part as u16, generation };
+                board.outboxes[member].frames.push_back(moved);
+                self.shared.wake[member].notify_one();
+            }
+        }
     }
 
     /// Take a part over: first learn how much of it is finished anywhere.
@@ -514,6 +556,13 @@ impl Exchange {
         drop(board);
         self.reducers.remove(&part);
         self.shared.wake[holder].notify_one();
+    }
+
+    /// Members that were given up in this phase.
+    pub(crate) fn lost(&self) -> Vec<PeerId> {
+        let board = self.shared.board();
+        let lost = board.lost.iter().enumerate().filter(|(_, lost)| **lost);
+        lost.map(|(member, _)| self.shared.peer(member)).collect()
     }
 
     /// Whether we hold all that we need: every part, or, without a vector of our own, those that we reduce.

@@ -235,8 +235,10 @@ impl Membership {
         self.hear_of(now, peer, incarnation, Standing::Alive, Some(pulse), actions);
         let Some(entry) = self.peers.get_mut(&peer) else { return };
         entry.detector.heard(now);
-        if entry.standing != Standing::Alive && entry.incarnation >= incarnation {
-            // It does not know that it was given up: the news in our heartbeat makes it raise its incarnation.
+        let given_up = entry.standing != Standing::Alive && entry.incarnation >= incarnation;
+        if given_up || entry.incarnation > incarnation {
+            // It does not know that it was given up, or that it has lived before and came back before anybody missed it:
+            // the news in our heartbeat makes it raise its incarnation.
             entry.fresh = 3;
             actions.push(Action::Beat);
         }
@@ -244,7 +246,9 @@ impl Membership {
 
     pub(crate) fn news(&mut self, now: Instant, news: News, actions: &mut Vec<Action>) {
         if news.peer == self.me {
-            if news.standing != Standing::Alive && news.incarnation >= self.incarnation {
+            // Believed dead; or remembered from an earlier life, whose statements would outrank all that we say.
+            let believed_dead = news.standing != Standing::Alive && news.incarnation >= self.incarnation;
+            if believed_dead || news.incarnation > self.incarnation {
                 self.incarnation = news.incarnation.saturating_add(1);
                 actions.push(Action::Beat);
             }
@@ -256,6 +260,13 @@ impl Membership {
         }
         if !news.addresses.is_empty() {
             actions.push(Action::AddAddresses(news.peer, news.addresses.clone()));
+        }
+        // A peer that was cut off itself believes everybody dead. What we hear from somebody counts for more; the one who
+        // was declared dead hears of it as well and raises its incarnation.
+        let heard =
+            |entry: &Entry| entry.standing == Standing::Alive && entry.detector.is_heard(now, entry.linked);
+        if news.standing == Standing::Dead && self.peers.get(&news.peer).is_some_and(heard) {
+            return;
         }
         self.hear_of(now, news.peer, news.incarnation, news.standing, news.beat, actions);
         if let Some(entry) = self.peers.get_mut(&news.peer)

@@ -228,8 +228,13 @@ impl Averager {
                 channel.station().finished(now, digests);
             }
             let spent = finished_at.unwrap_or(now) - begun;
-            let alive = self.alive(exchange, earlier.is_some());
+            let alive = self.alive(exchange);
+            let lost = exchange.lost();
+            if lost.len() * 2 > plan.members.len() {
+                return Err(RoundErrorKind::CutOff { lost: lost.len(), members: plan.members.len() });
+            }
             let mut out = Vec::new();
+            channel.station().keep_in_touch(now, &lost, &mut out);
             let agreed =
                 channel.station().agree(now, &alive, spent.max(Duration::from_secs(2)) * 2, &mut out);
             channel.deliver(out);
@@ -254,16 +259,12 @@ impl Averager {
         }
     }
 
-    /// Who may still take part in the agreement.
-    fn alive(&self, exchange: &Exchange, second: bool) -> Vec<PeerId> {
+    /// Who may still take part in the agreement: not those who were lost, even if they are back. They may wait for what
+    /// nobody sends them any more, or have another first phase.
+    fn alive(&self, exchange: &Exchange) -> Vec<PeerId> {
         let mut members = self.channel.swarm.current_view().members.clone();
-        if second {
-            // Whoever is lost to us may have another first phase, and then knows nothing of this one.
-            let board = exchange.shared.board();
-            let lost = board.lost.iter().enumerate().filter(|(_, lost)| **lost);
-            lost.for_each(|(member, _)| {
-                members.remove(&exchange.shared.peer(member));
-            });
+        for lost in exchange.lost() {
+            members.remove(&lost);
         }
         members.keys().copied().collect()
     }

@@ -21,6 +21,8 @@ const RECENT_MAX: usize = 16;
 const REPEAT: Duration = Duration::from_millis(250);
 /// Readiness that was not repeated for this long is void.
 const READY_AGE_MAX: Duration = Duration::from_secs(3);
+/// Whoever is still in a round is asked this often whether the others are: their farewell may have been lost.
+const PROBE: Duration = Duration::from_secs(2);
 /// Bounds of the adaptive time that silent peers are waited for.
 const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(2)..Duration::from_secs(30);
 
@@ -66,6 +68,9 @@ struct Current {
     /// What was agreed on in the phases before.
     earlier: Vec<(PlanHash, Agreed)>,
     withdrawn: BTreeSet<PeerId>,
+    /// Members that are lost to us, and when they were last told so.
+    disowned: BTreeMap<PeerId, Instant>,
+    probed: Option<Instant>,
     done: BTreeMap<PeerId, Vec<[u8; 32]>>,
     own: Option<(Instant, Vec<[u8; 32]>)>,
     authority: Option<PeerId>,
@@ -153,6 +158,8 @@ impl Station {
                     self.recent.push_front(finished);
                 }
                 self.recent.truncate(RECENT_MAX);
+                let disowned = current.disowned.into_keys();
+                out.extend(disowned.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash })));
             }
             _ => out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash }))),
         }
@@ -287,6 +294,8 @@ impl Station {
             phase: hash,
             earlier: Vec::new(),
             withdrawn: BTreeSet::new(),
+            disowned: BTreeMap::new(),
+            probed: None,
             done: BTreeMap::new(),
             own: None,
             authority: None,
@@ -328,6 +337,13 @@ impl Station {
                     }
                 } else if let Some(agreed) = self.past(&plan) {
                     out.push((from, verdict(plan, agreed)));
+                } else if self.current.as_ref().is_none_or(|c| c.hash != plan) {
+                    // A plan that never reached us, or one that we left: the number of our step shows which.
+                    let gathering = self.wish.as_ref().filter(|_| self.current.is_none());
+                    out.push(match gathering {
+                        Some(wish) => (from, RoundMessage::Ready(wish.ready.clone())),
+                        None => (from, RoundMessage::Withdraw { plan }),
+                    });
                 }
             }
         }
@@ -406,6 +422,24 @@ impl Station {
             }
         } else if let Some(agreed) = self.past(&plan) {
             out.push((from, verdict(plan, agreed)));
+        }
+    }
+
+    /// Messages about who is in the round get lost with links. Members that are lost to us are told: having noticed
+    /// nothing, they may wait for us. The others are asked now and then: we may wait for one that has gone.
+    pub(crate) fn keep_in_touch(&mut self, now: Instant, lost: &[PeerId], out: &mut Out) {
+        let Some(current) = &mut self.current else { return };
+        if now >= *current.probed.get_or_insert(now) + PROBE {
+            current.probed = Some(now);
+            let others = current.plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
+            let asked = others.filter(|peer| !lost.contains(peer));
+            out.extend(asked.map(|peer| (peer, RoundMessage::Query { plan: current.hash })));
+        }
+        for peer in lost {
+            if current.disowned.get(peer).is_none_or(|at| now >= *at + REPEAT) {
+                current.disowned.insert(*peer, now);
+                out.push((*peer, RoundMessage::Withdraw { plan: current.hash }));
+            }
         }
     }
 

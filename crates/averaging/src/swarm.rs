@@ -351,26 +351,29 @@ fn start_tasks(
             }
         }
     });
-    if let Some(directory) = inner.config.directory.clone() {
-        let inner = inner.clone();
-        tasks.spawn(async move {
-            let mut pause = DIRECTORY_PAUSE_FIRST;
-            loop {
-                let both = async {
-                    directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
-                    directory.lookup(&inner.config.run).await
-                };
-                let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
-                for (peer, addresses) in found {
-                    inner.transport.add_addresses(peer, &addresses);
-                    if peer != inner.me && !inner.lock().links.contains_key(&peer) {
-                        inner.connect_soon(peer);
-                    }
-                }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(DIRECTORY_PERIOD);
+    tasks.spawn(keep_finding(inner.clone()));
+}
+
+/// Look for peers that we do not know, for ever: two halves of a run that never met have nobody who could tell them.
+async fn keep_finding(inner: Arc<Inner>) {
+    let mut pause = DIRECTORY_PAUSE_FIRST;
+    loop {
+        let both = async {
+            let Some(directory) = &inner.config.directory else { return Vec::new() };
+            directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
+            directory.lookup(&inner.config.run).await
+        };
+        let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
+        // At first, joining itself asks them.
+        let known = if pause == DIRECTORY_PAUSE_FIRST { &[] } else { &inner.config.bootstrap[..] };
+        for (peer, addresses) in found.into_iter().chain(known.iter().map(|peer| (*peer, Vec::new()))) {
+            inner.transport.add_addresses(peer, &addresses);
+            if peer != inner.me && !inner.lock().links.contains_key(&peer) {
+                inner.connect_soon(peer);
             }
-        });
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DIRECTORY_PERIOD);
     }
 }
 

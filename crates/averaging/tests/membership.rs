@@ -122,3 +122,75 @@ fn a_peer_that_leaves_is_gone_at_once() {
         assert!(net.elapsed() - before < Duration::from_secs(1));
     });
 }
+
+#[test]
+fn a_peer_that_was_cut_off_buries_nobody_when_it_is_back() {
+    run(7, async |net| {
+        let swarms = swarm(&net, 5).await;
+        all_see(&swarms, 5).await;
+        let sick = swarms[4].local_peer();
+        net.freeze(sick);
+        all_see(&swarms[..4], 4).await;
+        // By now it believes that all others are dead.
+        all_see(&swarms[4..], 1).await;
+        let mut members = swarms[0].members();
+        net.thaw(sick);
+        let watch = async {
+            loop {
+                members.changed().await.expect("the swarm lives");
+                let view = members.borrow_and_update().clone();
+                let healthy = swarms[..4].iter().filter(|s| view.members.contains_key(&s.local_peer()));
+                assert_eq!(healthy.count(), 4, "a healthy peer was given up at {:?}", net.elapsed());
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(15), watch).await.is_err());
+        all_see(&swarms, 5).await;
+    });
+}
+
+#[test]
+fn a_peer_that_restarts_unnoticed_is_heard_although_it_counts_its_lives_anew() {
+    run(8, async |net| {
+        let mut swarms = swarm(&net, 3).await;
+        all_see(&swarms, 3).await;
+        let id = swarms[2].local_peer();
+        let progress = |epoch| potluck_averaging::Progress { epoch, ..Default::default() };
+        // It is given up once and comes back, in its second life as the others count.
+        net.freeze(id);
+        all_see(&swarms[..2], 2).await;
+        net.thaw(id);
+        all_see(&swarms, 3).await;
+        swarms[2].report(progress(5));
+        let epoch_of = |swarm: &Swarm| swarm.view().members.get(&id).map(|member| member.epoch);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(epoch_of(&swarms[0]), Some(5));
+        // Its process restarts faster than anybody can miss it, and knows nothing of that.
+        net.crash(id);
+        drop(swarms.pop());
+        let transport = net.restart(id);
+        let again = join(&net, &transport, vec![swarms[0].local_peer()]).await;
+        again.report(progress(2));
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        for swarm in &swarms {
+            assert_eq!(epoch_of(swarm), Some(2), "its predecessor's epoch is still believed");
+        }
+    });
+}
+
+#[test]
+fn two_halves_that_never_met_find_each_other_through_bootstrap_peers() {
+    run(9, async |net| {
+        let transports: Vec<_> = (0..4).map(|_| net.add_peer(PeerSpec::default())).collect();
+        let ids: Vec<PeerId> = transports.iter().map(|transport| transport.local_peer()).collect();
+        let split = net.partition(&ids[..2], &ids[2..], false);
+        let mut swarms = Vec::new();
+        for (at, transport) in transports.iter().enumerate() {
+            // Whoever joins knows everybody before it; the first answer of its own half is enough to begin.
+            let bootstrap = if at == 2 { Vec::new() } else { ids[..at].to_vec() };
+            swarms.push(join(&net, transport, bootstrap).await);
+        }
+        all_see(&swarms, 2).await;
+        drop(split);
+        all_see(&swarms, 4).await;
+    });
+}

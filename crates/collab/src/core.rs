@@ -160,8 +160,14 @@ impl Core {
     /// What the training program does next. `open` tells whether others wait for us in a round.
     pub(crate) fn next(&mut self, now: Instant, open: impl Fn(Channel) -> bool) -> Step {
         let views = self.views();
-        if self.background == Background::Idle && self.winner(now).is_some() {
-            return Step::LoadState;
+        let beside = self.config.policy == PolicyKind::DelayedState;
+        match (self.background, self.winner(now)) {
+            (Background::Idle, Some(_)) => return Step::LoadState,
+            // The average belongs to a history that is given up.
+            (Background::Ready, Some(_)) if beside => return Step::LoadState,
+            // It ends soon; a round of gradients meanwhile could only fail.
+            (Background::Running, Some(_)) if beside => return Step::Accumulate,
+            _ => {}
         }
         self.ask_for_state(&views);
         let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
@@ -353,16 +359,14 @@ impl Core {
             if used > 0 || !self.epoch_ends_with_state() {
                 self.lineage = self.lineage.spoiled(&self.alone_hash());
             }
-            self.background = Background::Idle;
+            self.gradients_are_applied();
             return;
         }
         self.settle_factors(self.applied.is_some());
         let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
         self.lineage = self.lineage.next_epoch(&plan_hash, samples);
         self.contributed = self.contributed.saturating_add(used);
-        if self.config.policy != PolicyKind::DelayedState {
-            self.background = Background::Idle;
-        }
+        self.gradients_are_applied();
         let epoch = self.lineage.epoch;
         self.state_due = match self.config.average_state_every {
             StateEvery::Epochs(every) => epoch.is_multiple_of(u64::from(every.max(1))),
@@ -371,6 +375,13 @@ impl Core {
         } && !self.epoch_ends_with_state();
         if self.state_due_from.is_some_and(|due| due <= epoch) {
             self.state_due_from = None;
+        }
+    }
+
+    /// What runs in the background is over with the epoch, unless it is an average of the state, which ends by itself.
+    fn gradients_are_applied(&mut self) {
+        if self.config.policy != PolicyKind::DelayedState {
+            self.background = Background::Idle;
         }
     }
 
@@ -455,6 +466,7 @@ impl Core {
     /// Take over a history without its parameters (a peer that only helps has none).
     pub(crate) fn adopt_lineage(&mut self, lineage: Lineage, now: Instant) {
         self.lineage = lineage;
+        self.background = Background::Idle;
         self.own.discard();
         self.own.restart_clock(now);
         self.applied = None;

@@ -338,6 +338,11 @@ impl Inner {
         self.core().background = Background::Ready;
     }
 
+    /// An average for parameters that are no more.
+    fn drop_started(&self) {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     async fn state_round(&self, vector: Vec<f32>) -> Outcome<Averaged> {
         let (movement, weight) = {
             let core = self.core();
@@ -508,6 +513,7 @@ impl Inner {
             let ours = self.core().lineage;
             if self.config.auxiliary {
                 self.core().adopt_lineage(winner.lineage, self.env.now());
+                self.drop_started();
                 return Outcome { value: None, faults };
             }
             let left = deadline.saturating_duration_since(self.env.now());
@@ -519,6 +525,7 @@ impl Inner {
                     let adopted = self.core().adopt(&mut snapshot, self.env.now());
                     match adopted {
                         Ok(()) => {
+                            self.drop_started();
                             self.dialect.publish(shared);
                             if winner.fork {
                                 let theirs = self.core().lineage;

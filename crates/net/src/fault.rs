@@ -37,6 +37,8 @@ pub enum FaultKind {
     Mismatch,
     /// It announced that it leaves.
     Left,
+    /// Others did not get, or refused, some of what it should have sent.
+    Missing,
 }
 
 impl PeerFault {
@@ -58,6 +60,7 @@ impl fmt::Display for FaultKind {
             Self::Refused => "refused",
             Self::Mismatch => "mismatch",
             Self::Left => "left",
+            Self::Missing => "missing",
         })
     }
 }

@@ -1,8 +1,10 @@
-//! Invariant 6. Nobody is blamed to whom nothing happened, and a fault never names the peer itself. (That injected faults
-//! do appear is checked by the scenarios, which know what they hit.)
+//! Invariant 6. Nobody is blamed to whom nothing happened, and a fault never names the peer itself. That somebody left a
+//! round, or that its values are missing, is no blame but must be true: it has no result of that round, or somebody in
+//! the round was broken. (That injected faults do appear is checked by the
+//! scenarios, which know what they hit.)
 
 use crate::record::Entry;
-use potluck_net::PeerId;
+use potluck_net::{FaultKind, PeerId};
 use std::collections::BTreeSet;
 
 pub(super) fn check(entries: &[Entry]) -> Vec<String> {
@@ -13,12 +15,33 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
             _ => None,
         })
         .collect();
+    let finished: BTreeSet<(PeerId, u64, &[PeerId])> = entries
+        .iter()
+        .filter_map(|entry| match entry {
+            Entry::Round { peer, epoch, averaged, .. } if !averaged.alone => {
+                Some((*peer, *epoch, &averaged.members[..]))
+            }
+            _ => None,
+        })
+        .collect();
     let mut found = Vec::new();
     for entry in entries {
-        let Entry::Round { peer, epoch, faults, .. } = entry else { continue };
+        let Entry::Round { peer, epoch, faults, averaged } = entry else { continue };
         for fault in faults {
+            let left = fault.kind == FaultKind::Left;
+            // A broken member that reduced may have missed what a healthy one sent; all see that it is missing.
+            let missing = fault.kind == FaultKind::Missing;
+            if missing && averaged.members.iter().any(|member| hit.contains(member)) {
+                continue;
+            }
+            if left && !finished.contains(&(fault.peer, *epoch, &averaged.members[..])) {
+                continue;
+            }
+            // Its own values may be bad, or not have arrived, and then it says so.
+            let of_itself =
+                fault.peer == *peer && !matches!(fault.kind, FaultKind::Missing | FaultKind::NotFinite);
             // What a broken peer says about others while it is cut off is not evidence.
-            if fault.peer == *peer || (!hit.contains(&fault.peer) && !hit.contains(peer)) {
+            if of_itself || (!hit.contains(&fault.peer) && !hit.contains(peer)) {
                 found.push(format!("epoch {epoch}: peer {} blames {fault}", peer.short()));
             }
         }

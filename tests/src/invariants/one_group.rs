@@ -1,16 +1,17 @@
 //! Invariant 3. In one round of an epoch a peer is in at most one group, and the members agree on who the members are.
 
 use crate::record::Entry;
-use potluck_net::PeerId;
+use potluck_net::{PeerFault, PeerId};
 use std::collections::BTreeMap;
 
 pub(super) fn check(entries: &[Entry]) -> Vec<String> {
     // A peer may reload an epoch after a split and average it again with others: what counts is the group in which it
-    // got a result, and that nobody else's list for the same sum names it beside other peers.
-    let mut results: BTreeMap<(u64, PeerId), &[PeerId]> = BTreeMap::new();
+    // got a result, and that nobody else's list for the same sum names it beside other peers. (A member that was
+    // lost on the way is listed, because it was in the plan, and named as lost.)
+    let mut results: BTreeMap<(u64, PeerId), (&[PeerId], &[PeerFault])> = BTreeMap::new();
     let mut found = Vec::new();
     for entry in entries {
-        let Entry::Round { peer, epoch, averaged, .. } = entry else { continue };
+        let Entry::Round { peer, epoch, averaged, faults } = entry else { continue };
         if averaged.alone {
             continue;
         }
@@ -23,12 +24,15 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
         if sorted.len() != averaged.members.len() {
             found.push(format!("epoch {epoch}: a member is listed twice: {:?}", averaged.members));
         }
-        results.insert((*epoch, *peer), &averaged.members);
+        results.insert((*epoch, *peer), (&averaged.members, faults));
     }
-    for ((epoch, peer), members) in &results {
+    let names = |faults: &[PeerFault], peer: &PeerId| faults.iter().any(|fault| fault.peer == *peer);
+    for ((epoch, peer), (members, faults)) in &results {
         for other in members.iter().filter(|other| *other != peer) {
-            if let Some(theirs) = results.get(&(*epoch, *other)).filter(|theirs| theirs != &members)
+            if let Some((theirs, their_faults)) = results.get(&(*epoch, *other))
+                && theirs != members
                 && theirs.contains(peer)
+                && !(names(faults, other) && names(their_faults, peer))
             {
                 found.push(format!(
                     "epoch {epoch}: peer {} counts {members:?}, peer {} counts {theirs:?}",

@@ -91,7 +91,7 @@ pub(crate) fn agreed(results: &[Stepped]) -> &Round {
     let rounds: Vec<&Round> = results.iter().map(|result| &result.as_ref().expect("a round").value).collect();
     for round in &rounds {
         let equal = round.vector.iter().zip(&rounds[0].vector).all(|(a, b)| a.to_bits() == b.to_bits());
-        assert!(equal, "members hold different bits");
+        assert!(equal, "members hold different bits: {:?} and {:?}", round.members, rounds[0].members);
         assert_eq!(round.plan_hash, rounds[0].plan_hash);
         assert_eq!(round.members, rounds[0].members);
     }
