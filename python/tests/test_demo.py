@@ -58,6 +58,20 @@ def test_a_good_story_has_no_problems(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((tmp_path / "results.json").read_text())["problems"] == []
 
 
+def test_the_plot_shows_epochs_that_overshoot_whole() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    from potluck.demo._plot import _contributions
+
+    story = told()
+    story.peers["peer A"].samples_in[3] = 10 * QUICK.target_batch_size
+    figure, axes = pyplot.subplots()
+    _contributions(axes, story, QUICK)
+    assert axes.get_ylim()[1] > 11 * QUICK.target_batch_size
+    pyplot.close(figure)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

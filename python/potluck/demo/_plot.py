@@ -76,9 +76,11 @@ def _contributions(axes: Axes, story: Story, scale: Scale) -> None:
     colours = [_COLOURS.get(name, _OTHER) for name in story.peers]
     axes.stackplot(epochs, series, labels=list(story.peers), colors=colours, step="mid", alpha=0.85)
     axes.axhline(scale.target_batch_size, color=_INK, linewidth=1, linestyle=":")
-    _style(axes, "Samples per epoch, by peer (dotted: the target)")
+    _style(axes, "Samples per epoch (dotted: the target)")
     axes.set_xlim(0, story.epochs)
-    axes.set_ylim(0, 1.9 * scale.target_batch_size)
+    # Peers that compute at once overshoot the target; above the highest epoch is room for the legend.
+    highest = max((sum(samples) for samples in zip(*series, strict=True)), default=0)
+    axes.set_ylim(0, 1.3 * max(highest, scale.target_batch_size))
     axes.set_xlabel("epoch")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
 
