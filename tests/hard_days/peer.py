@@ -1,7 +1,7 @@
 """The training program of the hard days: a small torch model, trained as a user would train it.
 
 It prints JSON lines (`ready`, `epoch`, `arrived`, `end`, `left`) and obeys words on stdin (`leave`, `status`, `poison nan`,
-`poison big`, `overflow`, `until EPOCH`). At its last epoch it holds still until it is told to leave. Without `--run` it
+`poison big`, `overflow`, `until EPOCH`, `go`). At its last epoch it holds still until it is told to leave. Without `--run` it
 trains alone in plain torch: the reference.
 """
 
@@ -86,6 +86,7 @@ def arguments():
     parser.add_argument("--compression", choices=("none", "float16", "8bit", "powersgd"), default="none")
     parser.add_argument("--ballast", type=int, default=0, help="MiB of extra state that newcomers load")
     parser.add_argument("--outbound-only", action="store_true")
+    parser.add_argument("--hold", action="store_true", help="import everything, then wait for the word `go`")
     return parser.parse_args()
 
 
@@ -96,6 +97,7 @@ class Orders:
         self.leave = threading.Event()
         self.status = threading.Event()
         self.overflow = threading.Event()
+        self.go = threading.Event()
         self.poison = "off"
         self.until = None
         threading.Thread(target=self._listen, daemon=True).start()
@@ -175,6 +177,9 @@ class Peer:
         logging.getLogger("potluck").setLevel(logging.INFO)
         self.training, self.options, self.orders = training, training.options, Orders()
         options = self.options
+        if options.hold:
+            say("held")
+            self.orders.go.wait()
         self.scaler = torch.amp.GradScaler("cpu") if options.half else None
         self.dht = potluck.DHT(
             initial_peers=options.join,

@@ -25,6 +25,7 @@ SCENARIOS = (
     "home_spot",
     "spot_notice",
     "long_outage",
+    "stampede",
     "odd_couple",
     "poisoner",
     "monday",
