@@ -62,12 +62,12 @@ def test_the_uninvited_stay_outside(loopback_dht: Callable[..., DHT], tmp_path: 
             with pytest.raises(ValueError, match="not signed by this run's owner for this run"):
                 optimizer(stranger, owner=owner)
         # Saying that the run is open, or one's own, does not help either.
-        del stranger._invites["r"]
-        for claim in (None, stranger.peer_id):
+        for own in (False, True):
+            liar = loopback_dht()
             with pytest.raises(
                 ValueError, match="this run is closed and the invite is missing or not signed"
             ):
-                optimizer(stranger, owner=claim)
+                optimizer(liar, owner=liar.peer_id if own else None)
         assert len(member.status()["peers"]) == 1
 
 
