@@ -38,6 +38,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// QUIC's receive windows: 100 MB/s at 100 ms need 10 MB in flight, and twice that to ride out a loss.
 const QUIC_STREAM_WINDOW_BYTES: u32 = 32 << 20;
 const QUIC_CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+/// Bytes that the kernel holds of one TCP connection beyond those on their way. What a muxer must say soon, above all how much
+/// more it can take, waits behind them: without a limit they are megabytes, and the other side of a busy pair stands still.
+const UNSENT_BYTES_MAX: u32 = 128 << 10;
 /// Connections in all, and with one peer (TCP, QUIC, relayed, and the other side's dials of the same).
 const CONNECTIONS_MAX: u32 = 4096;
 const CONNECTIONS_PER_PEER_MAX: u32 = 8;
@@ -96,6 +99,10 @@ fn transport(
         .boxed();
     let direct = || {
         let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+        let tcp = tcp.map(|stream, _| {
+            limit_unsent(&stream.0);
+            stream
+        });
         let tcp = TransportTimeout::with_outgoing_timeout(tcp, CONNECT_TIMEOUT)
             .map_err(StageError::at(Stage::Connect))
             .upgrade(Version::V1Lazy)
@@ -119,6 +126,16 @@ fn transport(
         }
     };
     Ok(either(relayed, direct))
+}
+
+/// Where the system has no such limit, connections work all the same.
+fn limit_unsent(stream: &tokio::net::TcpStream) {
+    #[cfg(any(target_os = "android", target_os = "linux"))]
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+        tracing::debug!(target: "potluck::net", %error, "no limit on unsent bytes");
+    }
+    #[cfg(not(any(target_os = "android", target_os = "linux")))]
+    let _unlimited = (stream, UNSENT_BYTES_MAX);
 }
 
 fn either(first: Boxed<Output>, second: Boxed<Output>) -> Boxed<Output> {
