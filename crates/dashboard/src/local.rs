@@ -85,7 +85,9 @@ impl Notice {
             let path = folder.join(format!("{}-{number}.json", about.pid));
             let mut file = match options.write(true).create_new(true).open(&path) {
                 // Of another run of this process, or of a dead one that had the same number.
-                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => continue,
+                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => {
+                    continue;
+                }
                 opened => opened?,
             };
             // Only a file of ours can be trusted to stay ours: in a shared folder somebody else may have made it.

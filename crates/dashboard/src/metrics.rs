@@ -59,7 +59,7 @@ struct Text(String);
 
 impl Text {
     fn head(&mut self, name: &str, kind: &str, help: &str) {
-        write!(self.0, "# TYPE {name} {kind}\n").expect("a String takes everything");
+        writeln!(self.0, "# TYPE {name} {kind}").expect("a String takes everything");
         if let Some(unit) = UNITS.iter().find(|unit| name.ends_with(&format!("_{unit}"))) {
             writeln!(self.0, "# UNIT {name} {unit}").expect("a String takes everything");
         }
