@@ -4,11 +4,14 @@ use crate::record::Entry;
 use potluck_net::{PeerFault, PeerId};
 use std::collections::BTreeMap;
 
+/// The group of a result, and whom it names as lost.
+type Group<'a> = (&'a [PeerId], &'a [PeerFault]);
+
 pub(super) fn check(entries: &[Entry]) -> Vec<String> {
     // A peer may reload an epoch after a split and average it again with others: what counts is the group in which it
     // got a result, and that nobody else's list for the same sum names it beside other peers. (A member that was
     // lost on the way is listed, because it was in the plan, and named as lost.)
-    let mut results: BTreeMap<(u64, PeerId), (&[PeerId], &[PeerFault])> = BTreeMap::new();
+    let mut results: BTreeMap<(u64, PeerId), Group> = BTreeMap::new();
     let mut found = Vec::new();
     for entry in entries {
         let Entry::Round { peer, epoch, averaged, faults } = entry else { continue };
