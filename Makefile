@@ -10,7 +10,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat hard-days clean
+.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,5 +80,8 @@ hard-days: wheel  ## Real processes, real faults, real networks (needs root); AR
 	cargo build --release -p potluck-cli
 	$(PY) tests/hard_days/run.py $(ARGS)
 
+fuzz:  ## Every decoder of strangers' bytes, with coverage feedback, SECONDS each: make fuzz SECONDS=60
+	tools/fuzz $(or $(SECONDS),600)
+
 clean:  ## Remove what make built
-	rm -rf $(VENV) .build target demo-output
+	rm -rf $(VENV) .build target fuzz/target demo-output

@@ -1,6 +1,4 @@
-//! A peer's announcement under a run's key.
+//! `dht_announcement` of `potluck_tests::decoders`: what must hold for any bytes stands there.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let _ = potluck_dht::rendezvous::decode(bytes::Bytes::copy_from_slice(input));
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| potluck_tests::decoders::decoder("dht_announcement")(input));

@@ -1,10 +1,4 @@
-//! A DHT answer from a stranger; what decodes must survive another round trip.
+//! `dht_answer` of `potluck_tests::decoders`: what must hold for any bytes stands there.
 #![no_main]
 
-use potluck_dht::wire::Answer;
-
-libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    if let Ok(answer) = Answer::decode(bytes::Bytes::copy_from_slice(input)) {
-        assert_eq!(Answer::decode(answer.encode()), Ok(answer));
-    }
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| potluck_tests::decoders::decoder("dht_answer")(input));

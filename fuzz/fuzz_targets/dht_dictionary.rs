@@ -1,11 +1,4 @@
-//! hivemind's DictionaryDHTValue; what decodes must encode.
+//! `dht_dictionary` of `potluck_tests::decoders`: what must hold for any bytes stands there.
 #![no_main]
 
-use potluck_dht::dictionary::Dictionary;
-
-libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    if let Ok(dictionary) = Dictionary::decode(input) {
-        let bytes = dictionary.encode().expect("what was read can be written");
-        assert!(Dictionary::decode(&bytes).is_ok());
-    }
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| potluck_tests::decoders::decoder("dht_dictionary")(input));

@@ -1,6 +1,7 @@
 //! Whole-system checks: toy models, a harness for simulated runs, the invariants that every run is checked against,
-//! named scenarios, and the exploration of random faults.
+//! named scenarios, the exploration of random faults, and every decoder of strangers' bytes.
 
+pub mod decoders;
 pub mod explore;
 pub mod harness;
 pub mod hub;

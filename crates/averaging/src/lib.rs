@@ -13,6 +13,8 @@
 mod averager;
 mod detector;
 mod exchange;
+#[doc(hidden)]
+pub mod fuzz;
 mod grid;
 mod invite;
 mod link;

@@ -33,6 +33,8 @@ mod core;
 mod dialect;
 mod events;
 mod factors;
+#[doc(hidden)]
+pub mod fuzz;
 mod invite;
 mod keeper;
 mod lineage;

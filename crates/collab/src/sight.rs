@@ -90,7 +90,7 @@ pub(crate) fn serve(
 }
 
 /// `None`: not a question. Empty: not for you.
-fn answer(
+pub(crate) fn answer(
     question: &[u8],
     admits: impl Fn(Option<&str>) -> bool,
     sight: impl Fn() -> Sight,

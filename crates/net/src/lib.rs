@@ -18,6 +18,8 @@
 
 mod env;
 mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 mod identity;
 mod peer_id;
 mod pool;

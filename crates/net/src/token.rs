@@ -85,7 +85,7 @@ impl Token {
     }
 
     /// The fields, each behind its length. Fields over their limit are cut by [`Token::validate`], not here.
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         put(&mut out, self.run_id.as_bytes());
         put(&mut out, &[u8::try_from(self.bootstrap.len()).unwrap_or(u8::MAX)]);
@@ -141,11 +141,15 @@ fn checksum(fields: &[u8]) -> [u8; CHECKSUM_BYTES] {
     sum
 }
 
+/// The text form of fields.
+pub(crate) fn sealed(fields: &[u8]) -> String {
+    let bytes = [fields, &checksum(fields)].concat();
+    format!("{PREFIX}{}", bs58::encode(bytes).into_string())
+}
+
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = self.encode();
-        bytes.extend(checksum(&bytes));
-        write!(f, "{PREFIX}{}", bs58::encode(bytes).into_string())
+        f.write_str(&sealed(&self.encode()))
     }
 }
 

@@ -9,6 +9,8 @@
 
 mod download;
 mod exchange;
+#[doc(hidden)]
+pub mod fuzz;
 mod snapshot;
 mod store;
 mod wire;
