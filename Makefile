@@ -66,8 +66,8 @@ fix:  ## Format and apply the lints' own corrections
 	$(VENV)/bin/ruff check --fix python examples bench tests
 	$(VENV)/bin/ruff format python examples bench tests
 
-sim:  ## Explore simulated runs: make sim SEED=7 SEEDS=1000
-	SEED=$(SEED) SEEDS=$(SEEDS) cargo run --release -p potluck-tests --bin explore
+sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, TABLE=0|P5|strict
+	SEED=$(SEED) SEEDS=$(SEEDS) TABLE=$(TABLE) cargo run --release -p potluck-tests --bin explore
 
 nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)
 	tests/nat/run

@@ -7,6 +7,7 @@ pub mod harness;
 pub mod hub;
 pub mod invariants;
 pub mod models;
+pub mod properties;
 pub mod record;
 pub mod reference;
 pub mod trainer;
