@@ -37,8 +37,11 @@ impl fmt::Display for Property {
     }
 }
 
+/// Measures one property.
+pub type Measure = fn() -> Property;
+
 /// Every property, by number and name.
-pub const ALL: &[(&str, fn() -> Property)] = &[
+pub const ALL: &[(&str, Measure)] = &[
     ("P1 joining", members::joining),
     ("P2 detection", members::detection),
     ("P2 no false death", members::no_false_death),
