@@ -1,7 +1,7 @@
 """Day 8: a member sends NaN and then a million times too much; somebody copies an identity; a stranger floods a node.
 
-What an invited peer could do to frames (truncated, malformed) is not played here: a Python program cannot send them. The
-decoders have fuzz targets.
+What an invited peer could do to frames (truncated, malformed) is not played here: a Python program cannot send them.
+`crates/averaging/tests/faults.rs` does, and the decoders have fuzz targets.
 """
 
 import os

@@ -4,10 +4,10 @@
 use crate::pair::{self, Event};
 use crate::reducing::Reducing;
 use crate::router::Arrival;
-use crate::spans::Layout;
+use crate::spans::{Chunk, Layout};
 use crate::store::{Average, Store};
 use crate::swarm::Inner;
-use crate::wire::{PairFrame, Plan};
+use crate::wire::{AVERAGE_HEAD_BYTES, PairFrame, Plan};
 use bytes::Bytes;
 use potluck_net::{FaultKind, PeerFault, PeerId, Tasks};
 use std::collections::{BTreeMap, VecDeque};
@@ -232,8 +232,12 @@ impl Exchange {
             }
             Event::Average { from, part, generation, chunk, mask, whole } => {
                 if self.expects(from, part, generation) {
-                    self.on_average(part, chunk, mask, whole).await;
+                    self.on_average(from, part, chunk, mask, whole).await;
                 }
+            }
+            Event::Malformed { from, reason } => {
+                // It would send the like again on every new stream: the round goes on without it.
+                self.lose(from, FaultKind::Malformed, &format!(": {reason}")).await;
             }
             Event::Resumed { with } => self.say_again(with),
             Event::Frame { from, frame } => self.on_frame(from, frame).await,
@@ -257,10 +261,16 @@ impl Exchange {
         expected == Some(from) && current.is_some_and(|current| refetching.is_some() || current == generation)
     }
 
-    async fn on_average(&mut self, part: usize, chunk: u32, mask: u64, whole: Bytes) {
+    async fn on_average(&mut self, from: usize, part: usize, chunk: u32, mask: u64, whole: Bytes) {
         let shared = self.shared.clone();
-        if shared.board().store.next(&shared.layout, part, chunk).is_none() {
-            return;
+        let due = shared.board().store.next(&shared.layout, part, chunk).map(Chunk::encoded_bytes);
+        let Some(due) = due else { return };
+        let found = whole.len().saturating_sub(AVERAGE_HEAD_BYTES);
+        if found != due {
+            // Nobody keeps or passes on what is not as long as it must be, so this is its sender's own doing; to wait for
+            // better from it would cost the round.
+            let reason = format!(": an average of {found} bytes, where {due} are due");
+            return self.lose(from, FaultKind::Malformed, &reason).await;
         }
         let mut vector = std::mem::take(&mut self.vector);
         let open = move || {
@@ -481,7 +491,7 @@ impl Exchange {
     }
 
     /// Members that are no longer with us; what they owed is done without them.
-    pub(crate) async fn lose(&mut self, member: usize, kind: FaultKind) {
+    pub(crate) async fn lose(&mut self, member: usize, kind: FaultKind, reason: &str) {
         {
             let mut board = self.shared.board();
             if std::mem::replace(&mut board.lost[member], true) {
@@ -492,7 +502,7 @@ impl Exchange {
         if kind != FaultKind::Left || !self.is_complete() {
             let plan = &self.shared.plan;
             let context =
-                format!("lost in {} round {:?}, attempt {}", plan.channel, plan.epoch, plan.attempt);
+                format!("lost in {} round {:?}, attempt {}{reason}", plan.channel, plan.epoch, plan.attempt);
             self.faults.push(PeerFault::new(peer, kind, context));
         }
         self.inlets[member] = None;

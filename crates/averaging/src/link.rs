@@ -160,7 +160,13 @@ async fn run_link(inner: Arc<Inner>, stream: Stream, (id, mut queue): (u64, mpsc
     let read = async {
         loop {
             let Ok(Some(frame)) = receiver.recv().await else { return };
-            let Ok(message) = decode_control(&frame) else { return };
+            let message = match decode_control(&frame) {
+                Ok(message) => message,
+                Err(error) => {
+                    tracing::warn!(target: "potluck::swarm", peer = %peer.short(), %error, "closed a control stream");
+                    return;
+                }
+            };
             inner.on_control(peer, message);
         }
     };

@@ -54,6 +54,11 @@ pub(crate) enum Event {
         from: usize,
         frame: PairFrame,
     },
+    /// Bytes that the protocol does not know; the stream that brought them is closed.
+    Malformed {
+        from: usize,
+        reason: String,
+    },
     /// A new stream stands; what the old one took with it must be said again.
     Resumed {
         with: usize,
@@ -166,10 +171,13 @@ async fn talk(
     // The first stream of a pair starts at the beginning without waiting for an answer.
     if wanted.is_none() && !fresh {
         let Ok(Some(frame)) = receiver.recv().await else { return };
-        let Ok(PairFrame::Hello { contributions, averages, .. }) = PairFrame::decode(frame) else {
-            return;
-        };
-        resume(shared, member, &contributions, &averages);
+        match PairFrame::decode(frame) {
+            Ok(PairFrame::Hello { contributions, averages, .. }) => {
+                resume(shared, member, &contributions, &averages);
+            }
+            Ok(_) => return malformed(member, "the first frame is no hello", events).await,
+            Err(error) => return malformed(member, &error.to_string(), events).await,
+        }
     }
     let read = read(shared, member, &mut receiver, events, window);
     let write = write(shared, member, &mut sender);
@@ -178,6 +186,11 @@ async fn talk(
         () = read => {}
         () = write => {}
     }
+}
+
+async fn malformed(from: usize, reason: &str, events: &mpsc::Sender<Event>) {
+    // If nobody hears it, the round has ended.
+    let _ended = events.send(Event::Malformed { from, reason: reason.to_owned() }).await;
 }
 
 async fn read(
@@ -193,7 +206,10 @@ async fn read(
         shared.swarm.count(0, frame.len());
         shared.board().traffic.received += frame.len() as u64;
         let whole = frame.clone();
-        let Ok(frame) = PairFrame::decode(frame) else { return };
+        let frame = match PairFrame::decode(frame) {
+            Ok(frame) => frame,
+            Err(error) => return malformed(member, &error.to_string(), events).await,
+        };
         let event = match frame {
             PairFrame::Hello { .. } => continue,
             PairFrame::Contribution { part, chunk, bytes } => {

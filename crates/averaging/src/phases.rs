@@ -136,7 +136,7 @@ impl Averager {
     async fn inherit_losses(&self, first: &Exchange, second: &mut Exchange) {
         let lost = first.shared.board().lost.clone();
         for (member, _) in lost.iter().enumerate().filter(|(_, lost)| **lost) {
-            second.lose(member, FaultKind::Left).await;
+            second.lose(member, FaultKind::Left, "").await;
         }
         // They were reported once.
         second.faults.clear();
@@ -278,9 +278,9 @@ impl Averager {
                 continue;
             }
             if withdrawn.contains(&member.peer) {
-                exchange.lose(at, FaultKind::Left).await;
+                exchange.lose(at, FaultKind::Left, "").await;
             } else if view.members.get(&member.peer).is_none_or(|now| is_restarted(now, member.nonce, age)) {
-                exchange.lose(at, FaultKind::Silent).await;
+                exchange.lose(at, FaultKind::Silent, "").await;
             }
         }
     }

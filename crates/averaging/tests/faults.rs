@@ -2,9 +2,14 @@
 
 mod support;
 
-use potluck_averaging::{Averager, AveragerConfig, Progress, SwarmConfig};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use potluck_averaging::{Averager, AveragerConfig, Progress, Swarm, SwarmConfig};
 use potluck_compression::Scheme;
-use potluck_net::{FaultKind, PeerId};
+use potluck_net::{
+    AcceptError, FaultKind, Identity, Incoming, OpenError, Path, PeerId, Protocol, Reachability, Stream,
+    StreamError, Tasks, Transport,
+};
 use potluck_net_sim::{FaultRates, FrameInfo, PeerSpec, SimNet, Verdict, run};
 use std::time::Duration;
 use support::*;
@@ -257,4 +262,111 @@ fn two_channels_share_a_swarm() {
         assert_eq!(agreed(&grads).vector.len(), 1000);
         assert_eq!(agreed(&states).vector.len(), 500);
     });
+}
+
+/// A peer that is honest but for its frames in rounds: from the second one on, each is what `mangle` makes of it.
+struct Mangler {
+    below: std::sync::Arc<dyn Transport>,
+    mangle: fn(Bytes) -> Bytes,
+}
+
+impl Mangler {
+    fn spoil(&self, stream: Stream) -> Stream {
+        let (peer, protocol, mangle) = (stream.peer(), stream.protocol().clone(), self.mangle);
+        if !protocol.as_str().contains("/round/") {
+            return stream;
+        }
+        let (sender, receiver) = stream.split();
+        let sink = futures::sink::unfold((sender, 0), move |(mut sender, sent), frame: Bytes| async move {
+            sender.send(if sent == 0 { frame } else { mangle(frame) }).await?;
+            Ok::<_, StreamError>((sender, sent + 1))
+        });
+        let frames = futures::stream::unfold(receiver, |mut receiver| async move {
+            let next = receiver.recv().await.transpose()?;
+            Some((next, receiver))
+        });
+        Stream::new(peer, protocol, sink, frames)
+    }
+}
+
+impl Transport for Mangler {
+    fn identity(&self) -> &Identity {
+        self.below.identity()
+    }
+    fn open(&self, peer: PeerId, protocol: Protocol) -> BoxFuture<'_, Result<Stream, OpenError>> {
+        Box::pin(async move { Ok(self.spoil(self.below.open(peer, protocol).await?)) })
+    }
+    fn accept(&self, protocol: Protocol, backlog: usize) -> Result<Incoming, AcceptError> {
+        let mut below = self.below.accept(protocol, backlog)?;
+        let (sender, receiver) = tokio::sync::mpsc::channel(backlog);
+        let spoiler = Self { below: self.below.clone(), mangle: self.mangle };
+        let tasks = Tasks::new();
+        tasks.spawn(async move {
+            while let Some(stream) = below.next().await {
+                if sender.send(spoiler.spoil(stream)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Incoming::new(receiver, tasks))
+    }
+    fn add_addresses(&self, peer: PeerId, addresses: &[String]) {
+        self.below.add_addresses(peer, addresses);
+    }
+    fn addresses(&self) -> Vec<String> {
+        self.below.addresses()
+    }
+    fn path(&self, peer: PeerId) -> Option<Path> {
+        self.below.path(peer)
+    }
+    fn connected(&self) -> Vec<PeerId> {
+        self.below.connected()
+    }
+    fn reachability(&self) -> Reachability {
+        self.below.reachability()
+    }
+    fn close(&self) -> BoxFuture<'_, ()> {
+        self.below.close()
+    }
+}
+
+#[test]
+fn truncated_and_malformed_frames_of_a_member_harm_nobody_and_name_it() {
+    let mangles: [fn(Bytes) -> Bytes; 4] = [
+        |frame| frame.slice(..frame.len().min(3)),
+        |_| Bytes::new(),
+        |frame| [&[99], frame.as_ref()].concat().into(),
+        // Right up to its values, of which the last is cut off.
+        |frame| frame.slice(..frame.len().saturating_sub(2)),
+    ];
+    for (seed, mangle) in mangles.into_iter().enumerate() {
+        run(90 + seed as u64, async |net| {
+            let config = config(30_000, Scheme::None);
+            let mut all = peers(&net, 3, PeerSpec::default(), &config).await;
+            let below = net.add_peer(PeerSpec::default());
+            let (id, env) = (below.local_peer(), below.env());
+            let transport = std::sync::Arc::new(Mangler { below, mangle });
+            let joined = Swarm::join(transport, env, SwarmConfig::new("test", vec![all[0].id])).await;
+            let swarm = joined.expect("its control streams are sound");
+            let averager = Averager::new(&swarm, "grad", config);
+            all.push(Peer { swarm, averager, id });
+            all_see(&all, 4).await;
+            let results = step_all(&all, 0, 30_000).await;
+            let round = agreed(&results[..3]);
+            // Nothing of it is in the mean, or what it said before is, for whole chunks.
+            let (with, without) = (mean(&[0, 1, 2, 3], 30_000), mean(&[0, 1, 2], 30_000));
+            for (at, value) in round.vector.iter().enumerate() {
+                let fits = (value - with[at]).abs() < 1e-5 || (value - without[at]).abs() < 1e-5;
+                assert!(fits, "seed {seed}, value {at}: {value}");
+            }
+            for result in &results[..3] {
+                let named = &result.as_ref().unwrap().faults;
+                assert!(
+                    named.iter().any(|fault| fault.peer == id && fault.kind == FaultKind::Malformed),
+                    "seed {seed}: {named:?}"
+                );
+                assert!(named.iter().all(|fault| fault.peer == id), "seed {seed}: {named:?}");
+            }
+        });
+    }
 }
