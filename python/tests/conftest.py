@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,10 @@ import pytest
 
 from potluck import _core
 from potluck.dht import DHT
+
+# A shell that runs something in the background makes it ignore Ctrl-C, and whatever it starts too. What the tests start
+# shall answer to Ctrl-C as at a terminal, however the tests were started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
