@@ -66,7 +66,7 @@ fix:  ## Format and apply the lints' own corrections
 	$(VENV)/bin/ruff check --fix python examples bench tests
 	$(VENV)/bin/ruff format python examples bench tests
 
-sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, TABLE=0|P5|strict
+sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, TABLE=0|P4|strict
 	SEED=$(SEED) SEEDS=$(SEEDS) TABLE=$(TABLE) cargo run --release -p potluck-tests --bin explore
 
 nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)

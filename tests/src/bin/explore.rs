@@ -2,7 +2,7 @@
 //! With `IDEAL=1` over an ideal protocol, which tells the session's faults from the network's.
 //!
 //! Then the table of what the protocol promises, measured; a missed target is printed as such and fails the command with
-//! `TABLE=strict` only. `TABLE=0` leaves the table out, `TABLE=P5` measures the lines that begin with this.
+//! `TABLE=strict` only. `TABLE=0` leaves the table out, `TABLE=P4` measures the lines that begin with this.
 #![expect(clippy::print_stdout, reason = "a program for people at a terminal")]
 
 use potluck_tests::explore::{Protocol, explore, report};

@@ -1,12 +1,55 @@
-//! P5, P6 and P12: rounds in which something goes wrong.
+//! P4, P5, P6 and P12: rounds in which something goes wrong.
 
 use super::group::{Member, begin_epoch, complete, config, group, links, same_bits, step, step_all, values};
 use super::{Found, Property};
 use potluck_averaging::{AveragerConfig, Round, RoundRequest};
 use potluck_compression::Scheme;
 use potluck_net::{FaultKind, PeerId};
-use potluck_net_sim::{PeerSpec, SimNet, run};
+use potluck_net_sim::{FaultRates, PeerSpec, SimNet, run};
 use std::time::Duration;
+
+/// P4: rounds that hold everybody, while frames are late and streams break.
+pub(super) fn completeness() -> Property {
+    let found = || -> Found {
+        let (mut all, mut whole, mut worst) = (0_usize, 0_usize, (1.0_f64, String::new()));
+        for (count, rounds) in [(2, 300), (8, 100), (16, 40), (32, 10)] {
+            for percent in [0, 5, 20] {
+                let held = complete_rounds(count, rounds, f64::from(percent) / 100.0)?;
+                let share = held as f64 / rounds as f64;
+                if share < worst.0 {
+                    worst = (share, format!("; worst {held} of {rounds}: {count} peers, {percent} %"));
+                }
+                (all, whole) = (all + rounds, whole + held);
+            }
+        }
+        let share = whole as f64 / all as f64;
+        Ok((format!("{:.2} % of {all}{}", share * 100.0, worst.1), share >= 0.999))
+    };
+    Property::new("99.9 % of rounds whole, 2 to 32 peers, 0/5/20 % faults", found())
+}
+
+/// How many of these rounds held everybody. Nine of ten faulty frames are late by up to 100 ms, one breaks its stream.
+fn complete_rounds(count: usize, rounds: usize, rate: f64) -> Result<usize, String> {
+    const LEN: usize = 4000;
+    run(7, async |net| {
+        let healthy = config(LEN, Scheme::None);
+        let faults = FaultRates {
+            delay: rate * 0.9,
+            delay_max: Duration::from_millis(100),
+            reset: rate * 0.1,
+            ..FaultRates::default()
+        };
+        let machines = std::iter::repeat_n(PeerSpec { faults, ..PeerSpec::default() }, count);
+        let group = group(&net, machines, &healthy).await?;
+        let mut whole = 0;
+        for epoch in 0..rounds as u64 {
+            // A round that fails is one that is not whole.
+            let stepped = step_all(&net, &group, epoch, LEN).await;
+            whole += usize::from(stepped.is_ok_and(|(rounds, _)| complete(&rounds, count)));
+        }
+        Ok(whole)
+    })
+}
 
 /// Peers of the rounds in which one is lost, and the one.
 const PEERS: usize = 4;

@@ -1,4 +1,4 @@
-//! What the native protocol promises (P1 to P3, P5 to P12), measured in the simulator: each property is a
+//! What the native protocol promises (P1 to P13), measured in the simulator: each property is a
 //! scenario that gives a figure, and the figure is compared with the target. `make sim` prints them as a table.
 
 mod faults;
@@ -7,6 +7,7 @@ mod members;
 mod newcomers;
 mod reach;
 mod rounds;
+mod scale;
 
 use std::fmt;
 
@@ -47,6 +48,7 @@ pub const ALL: &[(&str, Measure)] = &[
     ("P2 no false death", members::no_false_death),
     ("P3 overhead, near", rounds::overhead_near),
     ("P3 overhead, far", rounds::overhead_far),
+    ("P4 completeness", faults::completeness),
     ("P5 fault cost", faults::fault_cost),
     ("P6 agreement", faults::agreement),
     ("P6 one lineage", reach::one_lineage),
@@ -59,4 +61,5 @@ pub const ALL: &[(&str, Measure)] = &[
     ("P10 donors go on", newcomers::donors_go_on),
     ("P11 time", reach::clocks),
     ("P12 safety", faults::safety),
+    ("P13 scale", scale::large),
 ];

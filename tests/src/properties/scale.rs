@@ -1,0 +1,81 @@
+//! P13: a swarm too large for everybody to be connected to everybody.
+
+use super::group::{Member, config, group, member, see};
+use super::members::seconds;
+use super::{Found, Property};
+use potluck_averaging::{Progress, RoundRequest, Swarm, SwarmConfig};
+use potluck_compression::Scheme;
+use potluck_net::PeerId;
+use potluck_net_sim::{PeerSpec, run};
+use std::time::Duration;
+
+/// Peers of the large swarm, and the rounds that they make.
+const PEERS: usize = 1000;
+const ROUNDS: u64 = 100;
+/// Peers that join at the same time.
+const AT_ONCE: usize = 50;
+/// Real time after which joining is given up: the table is for people who wait for it.
+const JOIN_MAX: Duration = Duration::from_secs(20);
+/// Real time within which the rounds must be done.
+const ROUNDS_MAX: Duration = Duration::from_secs(60);
+/// Connections of one peer: its row, its column and a few more.
+const LINKS_MAX: usize = 192;
+
+/// P13: a thousand peers in a grid of groups, in seconds of real time.
+#[expect(clippy::disallowed_methods, reason = "how long the simulator itself takes is what is measured")]
+pub(super) fn large() -> Property {
+    let found = || -> Found {
+        run(14, async |net| {
+            let begun = std::time::Instant::now();
+            let config = config(30, Scheme::None);
+            let mut swarm: Vec<Member> =
+                group(&net, std::iter::repeat_n(PeerSpec::default(), 3), &config).await?;
+            let known: Vec<PeerId> = swarm.iter().map(|member| member.id).collect();
+            while swarm.len() < PEERS {
+                if begun.elapsed() > JOIN_MAX {
+                    return Err(format!(
+                        "only {} peers joined in {} of real time",
+                        swarm.len(),
+                        seconds(begun.elapsed())
+                    ));
+                }
+                let joins = (0..AT_ONCE.min(PEERS - swarm.len())).map(|_| {
+                    member(&net, PeerSpec::default(), SwarmConfig::new("table", known.clone()), &config)
+                });
+                for joined in futures::future::join_all(joins).await {
+                    swarm.push(joined?);
+                }
+            }
+            see(&swarm, PEERS).await?;
+            let joined = begun.elapsed();
+            let begun = std::time::Instant::now();
+            let (mut done, mut failed) = (0, 0);
+            while done < ROUNDS && begun.elapsed() < ROUNDS_MAX {
+                failed += large_round(&swarm, done).await;
+                done += 1;
+            }
+            let links =
+                swarm.iter().map(|member| net.traffic(member.id).connections).max().unwrap_or_default();
+            let measured = format!(
+                "{done} rounds in {} after {} of joining; {failed} of {} steps failed; at most {links} connections",
+                seconds(begun.elapsed()),
+                seconds(joined),
+                PEERS as u64 * done,
+            );
+            Ok((measured, done == ROUNDS && failed == 0 && links <= LINKS_MAX))
+        })
+    };
+    Property::new("1,000 peers: 100 rounds in 60 s of real time", found())
+}
+
+/// Everybody steps; how many got no average.
+async fn large_round(large: &[Member], epoch: u64) -> u64 {
+    let report = |swarm: &Swarm| swarm.report(Progress { epoch, ..Progress::default() });
+    large.iter().for_each(|member| report(&member.swarm));
+    let steps = large
+        .iter()
+        .enumerate()
+        .map(|(at, member)| member.averager.step(RoundRequest::new(Some(epoch), vec![at as f32; 30], 1.0)));
+    let outcomes = futures::future::join_all(steps).await;
+    outcomes.iter().filter(|outcome| outcome.is_err()).count() as u64
+}
