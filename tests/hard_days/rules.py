@@ -96,6 +96,39 @@ def flat(crew, peers, rss_mb=8.0, fds=8):
     )
 
 
+def slope(lines, blocks=12):
+    """How fast the memory grows after the first third, in MB per hour, and the half width of its 95 % interval.
+
+    A straight line through the least of each of twelve stretches: single readings lie together in time and are not
+    independent, and a heap's high-water marks come and go.
+    """
+    warm = lines[len(lines) // 3 :]
+    size = len(warm) // blocks
+    if size == 0:
+        return None
+    stretches = [warm[at * size : (at + 1) * size] for at in range(blocks)]
+    hours = [sum(line["at"] for line in stretch) / size / 3600 for stretch in stretches]
+    least = [min(line["rss_kb"] for line in stretch) * 1024 / 1e6 for stretch in stretches]
+    mean_hours, mean_least = sum(hours) / blocks, sum(least) / blocks
+    spread = sum((hour - mean_hours) ** 2 for hour in hours)
+    rise = sum((h - mean_hours) * (m - mean_least) for h, m in zip(hours, least, strict=True)) / spread
+    left = sum((m - mean_least - rise * (h - mean_hours)) ** 2 for h, m in zip(hours, least, strict=True))
+    # Student's t for ten degrees of freedom.
+    return rise, 2.228 * (left / (blocks - 2) / spread) ** 0.5
+
+
+def no_leak(crew, what, peers):
+    """Memory grows by less than 1 MB an hour. It is a rule from half an hour on: before, caches still fill."""
+    found = [line for peer in peers if (line := slope(peer.said("epoch") + peer.said("arrived")))]
+    rise, width = max(found, default=(0.0, float("inf")))
+    binding = crew.minutes >= 60
+    crew.check(
+        f"{what}: memory's slope{' under 1 MB/h' if binding else ' (a rule from --minutes 60 on)'}",
+        f"{rise:+.1f} ± {width:.1f} MB/h (95 %)",
+        not binding or rise - width < 1.0,
+    )
+
+
 def all_of_them(crew, ends, peers, except_for=(), **options):
     """The rules that hold for every scenario. Call it when everybody has ended."""
     same_weights(crew, ends)

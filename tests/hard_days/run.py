@@ -31,6 +31,12 @@ SCENARIOS = (
     "monday",
 )
 
+# Written, and played only when they are named: they show what does not hold yet.
+UNMET = {
+    "behind_nat": "a pair whose one hole punch fails stays relayed: 12 % of the bytes instead of under 1 %",
+    "long_haul": "PowerSGD's loss under churn was 2.9 % off instead of under 2 %",
+}
+
 
 def binary():
     """The `potluck` command: what $POTLUCK says, or what cargo built."""
@@ -73,12 +79,16 @@ def main():
     )
     parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
     parser.add_argument(
-        "--only", action="append", choices=SCENARIOS, metavar="NAME", help="only this one; may be repeated"
+        "--only",
+        action="append",
+        choices=(*SCENARIOS, *UNMET),
+        metavar="NAME",
+        help="only this one; may be repeated",
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the long haul")
     arguments = parser.parse_args()
     if arguments.list:
-        print("\n".join(SCENARIOS))
+        print("\n".join((*SCENARIOS, *(f"{name} (with --only: {why})" for name, why in UNMET.items()))))
         return
     if reason := netlab.missing():
         sys.exit(f"make hard-days: {reason}")
