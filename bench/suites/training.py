@@ -17,12 +17,17 @@ def _follow(workers: list[Worker], seconds: float, until=None) -> list[list[dict
     steps: list[list[dict]] = [[] for _ in workers]
     for worker in workers:
         worker.tell("train")
-    deadline = time.monotonic() + seconds
+    _watch(workers, steps, time.monotonic() + seconds, until)
+    return steps
+
+
+def _watch(workers: list[Worker], steps: list[list[dict]], deadline: float, until=None):
+    """Take down what these peers report, until then or once `until(steps)` holds."""
     while time.monotonic() < deadline and not (until and until(steps)):
-        time.sleep(0.1)
+        # Reports carry their own times and wait in a queue: how often it is looked at changes no figure.
+        time.sleep(0.05)
         for mine, worker in zip(steps, workers):
             mine.extend(line for line in worker.take() if "step" in line)
-    return steps
 
 
 # c. Round overhead.
@@ -161,22 +166,15 @@ def _useful(system: str, seconds: float, kills: int) -> tuple[float, float]:
         begin = time.monotonic()
         storm = begin + seconds
         for number, spare in enumerate(spares):
-            _watch(swarm, steps, storm + KILL_EVERY * number)
+            _watch(swarm.workers, steps, storm + KILL_EVERY * number)
             # Not the first peer, whose address the stand-ins were given.
             swarm.workers[1 + number].end()
             swarm.open(spare)
             spare.tell("train")
         end = storm + KILL_EVERY * kills
         # One more epoch, so that the last one in the window is not cut off.
-        _watch(swarm, steps, end + 6.0)
+        _watch(swarm.workers, steps, end + 6.0)
         return progress(steps, target, begin, storm), progress(steps, target, storm, end)
-
-
-def _watch(swarm: Swarm, every: list[list[dict]], until: float):
-    while time.monotonic() < until:
-        time.sleep(0.05)
-        for mine, worker in zip(every, swarm.workers):
-            mine.extend(line for line in worker.take() if "step" in line)
 
 
 # h. An idle peer.
@@ -187,6 +185,7 @@ def idle(quick: bool) -> Iterator[Row]:
     found = {}
     for system in systems("potluck", "hivemind"):
         with Swarm("trainer", system, 2) as swarm:
+            # Not for anything to happen, but for nothing to: what is measured is a peer that has waited for a while.
             time.sleep(3)
             reports = [worker.ask("memory", "memory") for worker in swarm.workers]
             beyond = [r["memory"] - ready["torch"] for r, ready in zip(reports, swarm.ready)]
