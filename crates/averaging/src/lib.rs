@@ -13,6 +13,7 @@
 mod averager;
 mod detector;
 mod exchange;
+mod finding;
 #[doc(hidden)]
 pub mod fuzz;
 mod grid;

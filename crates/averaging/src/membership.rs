@@ -119,6 +119,8 @@ pub(crate) struct Membership {
     cursor: Option<PeerId>,
     /// Decides which live peers we keep a link to.
     mesh_max: usize,
+    /// We have said farewell: others now say rightly that we are gone.
+    leaving: bool,
 }
 
 impl Membership {
@@ -133,6 +135,7 @@ impl Membership {
             next_beat: now,
             cursor: None,
             mesh_max,
+            leaving: false,
         }
     }
 
@@ -247,6 +250,9 @@ impl Membership {
     pub(crate) fn news(&mut self, now: Instant, news: News, actions: &mut Vec<Action>) {
         if news.peer == self.me {
             // Believed dead; or remembered from an earlier life, whose statements would outrank all that we say.
+            if self.leaving {
+                return;
+            }
             let believed_dead = news.standing != Standing::Alive && news.incarnation >= self.incarnation;
             if believed_dead || news.incarnation > self.incarnation {
                 self.incarnation = news.incarnation.saturating_add(1);
@@ -316,6 +322,15 @@ impl Membership {
         if newcomer && self.neighbours().contains(&peer) {
             actions.push(Action::Connect(peer));
         }
+    }
+
+    /// We leave: from here on, nothing that we say may contradict it.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving
     }
 
     pub(crate) fn left(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {

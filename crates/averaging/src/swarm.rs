@@ -26,11 +26,6 @@ const LINK_QUEUE: usize = 256;
 const BEAT_PAUSE: Duration = Duration::from_millis(20);
 /// Control streams that may wait to be accepted.
 const BACKLOG: usize = 64;
-/// Between the first look-ups and announcements in the directory; doubles up to `DIRECTORY_PERIOD`.
-const DIRECTORY_PAUSE_FIRST: Duration = Duration::from_secs(1);
-/// Between look-ups and announcements in the directory.
-const DIRECTORY_PERIOD: Duration = Duration::from_secs(20);
-
 /// Where peers of a run find each other without knowing one; implemented for the DHT.
 pub trait Directory: Send + Sync + 'static {
     /// Say that we are part of `run`, for `ttl` from now.
@@ -215,41 +210,8 @@ impl Swarm {
         inner.refresh_view();
         start_tasks(&inner, &tasks, spawned, incoming, round_streams);
         let swarm = Self { inner, _tasks: tasks };
-        swarm.contact().await?;
+        crate::finding::contact(&swarm.inner).await?;
         Ok(swarm)
-    }
-
-    async fn contact(&self) -> Result<(), JoinError> {
-        let inner = &self.inner;
-        let mut known: BTreeSet<PeerId> = inner.config.bootstrap.iter().copied().collect();
-        known.remove(&inner.me);
-        let deadline = inner.env.now() + inner.config.join_timeout;
-        let must_answer = !known.is_empty();
-        if let Some(directory) = &inner.config.directory {
-            let found =
-                tokio::time::timeout(Duration::from_secs(5), directory.lookup(&inner.config.run)).await;
-            for (peer, addresses) in found.unwrap_or_default() {
-                inner.transport.add_addresses(peer, &addresses);
-                known.insert(peer);
-            }
-            known.remove(&inner.me);
-        }
-        let mut attempts: futures::stream::FuturesUnordered<_> =
-            known.iter().map(|peer| link::connect_patiently(inner, *peer, deadline)).collect();
-        let mut lines = Vec::new();
-        let mut reached = false;
-        while let Some((peer, result)) = futures::StreamExt::next(&mut attempts).await {
-            match result {
-                Ok(()) => return Ok(()),
-                Err(link::LinkError::Refused(reason)) => return Err(JoinError::Refused { peer, reason }),
-                Err(link::LinkError::Failed(fault)) => {
-                    // It is there but not in this run: a bootstrap node, through which others will find us.
-                    reached |= fault.kind == potluck_net::FaultKind::Refused;
-                    lines.push(fault.to_string());
-                }
-            }
-        }
-        if must_answer && !reached { Err(JoinError::Unreachable { attempts: lines }) } else { Ok(()) }
     }
 
     /// Who is here, as it changes; ourselves included.
@@ -303,9 +265,12 @@ impl Swarm {
     pub async fn leave(&self) {
         self.inner.left.store(true, std::sync::atomic::Ordering::Relaxed);
         let frame = wire::encode_control(&Control::Leave);
-        let senders: Vec<_> = self.inner.lock().links.values().flatten().map(|l| l.sender.clone()).collect();
-        for sender in senders {
-            let _full_or_gone = sender.try_send(frame.clone());
+        {
+            let mut state = self.inner.lock();
+            state.membership.leave();
+            for link in state.links.values().flatten() {
+                let _full_or_gone = link.sender.try_send(frame.clone());
+            }
         }
         // The writers need one turn to pass the farewell on; a peer that misses it notices the closed stream.
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -351,30 +316,7 @@ fn start_tasks(
             }
         }
     });
-    tasks.spawn(keep_finding(inner.clone()));
-}
-
-/// Look for peers that we do not know, for ever: two halves of a run that never met have nobody who could tell them.
-async fn keep_finding(inner: Arc<Inner>) {
-    let mut pause = DIRECTORY_PAUSE_FIRST;
-    loop {
-        let both = async {
-            let Some(directory) = &inner.config.directory else { return Vec::new() };
-            directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
-            directory.lookup(&inner.config.run).await
-        };
-        let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
-        // At first, joining itself asks them.
-        let known = if pause == DIRECTORY_PAUSE_FIRST { &[] } else { &inner.config.bootstrap[..] };
-        for (peer, addresses) in found.into_iter().chain(known.iter().map(|peer| (*peer, Vec::new()))) {
-            inner.transport.add_addresses(peer, &addresses);
-            if peer != inner.me && !inner.lock().links.contains_key(&peer) {
-                inner.connect_soon(peer);
-            }
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(DIRECTORY_PERIOD);
-    }
+    tasks.spawn(crate::finding::keep_finding(inner.clone()));
 }
 
 impl Inner {
@@ -597,6 +539,9 @@ impl State {
     fn send_beats(&mut self, now: Instant) {
         self.beat_due = None;
         self.last_beat = now;
+        if self.membership.is_leaving() {
+            return;
+        }
         let (incarnation, pulse, news) = self.membership.next_beat();
         let frame = wire::encode_control(&Control::Beat { incarnation, pulse, news });
         for link in self.links.values().filter_map(|links| links.first()) {

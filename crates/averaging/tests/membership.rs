@@ -124,6 +124,36 @@ fn a_peer_that_leaves_is_gone_at_once() {
 }
 
 #[test]
+fn a_peer_that_leaves_does_not_contradict_those_who_say_so() {
+    for (seed, millis) in (6..).zip([0, 1, 2, 3, 5, 8]) {
+        run(seed, async |net| {
+            let mut swarms: Vec<Swarm> = Vec::new();
+            for _ in 0..4 {
+                let latency = Duration::from_millis(millis);
+                let transport = net.add_peer(PeerSpec { latency, ..PeerSpec::default() });
+                let bootstrap = swarms.first().map(Swarm::local_peer).into_iter().collect();
+                swarms.push(join(&net, &transport, bootstrap).await);
+            }
+            all_see(&swarms, 4).await;
+            // Long enough after the last heartbeats that the next ones may go at once.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let leaver = swarms.pop().unwrap();
+            let gone = leaver.local_peer();
+            let mut views: Vec<_> = swarms.iter().map(Swarm::members).collect();
+            leaver.leave().await;
+            for view in &mut views {
+                view.wait_for(|view| !view.members.contains_key(&gone)).await.unwrap();
+            }
+            let back = futures::future::select_all(views.iter_mut().map(|view| {
+                Box::pin(async move { view.wait_for(|view| view.members.contains_key(&gone)).await.is_ok() })
+            }));
+            let rumour = tokio::time::timeout(Duration::from_secs(10), back).await;
+            assert!(rumour.is_err(), "it is alive again with {millis} ms between the peers");
+        });
+    }
+}
+
+#[test]
 fn a_peer_that_was_cut_off_buries_nobody_when_it_is_back() {
     run(7, async |net| {
         let swarms = swarm(&net, 5).await;

@@ -1,0 +1,69 @@
+//! Finding the peers of a run: those that were named, and those that a directory knows.
+
+use crate::link;
+use crate::swarm::{Inner, JoinError};
+use potluck_net::PeerId;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Between the first look-ups and announcements in the directory; doubles up to `DIRECTORY_PERIOD`.
+const DIRECTORY_PAUSE_FIRST: Duration = Duration::from_secs(1);
+/// Between look-ups and announcements in the directory.
+const DIRECTORY_PERIOD: Duration = Duration::from_secs(20);
+
+/// Ask those whom the configuration and the directory name: returns with the first that lets us in, or when there is
+/// nobody in this run to ask.
+pub(crate) async fn contact(inner: &Arc<Inner>) -> Result<(), JoinError> {
+    let mut known: BTreeSet<PeerId> = inner.config.bootstrap.iter().copied().collect();
+    known.remove(&inner.me);
+    let deadline = inner.env.now() + inner.config.join_timeout;
+    let must_answer = !known.is_empty();
+    if let Some(directory) = &inner.config.directory {
+        let found = tokio::time::timeout(Duration::from_secs(5), directory.lookup(&inner.config.run)).await;
+        for (peer, addresses) in found.unwrap_or_default() {
+            inner.transport.add_addresses(peer, &addresses);
+            known.insert(peer);
+        }
+        known.remove(&inner.me);
+    }
+    let mut attempts: futures::stream::FuturesUnordered<_> =
+        known.iter().map(|peer| link::connect_patiently(inner, *peer, deadline)).collect();
+    let mut lines = Vec::new();
+    let mut reached = false;
+    while let Some((peer, result)) = futures::StreamExt::next(&mut attempts).await {
+        match result {
+            Ok(()) => return Ok(()),
+            Err(link::LinkError::Refused(reason)) => return Err(JoinError::Refused { peer, reason }),
+            Err(link::LinkError::Failed(fault)) => {
+                // It is there but not in this run: a bootstrap node, through which others will find us.
+                reached |= fault.kind == potluck_net::FaultKind::Refused;
+                lines.push(fault.to_string());
+            }
+        }
+    }
+    if must_answer && !reached { Err(JoinError::Unreachable { attempts: lines }) } else { Ok(()) }
+}
+
+/// Look for peers that we do not know, for ever: two halves of a run that never met have nobody who could tell them.
+pub(crate) async fn keep_finding(inner: Arc<Inner>) {
+    let mut pause = DIRECTORY_PAUSE_FIRST;
+    loop {
+        let both = async {
+            let Some(directory) = &inner.config.directory else { return Vec::new() };
+            directory.announce(&inner.config.run, DIRECTORY_PERIOD * 3).await;
+            directory.lookup(&inner.config.run).await
+        };
+        let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
+        // At first, joining itself asks them.
+        let known = if pause == DIRECTORY_PAUSE_FIRST { &[] } else { &inner.config.bootstrap[..] };
+        for (peer, addresses) in found.into_iter().chain(known.iter().map(|peer| (*peer, Vec::new()))) {
+            inner.transport.add_addresses(peer, &addresses);
+            if peer != inner.me && !inner.lock().links.contains_key(&peer) {
+                inner.connect_soon(peer);
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DIRECTORY_PERIOD);
+    }
+}
