@@ -153,7 +153,11 @@ class Lab:
 
 
 def ruleset(nat: str, host: str) -> str:
-    """nftables rules of a home router of this kind."""
+    """nftables rules of a home router of this kind.
+
+    What comes unasked for is dropped: if the router answered it, the kernel would remember that flow, and give the
+    host's own packets to the same place, which shall punch a hole, another port.
+    """
     masquerade = {
         "full_cone": "masquerade",
         "port_restricted": "masquerade",
@@ -171,6 +175,8 @@ table ip nat {{
   }}
 }}
 table ip filter {{
+  chain input {{ type filter hook input priority 0; iifname eth0 ct state new drop
+  }}
   chain forward {{ type filter hook forward priority 0; policy drop;
     ct state established,related accept
     {drop_udp}
