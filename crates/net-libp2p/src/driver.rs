@@ -4,6 +4,7 @@ use crate::bootstrap::Bootstrap;
 use crate::config::Config;
 use crate::convert;
 use crate::dials::Dials;
+use crate::punching::{self, Punching};
 use crate::shared::{Shared, lock};
 use crate::stage;
 use crate::swarm::{self, Behaviour, BehaviourEvent};
@@ -14,7 +15,7 @@ use libp2p::core::transport::ListenerId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, Swarm, autonat, identify, kad, multiaddr, ping, relay};
-use potluck_net::{Env, PeerId, Reachability};
+use potluck_net::{Env, Path, PeerId, Reachability};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,8 +62,11 @@ pub(crate) struct Driver {
     relays: BTreeMap<PeerId, Relay>,
     /// Connected, but their identify message, which tells whether they relay and route, is still to come.
     strangers: BTreeMap<libp2p::PeerId, Instant>,
+    punching: Punching,
     /// Whether this peer wants to be reached through relays at all.
     wants_relay: bool,
+    /// Whether this peer accepts connections; who only dials out has no hole to punch.
+    listens: bool,
 }
 
 impl Driver {
@@ -84,8 +88,21 @@ impl Driver {
         let bootstrap = Bootstrap::new(bootstrap, &shared);
         let dials = Dials::default();
         let (relays, strangers) = (BTreeMap::new(), BTreeMap::new());
-        let mut driver =
-            Self { swarm, shared, env, commands, dials, bootstrap, relays, strangers, wants_relay };
+        let punching = Punching::default();
+        let listens = !config.client_mode;
+        let mut driver = Self {
+            swarm,
+            shared,
+            env,
+            commands,
+            dials,
+            bootstrap,
+            relays,
+            strangers,
+            punching,
+            wants_relay,
+            listens,
+        };
         if !config.client_mode {
             driver.listen(listen).await?;
         }
@@ -173,10 +190,32 @@ impl Driver {
             }
         }
         self.reserve_relays(now);
+        self.punch_again(now);
         self.dials.forget_withdrawn();
         self.strangers.retain(|_, since| now < *since + INTRODUCTION_MAX);
         if !self.may_learn_more() {
             self.retry_parked();
+        }
+    }
+
+    fn punch_again(&mut self, now: Instant) {
+        let peers = &self.shared.peers;
+        for action in self.punching.due(now, |peer| peers.path(peer) == Some(Path::Relayed)) {
+            match action {
+                punching::Action::Probe(peer, circuit) => {
+                    let dial = DialOpts::peer_id(convert::to_libp2p(peer))
+                        .condition(PeerCondition::Always)
+                        .addresses(vec![circuit])
+                        .build();
+                    self.punching.dialing(now, peer, dial.connection_id());
+                    if let Err(error) = self.swarm.dial(dial) {
+                        tracing::debug!(target: "potluck::net", peer = %peer.short(), %error, "no second try");
+                    }
+                }
+                punching::Action::Close(probe) => {
+                    self.swarm.close_connection(probe);
+                }
+            }
         }
     }
 
@@ -332,6 +371,9 @@ impl Driver {
         let Some(peer) = convert::from_libp2p(&id) else { return };
         if let ConnectedPoint::Dialer { address, .. } = endpoint {
             self.shared.book.add(peer, [address.clone()]);
+            if self.listens && convert::is_relayed(address) {
+                self.punching.relayed(self.env.now(), peer, address);
+            }
         }
         self.dials.connected(peer);
     }

@@ -15,6 +15,7 @@ mod dials;
 mod driver;
 pub mod identity_file;
 mod mux;
+mod punching;
 mod read_ahead;
 mod secure;
 mod shared;

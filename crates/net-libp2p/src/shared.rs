@@ -51,6 +51,18 @@ impl Shared {
     }
 }
 
+impl Own {
+    /// Whether others see us under another address than the ones that our interfaces have; yes until somebody says so.
+    pub(crate) fn is_behind_nat(&self) -> bool {
+        let seen_as = self.observed.values().filter_map(convert::ip);
+        let mut seen_as = seen_as.filter(|ip| !ip.is_loopback()).peekable();
+        seen_as.peek().is_none() || {
+            let own: Vec<_> = self.listening.iter().filter_map(convert::ip).collect();
+            seen_as.any(|ip| !own.contains(&ip))
+        }
+    }
+}
+
 /// What is known about ourselves.
 #[derive(Default)]
 pub(crate) struct Own {
@@ -145,15 +157,15 @@ struct Connected {
 }
 
 impl Peers {
-    /// A direct connection that comes while there is a relayed one was punched through a NAT.
-    pub(crate) fn add(&self, peer: PeerId, mut link: Link) {
+    /// A direct connection that comes while there is a relayed one was punched through a NAT, if there is one (`behind_nat`).
+    pub(crate) fn add(&self, peer: PeerId, mut link: Link, behind_nat: bool) {
         let mut peers = lock(&self.inner);
         let connected = peers.entry(peer).or_insert_with(|| Connected {
             links: Vec::new(),
             outbound: Arc::new(Semaphore::new(OUTBOUND_PER_PEER_MAX)),
         });
         let relayed = connected.links.iter().any(|link| link.path == Path::Relayed);
-        if relayed && link.path == Path::Direct {
+        if relayed && behind_nat && link.path == Path::Direct {
             link.path = Path::HolePunched;
         }
         connected.links.push(link);
@@ -169,11 +181,14 @@ impl Peers {
         }
     }
 
-    /// The best connection to a peer: the most direct, then the newest; and the bound on streams opened on that peer.
+    /// The best connection to a peer: the most direct, then the newest, or of relayed ones the oldest, because the others
+    /// may be probes for hole punching; and the bound on streams opened on that peer.
     pub(crate) fn best(&self, peer: PeerId) -> Option<(Link, Arc<Semaphore>)> {
         let peers = lock(&self.inner);
         let connected = peers.get(&peer)?;
-        let best = connected.links.iter().min_by_key(|link| (link.path, std::cmp::Reverse(link.id)))?;
+        let by_age =
+            |a: &Link, b: &Link| if a.path == Path::Relayed { a.id.cmp(&b.id) } else { b.id.cmp(&a.id) };
+        let best = connected.links.iter().min_by(|a, b| a.path.cmp(&b.path).then_with(|| by_age(a, b)))?;
         Some((best.clone(), connected.outbound.clone()))
     }
 

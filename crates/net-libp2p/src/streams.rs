@@ -5,7 +5,7 @@
 //! Open requests go straight to the connection's task; the swarm's own task is not on the way.
 
 use crate::convert;
-use crate::shared::{Link, Shared};
+use crate::shared::{Link, Shared, lock};
 use crate::wire;
 use futures::future::BoxFuture;
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt};
@@ -269,7 +269,8 @@ impl NetworkBehaviour for Behaviour {
                 let opens = self.unborn.remove(&born.connection_id);
                 if let (Some(opens), Some(peer)) = (opens, convert::from_libp2p(&born.peer_id)) {
                     let path = if born.endpoint.is_relayed() { Path::Relayed } else { Path::Direct };
-                    self.shared.peers.add(peer, Link { id: born.connection_id, path, opens });
+                    let behind_nat = lock(&self.shared.own).is_behind_nat();
+                    self.shared.peers.add(peer, Link { id: born.connection_id, path, opens }, behind_nat);
                 }
             }
             FromSwarm::ConnectionClosed(closed) => {
