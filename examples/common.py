@@ -53,6 +53,6 @@ def spirals(samples: int = 8192) -> DataLoader:
 def arguments() -> argparse.Namespace:
     """``--epochs``: passes over the data; ``--target-batch-size``: samples of all peers per optimizer step."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--target-batch-size", type=int, default=2048)
     return parser.parse_args()

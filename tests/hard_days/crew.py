@@ -51,6 +51,9 @@ class Running:
 
     def _read(self):
         for line in self.process.stdout:
+            # Beside the log, for whoever asks afterwards why a rule did not hold.
+            with open(self.log_path.with_suffix(".said"), "a") as file:
+                file.write(line)
             try:
                 said = json.loads(line)
             except ValueError:

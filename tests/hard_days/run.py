@@ -24,6 +24,7 @@ import netlab
 SCENARIOS = (
     "home_spot",
     "spot_notice",
+    "two_laptops",
     "behind_nat",
     "long_outage",
     "stampede",
