@@ -15,6 +15,9 @@ use tokio::time::Instant;
 
 /// How long an answer without data may take. A peer that needs longer is no good donor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Once somebody has offered a state, the others get as long again, and at least this: one who died a moment ago, and
+/// whom nobody misses yet, never answers.
+const OFFERS_PAUSE: Duration = Duration::from_millis(300);
 /// Chunks that are asked of one donor at the same time, at most: enough to fill a link of 100 ms at 100 MB/s.
 const WINDOW_MAX: usize = 12;
 /// A donor starts with this window: twenty newcomers at once must not ask it for everything twice over.
@@ -96,14 +99,28 @@ impl Download {
         rpc::call(&*self.inner.transport, peer, &self.inner.protocol, request.encode(), deadline).await
     }
 
-    /// The newest epoch that is offered; where donors disagree about it, what most of them say (then: smallest root).
-    async fn agree(&mut self, epoch_min: u64) -> Option<Index> {
-        let asked: FuturesUnordered<_> = self
+    /// What those who were asked offer, as far as they answer in time.
+    async fn offers(&self, epoch_min: u64) -> Vec<(PeerId, Result<Bytes, PeerFault>)> {
+        let begun = self.inner.env.now();
+        let mut asked: FuturesUnordered<_> = self
             .peers
             .iter()
             .map(|peer| async { (*peer, self.ask(*peer, Request::Offer { epoch_min }, ASK_TIMEOUT).await) })
             .collect();
-        let answers: Vec<_> = asked.collect().await;
+        let (mut answers, mut until) = (Vec::new(), begun + ASK_TIMEOUT);
+        while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
+            if answer.1.as_ref().is_ok_and(|offer| !offer.is_empty()) {
+                let now = self.inner.env.now();
+                until = until.min(now + OFFERS_PAUSE.max(now - begun));
+            }
+            answers.push(answer);
+        }
+        answers
+    }
+
+    /// The newest epoch that is offered; where donors disagree about it, what most of them say (then: smallest root).
+    async fn agree(&mut self, epoch_min: u64) -> Option<Index> {
+        let answers = self.offers(epoch_min).await;
         let mut offers: BTreeMap<(u64, [u8; 32]), (usize, Index)> = BTreeMap::new();
         for (peer, answer) in answers {
             match answer {

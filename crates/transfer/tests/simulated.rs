@@ -151,3 +151,20 @@ fn a_dead_peer_is_a_fault_not_an_error() {
         assert!(outcome.faults.iter().all(|fault| fault.kind != FaultKind::Mismatch));
     });
 }
+
+#[test]
+fn nobody_waits_for_a_donor_that_never_answers() {
+    run(6, |net| async move {
+        let (donor, seed) = peer(&net, 20.0);
+        let (silent, _gone) = peer(&net, 20.0);
+        seed.publish(snapshot(1, 2));
+        net.vanish(silent.local_peer());
+        let (_, newcomer) = peer(&net, 20.0);
+        let begun = net.elapsed();
+        let from = [silent.local_peer(), donor.local_peer()];
+        let outcome = newcomer.download(&from, 0, TIMEOUT).await.unwrap();
+        assert_eq!(outcome.value, *snapshot(1, 2));
+        let took = net.elapsed() - begun;
+        assert!(took < Duration::from_millis(1500), "{took:?}");
+    });
+}
