@@ -8,6 +8,8 @@ use rand::{Rng, SeedableRng};
 const INPUTS: usize = 6;
 /// Hidden units of the perceptron.
 const HIDDEN: usize = 8;
+/// Over how many copies the broad model spreads its weight.
+const COPIES: usize = 100_000;
 
 /// Which model a run trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub enum Model {
     LeastSquares,
     /// One hidden layer of tanh units against a fixed teacher.
     Perceptron,
+    /// Least squares whose weight is the scaled sum of many: it trains alike, and its rounds move 2.4 MB.
+    Broad,
 }
 
 /// One training example.
@@ -40,6 +44,7 @@ impl Model {
                 ("hidden.bias", vec![HIDDEN]),
                 ("out.weight", vec![HIDDEN]),
             ],
+            Self::Broad => vec![("weight", vec![COPIES, INPUTS]), ("bias", vec![1])],
         }
     }
 
@@ -83,6 +88,14 @@ impl Model {
                     .map(|unit| out[unit] * (dot(&weight[unit * INPUTS..][..INPUTS], x) + bias[unit]).tanh())
                     .sum()
             }
+            Self::Broad => {
+                let (weight, bias) = params.split_at(COPIES * INPUTS);
+                let mut sum = [0.0; INPUTS];
+                for copy in weight.as_chunks::<INPUTS>().0 {
+                    sum.iter_mut().zip(copy).for_each(|(sum, weight)| *sum += weight);
+                }
+                dot(&sum, x) / scale() + bias[0]
+            }
         }
     }
 
@@ -104,9 +117,22 @@ impl Model {
                     sum[INPUTS] += error;
                 }
                 Self::Perceptron => perceptron_gradient(params, &sample.x, error, sum),
+                Self::Broad => {
+                    let (weight, bias) = sum.split_at_mut(COPIES * INPUTS);
+                    let gradient = sample.x.map(|x| error * x / scale());
+                    for copy in weight.as_chunks_mut::<INPUTS>().0 {
+                        copy.iter_mut().zip(&gradient).for_each(|(slot, gradient)| *slot += gradient);
+                    }
+                    bias[0] += error;
+                }
             }
         }
     }
+}
+
+/// What the sum of the broad model's copies is divided by, so that it trains as fast as least squares.
+fn scale() -> f32 {
+    (COPIES as f32).sqrt()
 }
 
 fn perceptron_gradient(params: &[f32], x: &[f32; INPUTS], error: f32, sum: &mut [f32]) {
@@ -177,6 +203,24 @@ mod tests {
                 assert!((numeric - exact).abs() < 1e-3, "{model:?} {index}: {numeric} {exact}");
             }
         }
+    }
+
+    #[test]
+    fn the_broad_model_is_least_squares_in_more_values() {
+        let broad = Model::Broad.initial(3);
+        let copies = broad[..COPIES * INPUTS].as_chunks::<INPUTS>().0;
+        let weight = |input: usize| copies.iter().map(|copy| copy[input]).sum::<f32>() / scale();
+        let narrow: Vec<f32> = (0..INPUTS).map(weight).chain([broad[COPIES * INPUTS]]).collect();
+        let samples = Model::LeastSquares.samples(&mut StdRng::seed_from_u64(3), 16);
+        let close = |a: f32, b: f32| (a - b).abs() < 1e-3 * (1.0 + b.abs());
+        assert!(close(Model::Broad.loss(&broad, &samples), Model::LeastSquares.loss(&narrow, &samples)));
+        let (mut of_broad, mut of_narrow) = (vec![0.0; broad.len()], vec![0.0; narrow.len()]);
+        Model::Broad.add_gradients(&broad, &samples, &mut of_broad);
+        Model::LeastSquares.add_gradients(&narrow, &samples, &mut of_narrow);
+        for copy in of_broad[..COPIES * INPUTS].as_chunks::<INPUTS>().0 {
+            assert!(copy.iter().zip(&of_narrow).all(|(of, narrow)| close(of * scale(), *narrow)));
+        }
+        assert!(close(of_broad[COPIES * INPUTS], of_narrow[INPUTS]));
     }
 
     #[test]

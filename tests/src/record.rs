@@ -117,6 +117,11 @@ impl Record {
         look(&self.entries.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Take out what has been entered since the last call.
+    pub fn take(&self) -> Vec<Entry> {
+        std::mem::take(&mut self.entries.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The last known history and parameters of each peer.
     pub fn latest(&self) -> BTreeMap<PeerId, (Lineage, u64, Vec<f32>)> {
         self.with(|entries| {
