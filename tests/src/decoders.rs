@@ -189,7 +189,7 @@ fn compression_seeds() -> Vec<(&'static str, Bytes)> {
         if scheme.encode(&values, &mut buffer, &mut Scratch::default()).is_ok() {
             seeds.push(("compression_decode", buffer.into()));
         }
-        if let Ok(tensor) = serialize(DType::Float32, &[5, 8], &raw, *scheme) {
+        if let Ok((tensor, _)) = serialize(DType::Float32, &[5, 8], &raw, *scheme) {
             seeds.push(("compression_tensor", tensor.to_protobuf().into()));
         }
     }

@@ -338,7 +338,7 @@ pub(crate) mod tests {
     fn a_tensor_that_travelled_compressed_is_plain_again() {
         let plain = checkpoint(1);
         let raw = &plain.snapshot.blobs["param.000000"];
-        let message = potluck_compression::serialize(
+        let (message, _) = potluck_compression::serialize(
             potluck_compression::DType::Float32,
             &[2, 3],
             raw,

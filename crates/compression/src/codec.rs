@@ -1,9 +1,10 @@
 //! What a scheme implements, and the plumbing that lets one decoder loop serve both "assign" and "add weighted".
 
+use crate::out::Out;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
 use crate::tally::Tally;
-use crate::{DecodeError, EncodeError, EncodeReport};
+use crate::{DType, DecodeError, EncodeError, EncodeReport};
 
 /// Values in flight between two steps of a fused loop: 16 KiB, which stay in the L1 cache. A multiple of the blocks of
 /// every scheme.
@@ -32,11 +33,11 @@ impl Scratch {
 pub(crate) trait Codec: Sync {
     /// Bytes for `count` values; saturates instead of overflowing.
     fn encoded_len(&self, count: usize) -> usize;
-    /// Append the buffer to `out`. On an error the caller truncates `out` again.
+    /// Write the buffer, all of it, to `out`, which has that much room. What is there after an error does not matter.
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError>;
     /// Check `bytes` (length and every header field) completely, then write to `target`.
@@ -46,6 +47,11 @@ pub(crate) trait Codec: Sync {
 /// Where decoded values go.
 pub(crate) enum Target<'a> {
     Assign(&'a mut [f32]),
+    /// Assign to little-endian floats of another type.
+    Narrow {
+        dtype: DType,
+        out: &'a mut [u8],
+    },
     Add {
         weight: f32,
         acc: &'a mut [f32],
@@ -135,6 +141,25 @@ impl<R: Reader, S: Sink> Kernel for Run<'_, R, S> {
     }
 }
 
+struct RunNarrow<'a, R> {
+    reader: R,
+    dtype: DType,
+    out: &'a mut [u8],
+}
+
+impl<R: Reader> Kernel for RunNarrow<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut buffer = [0.0_f32; PIECE];
+        for (number, out) in self.out.chunks_mut(PIECE * self.dtype.size()).enumerate() {
+            let piece = &mut buffer[..out.len() / self.dtype.size()];
+            self.reader.read(isa, number * PIECE, piece, Assign);
+            self.dtype.narrow(piece, out);
+        }
+    }
+}
+
 struct RunTally<'a, R> {
     reader: R,
     weight: f32,
@@ -161,6 +186,7 @@ impl Target<'_> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Assign(slots) => slots.len(),
+            Self::Narrow { dtype, out } => out.len() / dtype.size(),
             Self::Add { acc, .. } => acc.len(),
             Self::Tally { place, .. } => place.len(),
         }
@@ -170,6 +196,7 @@ impl Target<'_> {
     pub(crate) fn fill<R: Reader>(self, reader: R) {
         match self {
             Self::Assign(slots) => simd::dispatch(Run { reader, slots, sink: Assign }),
+            Self::Narrow { dtype, out } => simd::dispatch(RunNarrow { reader, dtype, out }),
             Self::Add { weight, acc } => simd::dispatch(Run { reader, slots: acc, sink: Add(weight) }),
             Self::Tally { weight, place, tally } => {
                 simd::dispatch(RunTally { reader, weight, place, tally });
@@ -193,25 +220,19 @@ pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Append an element of `width` bytes per value, in cache-sized pieces: `fill(values, piece)` writes each piece right
-/// after it was zeroed in the cache, so that memory is written once and no `unsafe` is needed. Returns how many
-/// products were clamped.
+/// Write `width` bytes for each value, in cache-sized pieces: `fill(values, piece)` writes each piece right after it was
+/// zeroed in the cache, so that memory is written once. Returns how many products were clamped.
 #[inline(always)]
 pub(crate) fn append_chunks(
     source: Source<'_>,
     width: usize,
-    out: &mut Vec<u8>,
+    out: &mut Out<'_>,
     mut fill: impl FnMut(&[f32], &mut [u8]),
 ) -> usize {
     const CHUNK: usize = 2048;
-    out.reserve(source.len() * width);
     source.pieces(
         CHUNK,
         #[inline(always)]
-        |chunk| {
-            let start = out.len();
-            out.resize(start + chunk.len() * width, 0);
-            fill(chunk, &mut out[start..]);
-        },
+        |chunk| fill(chunk, out.grow(chunk.len() * width)),
     )
 }

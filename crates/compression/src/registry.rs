@@ -1,8 +1,11 @@
 //! The one list of schemes: a new scheme is one file in `schemes/` and one line here.
 
+use std::mem::MaybeUninit;
+
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{Codec, Place, Scratch, Target};
+use crate::out::Out;
 use crate::schemes::{bfloat16, blockwise4, blockwise8, float16, none, quantile8, scaled_float16, uniform8};
 use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Tally};
@@ -121,12 +124,26 @@ impl Scheme {
         out: &mut Vec<u8>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        let start = out.len();
-        let result = self.codec().encode(source, out, scratch);
-        if result.is_err() {
-            out.truncate(start);
-        }
-        result
+        let length = self.encoded_len(source.len());
+        out.reserve(length);
+        let report = self.write(source, &mut out.spare_capacity_mut()[..length], scratch)?;
+        // SAFETY: `write` has initialised the `length` bytes behind what was there.
+        unsafe { out.set_len(out.len() + length) };
+        Ok(report)
+    }
+
+    /// Initialise all of `room`, which is [`encoded_len`](Self::encoded_len) bytes long.
+    pub(crate) fn write(
+        self,
+        source: Source<'_>,
+        room: &mut [MaybeUninit<u8>],
+        scratch: &mut Scratch,
+    ) -> Result<EncodeReport, EncodeError> {
+        let length = room.len();
+        let mut out = Out::new(room);
+        let report = self.codec().encode(source, &mut out, scratch)?;
+        assert_eq!(out.len(), length, "{self:?} wrote less than it said");
+        Ok(report)
     }
 
     /// Fill `values` (its length is the expected count) from the bytes of a stranger.
@@ -134,7 +151,11 @@ impl Scheme {
     /// # Errors
     /// The buffer is malformed; `values` is untouched.
     pub fn decode(self, bytes: &[u8], values: &mut [f32]) -> Result<(), DecodeError> {
-        self.codec().decode(bytes, Target::Assign(values))
+        self.decode_to(bytes, Target::Assign(values))
+    }
+
+    pub(crate) fn decode_to(self, bytes: &[u8], target: Target<'_>) -> Result<(), DecodeError> {
+        self.codec().decode(bytes, target)
     }
 
     /// `acc[i] += weight * x[i]` for the decoded `x`, in one pass, with the bits of decode-then-add.

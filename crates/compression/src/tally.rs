@@ -16,7 +16,11 @@ impl Tally {
     /// Take in the values from number `at` on: [`PIECE`] of them, or fewer at the end of the vector.
     #[inline(always)]
     pub(crate) fn take(&mut self, at: usize, piece: &[f32]) {
-        let squares = square_lanes(piece);
+        let squares = sum_lanes(
+            piece,
+            #[inline(always)]
+            |value| value * value,
+        );
         if squares.is_finite() {
             self.square_sum += squares;
         } else {
@@ -34,20 +38,19 @@ impl Tally {
     }
 }
 
-/// The sum of squares in 16 lanes, added up in order.
+/// The sum of what `map` makes of each value, in 16 fixed lanes of f64, added up in order. One sum per loop: a loop over
+/// two sets of lanes would not become one of vectors.
 #[inline(always)]
-fn square_lanes(piece: &[f32]) -> f64 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0_f64; LANES];
-    let (groups, rest) = piece.as_chunks::<LANES>();
+pub(crate) fn sum_lanes(values: &[f32], map: impl Fn(f64) -> f64) -> f64 {
+    let mut lanes = [0.0_f64; 16];
+    let (groups, rest) = values.as_chunks::<16>();
     for group in groups {
-        for lane in 0..LANES {
-            let value = f64::from(group[lane]);
-            lanes[lane] += value * value;
+        for (lane, value) in lanes.iter_mut().zip(group) {
+            *lane += map(f64::from(*value));
         }
     }
     for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane += f64::from(*value) * f64::from(*value);
+        *lane += map(f64::from(*value));
     }
     lanes.iter().sum()
 }

@@ -1,5 +1,4 @@
 //! Once warm, no call allocates: counted by the allocator of this test program.
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 use potluck_compression::low_rank::LowRank;
 use potluck_compression::{ErrorFeedback, Scheme, Scratch, first_non_finite, sum_values, tally};

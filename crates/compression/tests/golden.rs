@@ -65,7 +65,7 @@ fn check_codec(vector: &Value) {
         assert!(found.is_err(), "{codec} {tensor} must be refused");
         return;
     };
-    let found = found.unwrap();
+    let found = found.unwrap().0;
     assert_eq!(found.buffer, unhex(buffer), "{codec} {tensor}");
     assert_eq!(Some(dtype.name()), text("dtype"));
     let message = found.to_protobuf();
@@ -105,7 +105,7 @@ fn half_precision_extremes() {
 fn protobuf_messages() {
     let f32s = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let message = |shape: &[usize], values: &[f32], scheme| {
-        serialize(DType::Float32, shape, &f32s(values), scheme).unwrap()
+        serialize(DType::Float32, shape, &f32s(values), scheme).unwrap().0
     };
     let plain = message(&[3], &[1.0, -2.0, 0.5], Scheme::None);
     assert_eq!(plain.to_protobuf(), unhex("0a0c0000803f000000c00000003f1201032207666c6f61743332"));
@@ -125,7 +125,7 @@ fn protobuf_messages() {
 #[test]
 fn integers_travel_uncompressed_only() {
     let raw: Vec<u8> = [1_i64, -1].iter().flat_map(|v| v.to_le_bytes()).collect();
-    let tensor = serialize(DType::Int64, &[2], &raw, Scheme::None).unwrap();
+    let (tensor, _) = serialize(DType::Int64, &[2], &raw, Scheme::None).unwrap();
     assert_eq!(deserialize(&tensor, &Limits::default()).unwrap().bytes, raw);
     for scheme in Scheme::ALL.iter().filter(|scheme| **scheme != Scheme::None) {
         assert!(serialize(DType::Int64, &[2], &raw, *scheme).is_err());

@@ -172,7 +172,7 @@ proptest! {
         let raw: Vec<u8> = values[..count].iter().flat_map(bytes_of).collect();
         for scheme in Scheme::ALL {
             let tensor = match serialize(dtype, &shape, &raw, *scheme) {
-                Ok(tensor) => tensor,
+                Ok((tensor, _)) => tensor,
                 Err(EncodeError::UnsupportedType { .. }) => {
                     prop_assert!(dtype == DType::BFloat16);
                     continue;

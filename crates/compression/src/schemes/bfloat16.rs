@@ -7,6 +7,7 @@
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
 use crate::half_float::{from_bfloat16, to_bfloat16};
+use crate::out::Out;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
@@ -21,7 +22,7 @@ impl Codec for BFloat16 {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         Ok(simd::dispatch(Narrow { source, out }))
@@ -34,12 +35,12 @@ impl Codec for BFloat16 {
     }
 }
 
-struct Narrow<'a> {
+struct Narrow<'a, 'b> {
     source: Source<'a>,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Narrow<'_> {
+impl Kernel for Narrow<'_, '_> {
     type Output = EncodeReport;
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> EncodeReport {

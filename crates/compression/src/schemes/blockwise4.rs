@@ -9,6 +9,7 @@
 use crate::codec::{Codec, PIECE, Reader, Scratch, Sink, Target};
 use crate::error::check_length;
 use crate::half_float::from_bfloat16;
+use crate::out::Out;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
@@ -54,13 +55,11 @@ impl Codec for Blockwise4Bit {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
-        let scales_at = out.len();
-        out.reserve(self.encoded_len(source.len()));
-        out.resize(scales_at + 2 * source.len().div_ceil(BLOCK), 0);
-        let clamped = simd::dispatch(Quantize { source, scales_at, out })
+        out.grow(2 * source.len().div_ceil(BLOCK));
+        let clamped = simd::dispatch(Quantize { source, out })
             .map_err(|index| EncodeError::NotFinite { scheme: Scheme::Blockwise4Bit, index })?;
         Ok(EncodeReport { clamped, ..EncodeReport::default() })
     }
@@ -83,10 +82,9 @@ impl Codec for Blockwise4Bit {
     }
 }
 
-struct Quantize<'a> {
+struct Quantize<'a, 'b> {
     source: Source<'a>,
-    scales_at: usize,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
 /// The smallest bfloat16 that is not below `magnitude` (its bits); the largest finite one at the end of the range.
@@ -102,12 +100,13 @@ fn level_of(quotient: f32) -> u8 {
     BORDERS.iter().map(|border| u32::from(quotient > *border)).sum::<u32>() as u8
 }
 
-impl Kernel for Quantize<'_> {
+impl Kernel for Quantize<'_, '_> {
     /// How many products were clamped, or the position of the first value that is not finite.
     type Output = Result<usize, usize>;
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Result<usize, usize> {
-        let Self { source, mut scales_at, out } = self;
+        let Self { source, out } = self;
+        let mut scales_at = 0;
         let mut is_finite = true;
         let clamped = source.pieces(
             PIECE,
@@ -120,7 +119,7 @@ impl Kernel for Quantize<'_> {
                     is_finite &= largest < 0x7f80_0000;
                     // What a block that is not finite gives does not matter: it is refused below.
                     let scale = scale_for(largest.min(0x7f7f_ffff));
-                    out[scales_at..scales_at + 2].copy_from_slice(&scale.to_le_bytes());
+                    out.written()[scales_at..scales_at + 2].copy_from_slice(&scale.to_le_bytes());
                     scales_at += 2;
                     let divisor = if scale == 0 { 1.0 } else { from_bfloat16(scale) };
                     let mut levels = [0_u8; BLOCK];

@@ -10,6 +10,7 @@ use std::sync::LazyLock;
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, f32_at, u64_at};
 use crate::error::check_length;
 use crate::finite::first_non_finite;
+use crate::out::Out;
 use crate::schemes::dynamic_map::{BORDERS, LEVELS};
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
@@ -27,15 +28,14 @@ impl Codec for Blockwise8Bit {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         let blocks = source.len().div_ceil(BLOCK);
-        out.reserve(self.encoded_len(source.len()));
         out.extend_from_slice(&(blocks as u64).to_le_bytes());
         out.extend_from_slice(&256_u64.to_le_bytes());
         let scales_at = out.len();
-        out.resize(scales_at + 4 * blocks, 0);
+        out.grow(4 * blocks);
         LEVELS.iter().for_each(|level| out.extend_from_slice(&level.to_le_bytes()));
         let clamped = simd::dispatch(Quantize { source, cells: &CELLS, scales_at, out })
             .map_err(|index| EncodeError::NotFinite { scheme: Scheme::Blockwise8Bit, index })?;
@@ -108,14 +108,14 @@ fn cell_of(value: f32) -> usize {
     (magnitude | (bits >> 31) << 11) as usize & (CELL_COUNT - 1)
 }
 
-struct Quantize<'a> {
+struct Quantize<'a, 'b> {
     source: Source<'a>,
     cells: &'a [u8; CELL_COUNT],
     scales_at: usize,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Quantize<'_> {
+impl Kernel for Quantize<'_, '_> {
     /// How many products were clamped, or the position of the first value that is not finite.
     type Output = Result<usize, usize>;
     #[inline(always)]
@@ -129,13 +129,12 @@ impl Kernel for Quantize<'_> {
             |block| {
                 let largest = block.iter().fold(0_u32, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
                 is_finite &= largest < 0x7f80_0000;
-                out[scales_at..scales_at + 4].copy_from_slice(&largest.to_le_bytes());
+                out.written()[scales_at..scales_at + 4].copy_from_slice(&largest.to_le_bytes());
                 scales_at += 4;
                 // In an all-zero block every quotient is zero whatever the divisor.
                 let scale = if largest == 0 { 1.0 } else { f32::from_bits(largest) };
-                let at = out.len();
-                out.resize(at + block.len(), 0);
-                for (chunk, indices) in block.chunks(CHUNK).zip(out[at..].chunks_mut(CHUNK)) {
+                let indices = out.grow(block.len());
+                for (chunk, indices) in block.chunks(CHUNK).zip(indices.chunks_mut(CHUNK)) {
                     // The arithmetic in the vector units, the look-ups after it.
                     let (mut quotients, mut numbers) = ([0.0_f32; CHUNK], [0_u16; CHUNK]);
                     for ((quotient, number), value) in quotients.iter_mut().zip(&mut numbers).zip(chunk) {

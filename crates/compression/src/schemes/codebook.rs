@@ -3,6 +3,7 @@
 
 use crate::codec::{Reader, Sink, Target, f32_at, u64_at};
 use crate::error::check_length;
+use crate::out::Out;
 use crate::simd::Isa;
 use crate::source::Source;
 use crate::{DecodeError, finite::first_non_finite};
@@ -17,43 +18,54 @@ pub(super) fn encoded_len(count: usize) -> usize {
     count.saturating_add(HEADER_BYTES)
 }
 
-/// One of four accumulators per level: neighbours often share an index, and four tables keep one addition from
-/// waiting for the previous.
-#[derive(Clone, Copy, Default)]
-struct Bucket {
-    sum: f64,
-    count: u64,
+/// Sum and number of the values of a level, which one vector addition updates together.
+type Bucket = [f64; 2];
+
+/// Neighbours often share an index: with four tables one addition need not wait for the previous.
+type Tables = [[Bucket; 256]; 4];
+
+/// Take a chunk's values in, and ask for what follows it in memory, which the next call looks at.
+#[inline(always)]
+fn count_in<I: Isa>(isa: I, tables: &mut Tables, values: &[f32], indices: &[u8]) {
+    const GROUP: usize = 16;
+    let (groups, rest) = values.as_chunks::<GROUP>();
+    let (index_groups, index_rest) = indices.as_chunks::<GROUP>();
+    for (number, (group, of)) in groups.iter().zip(index_groups).enumerate() {
+        isa.prefetch(values, values.len() + number * GROUP);
+        for lane in 0..GROUP {
+            let bucket = &mut tables[lane % 4][usize::from(of[lane])];
+            *bucket = [bucket[0] + f64::from(group[lane]), bucket[1] + 1.0];
+        }
+    }
+    for (lane, (value, index)) in rest.iter().zip(index_rest).enumerate() {
+        let bucket = &mut tables[lane % 4][usize::from(*index)];
+        *bucket = [bucket[0] + f64::from(*value), bucket[1] + 1.0];
+    }
 }
 
 /// Append the buffer, with `index(chunk, indices)` choosing the indices of at most [`CHUNK`] values at a time.
 #[inline(always)]
-pub(super) fn encode(source: Source<'_>, out: &mut Vec<u8>, mut index: impl FnMut(&[f32], &mut [u8])) {
-    let start = out.len();
-    out.reserve(encoded_len(source.len()));
-    out.extend_from_slice(&256_u64.to_le_bytes());
-    out.resize(start + HEADER_BYTES, 0);
-    let mut buckets = [[Bucket::default(); 256]; 4];
+pub(super) fn encode<I: Isa>(
+    isa: I,
+    source: Source<'_>,
+    out: &mut Out<'_>,
+    mut index: impl FnMut(&[f32], &mut [u8]),
+) {
+    out.grow(HEADER_BYTES)[..8].copy_from_slice(&256_u64.to_le_bytes());
+    let mut tables: Tables = [[[0.0; 2]; 256]; 4];
     source.pieces(
         CHUNK,
         #[inline(always)]
         |chunk| {
-            let at = out.len();
-            out.resize(at + chunk.len(), 0);
-            let indices = &mut out[at..];
+            let indices = out.grow(chunk.len());
             index(chunk, indices);
-            for (four, of) in chunk.chunks(4).zip(indices.chunks(4)) {
-                for (table, (value, index)) in buckets.iter_mut().zip(four.iter().zip(of)) {
-                    let bucket = &mut table[usize::from(*index)];
-                    bucket.sum += f64::from(*value);
-                    bucket.count += 1;
-                }
-            }
+            count_in(isa, &mut tables, chunk, indices);
         },
     );
-    for (level, slot) in out[start + 8..start + HEADER_BYTES].chunks_exact_mut(4).enumerate() {
-        let sum: f64 = buckets.iter().map(|table| table[level].sum).sum();
-        let count: u64 = buckets.iter().map(|table| table[level].count).sum();
-        let mean = if count == 0 { 0.0 } else { (sum / count as f64) as f32 };
+    for (level, slot) in out.written()[8..HEADER_BYTES].chunks_exact_mut(4).enumerate() {
+        let sum: f64 = tables.iter().map(|table| table[level][0]).sum();
+        let count: f64 = tables.iter().map(|table| table[level][1]).sum();
+        let mean = if count == 0.0 { 0.0 } else { (sum / count) as f32 };
         slot.copy_from_slice(&mean.to_le_bytes());
     }
 }

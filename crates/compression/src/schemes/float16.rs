@@ -5,6 +5,7 @@
 
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
+use crate::out::Out;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
@@ -22,7 +23,7 @@ impl Codec for Float16 {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         Ok(simd::dispatch(Narrow { source, out }))
@@ -42,12 +43,12 @@ pub(crate) fn clamp_half(value: f32) -> f32 {
     if low > HALF_MAX { HALF_MAX } else { low }
 }
 
-struct Narrow<'a> {
+struct Narrow<'a, 'b> {
     source: Source<'a>,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Narrow<'_> {
+impl Kernel for Narrow<'_, '_> {
     type Output = EncodeReport;
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> EncodeReport {

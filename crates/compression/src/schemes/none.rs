@@ -2,6 +2,7 @@
 
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks};
 use crate::error::check_length;
+use crate::out::Out;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
 use crate::{DecodeError, EncodeError, EncodeReport};
@@ -16,7 +17,7 @@ impl Codec for None {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         let clamped = simd::dispatch(Copy { source, out });
@@ -30,12 +31,12 @@ impl Codec for None {
     }
 }
 
-struct Copy<'a> {
+struct Copy<'a, 'b> {
     source: Source<'a>,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Copy<'_> {
+impl Kernel for Copy<'_, '_> {
     type Output = usize;
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> usize {

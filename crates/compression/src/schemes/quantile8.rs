@@ -8,6 +8,7 @@
 
 use crate::codec::{Codec, Scratch, Target};
 use crate::finite::first_non_finite;
+use crate::out::Out;
 use crate::schemes::codebook;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
@@ -26,7 +27,7 @@ impl Codec for Quantile8Bit {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         source.whole(scratch, |values, scratch| {
@@ -168,14 +169,14 @@ impl Index {
     }
 }
 
-struct Classify<'a> {
+struct Classify<'a, 'b> {
     source: Source<'a>,
     borders: &'a [f32; 256],
     index: &'a Index,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Classify<'_> {
+impl Kernel for Classify<'_, '_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
@@ -189,11 +190,12 @@ impl Kernel for Classify<'_> {
     }
 }
 
-impl Classify<'_> {
+impl Classify<'_, '_> {
     #[inline(always)]
-    fn search<I: Isa, const HALVINGS: u32>(self, _: I) {
+    fn search<I: Isa, const HALVINGS: u32>(self, isa: I) {
         let Self { source, borders, index, out } = self;
         codebook::encode(
+            isa,
             source,
             out,
             #[inline(always)]
@@ -219,6 +221,8 @@ impl Classify<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::MaybeUninit;
+
     use super::*;
 
     #[test]
@@ -251,7 +255,8 @@ mod tests {
             values.extend([f32::MIN, f32::MAX, 0.0, -0.0, 1e-45, -1e-45]);
             values.retain(|value| value.is_finite());
             for level in [simd::Level::Portable, simd::Level::Avx512] {
-                let mut out = Vec::new();
+                let mut room = vec![MaybeUninit::new(0); codebook::encoded_len(values.len())];
+                let mut out = Out::new(&mut room);
                 simd::with_level(level, || {
                     simd::dispatch(Classify {
                         source: Source::plain(&values),
@@ -260,7 +265,7 @@ mod tests {
                         out: &mut out,
                     });
                 });
-                for (value, found) in values.iter().zip(&out[codebook::HEADER_BYTES..]) {
+                for (value, found) in values.iter().zip(&out.written()[codebook::HEADER_BYTES..]) {
                     let expected = borders[..255].partition_point(|border| border < value);
                     assert_eq!(usize::from(*found), expected, "{value:e} in {borders:?}");
                 }
@@ -283,7 +288,8 @@ mod tests {
         let values: Vec<f32> =
             (0..count).map(|i| ((i * 7919 % count) as f32 / count as f32).powi(3)).collect();
         let borders = borders(&values, &mut Scratch::new());
-        let mut out = Vec::new();
+        let mut room = vec![MaybeUninit::new(0); codebook::encoded_len(count)];
+        let mut out = Out::new(&mut room);
         let index = Index::new(&borders);
         simd::dispatch(Classify {
             source: Source::plain(&values),
@@ -292,7 +298,9 @@ mod tests {
             out: &mut out,
         });
         let mut populations = [0_usize; 256];
-        out[codebook::HEADER_BYTES..].iter().for_each(|index| populations[usize::from(*index)] += 1);
+        out.written()[codebook::HEADER_BYTES..]
+            .iter()
+            .for_each(|index| populations[usize::from(*index)] += 1);
         let fair = count / 256;
         assert!(populations.iter().all(|p| (fair / 2..fair * 2).contains(p)), "{populations:?}");
     }

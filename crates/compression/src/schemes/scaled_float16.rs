@@ -9,9 +9,11 @@
 use crate::codec::{Codec, Reader, Scratch, Sink, Target, append_chunks, f32_at};
 use crate::error::check_length;
 use crate::finite::first_non_finite;
+use crate::out::Out;
 use crate::schemes::float16::{HALF_MAX, clamp_half, read_halves};
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
+use crate::tally::sum_lanes;
 use crate::{DecodeError, EncodeError, EncodeReport, Scheme};
 
 /// Deviations below this are raised to it, as hivemind does.
@@ -27,7 +29,7 @@ impl Codec for ScaledFloat16 {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         scratch: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         source.whole(scratch, |values, _| encode_rows(values, values.len(), 1, out))
@@ -43,20 +45,17 @@ pub(crate) fn encoded_len_rows(count: usize, rows: usize) -> usize {
     count.saturating_mul(2).saturating_add(rows.saturating_mul(8))
 }
 
-/// Encode `rows` rows of `width` values each. On an error the caller truncates `out`.
+/// Encode `rows` rows of `width` values each.
 pub(crate) fn encode_rows(
     values: &[f32],
     width: usize,
     rows: usize,
-    out: &mut Vec<u8>,
+    out: &mut Out<'_>,
 ) -> Result<EncodeReport, EncodeError> {
     if let Some(index) = first_non_finite(values) {
         return Err(EncodeError::NotFinite { scheme: Scheme::ScaledFloat16, index });
     }
-    let start = out.len();
-    let scales_at = start + 2 * values.len();
-    // The scales are needed first and stored last: they wait behind the place of the halves.
-    out.reserve(encoded_len_rows(values.len(), rows));
+    // The scales are needed first and stored last.
     let mut report = EncodeReport::default();
     let mut means = Vec::new();
     let mut deviations = Vec::new();
@@ -80,7 +79,6 @@ pub(crate) fn encode_rows(
             deviations.push(deviation);
         }
     }
-    debug_assert_eq!(out.len(), scales_at);
     if rows == 1 {
         out.extend_from_slice(&single.0.to_le_bytes());
         out.extend_from_slice(&single.1.to_le_bytes());
@@ -134,30 +132,14 @@ impl Kernel for Moments<'_> {
     }
 }
 
-/// Sum in f64, in 16 fixed lanes.
-#[inline(always)]
-fn sum_lanes(values: &[f32], map: impl Fn(f64) -> f64) -> f64 {
-    let mut lanes = [0.0_f64; 16];
-    let (groups, rest) = values.as_chunks::<16>();
-    for group in groups {
-        for (lane, value) in lanes.iter_mut().zip(group) {
-            *lane += map(f64::from(*value));
-        }
-    }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane += map(f64::from(*value));
-    }
-    lanes.iter().sum()
-}
-
-struct Narrow<'a> {
+struct Narrow<'a, 'b> {
     row: &'a [f32],
     mean: f32,
     deviation: f32,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Narrow<'_> {
+impl Kernel for Narrow<'_, '_> {
     type Output = usize;
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> usize {

@@ -6,6 +6,7 @@
 //! (plus a width). Constant vectors are exact. NaN and infinity are refused with the index of the first.
 
 use crate::codec::{Codec, PIECE, Scratch, Target};
+use crate::out::Out;
 use crate::schemes::codebook;
 use crate::simd::{self, Isa, Kernel};
 use crate::source::Source;
@@ -21,7 +22,7 @@ impl Codec for Uniform8Bit {
     fn encode(
         &self,
         source: Source<'_>,
-        out: &mut Vec<u8>,
+        out: &mut Out<'_>,
         _: &mut Scratch,
     ) -> Result<EncodeReport, EncodeError> {
         let moments = simd::dispatch(Moments { source });
@@ -59,33 +60,49 @@ impl Kernel for Moments<'_> {
     type Output = Sums;
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Sums {
-        const LANES: usize = 16;
         let shift = first(self.source);
-        let (mut sums, mut squares) = ([0.0_f64; LANES], [0.0_f64; LANES]);
-        let clamped = self.source.pieces(
+        let mut sums = Sums { sum: 0.0, square_sum: 0.0, clamped: 0 };
+        sums.clamped = self.source.pieces(
             PIECE,
             #[inline(always)]
             |piece| {
-                // Locals, which stay in registers.
-                let (mut piece_sums, mut piece_squares) = (sums, squares);
-                let (groups, rest) = piece.as_chunks::<LANES>();
-                for group in groups {
-                    for lane in 0..LANES {
-                        let offset = f64::from(group[lane]) - shift;
-                        piece_sums[lane] += offset;
-                        piece_squares[lane] += offset * offset;
-                    }
-                }
-                for (lane, value) in rest.iter().enumerate() {
-                    let offset = f64::from(*value) - shift;
-                    piece_sums[lane] += offset;
-                    piece_squares[lane] += offset * offset;
-                }
-                (sums, squares) = (piece_sums, piece_squares);
+                let [sum, square_sum] = sum_and_squares(piece, shift);
+                sums.sum += sum;
+                sums.square_sum += square_sum;
             },
         );
-        Sums { sum: sums.iter().sum(), square_sum: squares.iter().sum(), clamped }
+        sums
     }
+}
+
+/// Both sums for a piece, in 16 fixed lanes. The offsets go through memory, or the two sets of lanes would not become
+/// loops of vectors.
+#[inline(always)]
+fn sum_and_squares(piece: &[f32], shift: f64) -> [f64; 2] {
+    const LANES: usize = 16;
+    const GROUP: usize = 256;
+    let (mut sums, mut squares) = ([0.0_f64; LANES], [0.0_f64; LANES]);
+    let mut offsets = [0.0_f64; GROUP];
+    for group in piece.chunks(GROUP) {
+        if group.len() < GROUP {
+            // Zeros, which change no sum, behind the last values.
+            offsets = [0.0; GROUP];
+        }
+        for (offset, value) in offsets.iter_mut().zip(group) {
+            *offset = f64::from(*value) - shift;
+        }
+        for lanes in offsets.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                sums[lane] += lanes[lane];
+            }
+        }
+        for lanes in offsets.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                squares[lane] += lanes[lane] * lanes[lane];
+            }
+        }
+    }
+    [sums.iter().sum(), squares.iter().sum()]
 }
 
 /// `index = round((x * unit - mean) / scale) + 128`, where `unit` is a power of two that keeps `scale` in the middle of
@@ -121,28 +138,31 @@ impl Grid {
     }
 }
 
-struct Quantize<'a> {
+struct Quantize<'a, 'b> {
     source: Source<'a>,
     grid: Grid,
-    out: &'a mut Vec<u8>,
+    out: &'a mut Out<'b>,
 }
 
-impl Kernel for Quantize<'_> {
+impl Kernel for Quantize<'_, '_> {
     type Output = usize;
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> usize {
+    fn run<I: Isa>(self, isa: I) -> usize {
         // Adding 1.5 * 2^23 rounds a small number to the nearest integer, ties to even, in the low mantissa bits.
         const ROUND: f32 = 12_582_912.0;
         let Grid { unit, mean, scale } = self.grid;
+        // hivemind multiplies, too: so does its `quantize_per_tensor`.
+        let per_step = 1.0 / scale;
         let mut saturated = 0_usize;
         codebook::encode(
+            isa,
             self.source,
             self.out,
             #[inline(always)]
             |chunk, indices| {
                 let mut outside = 0_u32;
                 for (index, value) in indices.iter_mut().zip(chunk) {
-                    let steps = (value * unit - mean) / scale;
+                    let steps = (value * unit - mean) * per_step;
                     outside += u32::from(steps > 127.5) + u32::from(steps < -128.5);
                     let low = if steps < -128.0 { -128.0 } else { steps };
                     let clamped = if low > 127.0 { 127.0 } else { low };
