@@ -294,6 +294,7 @@ pub(crate) mod tests {
     pub(crate) fn checkpoint(epoch: u64) -> Checkpoint {
         let meta = BTreeMap::from([
             ("potluck.samples".to_owned(), "640".to_owned()),
+            ("potluck.state_averages".to_owned(), "3".to_owned()),
             ("tensors".to_owned(), r#"{"param.000000": {"dtype": "float32", "shape": [2, 3]}}"#.to_owned()),
             (
                 "optimizer".to_owned(),

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use potluck_net::{PeerFault, PeerId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// Name of the blob that a session adds to a snapshot.
@@ -23,6 +24,12 @@ const VELOCITY_BLOB: &str = "potluck.velocity";
 const Q_BLOB: &str = "potluck.powersgd.q";
 /// Name of the lineage's samples in a snapshot.
 pub(crate) const SAMPLES_META: &str = "potluck.samples";
+/// Name of the number of its state averages.
+pub(crate) const STATE_AVERAGES_META: &str = "potluck.state_averages";
+/// How long a peer computes on after a round that failed although others were here, before it tries again; doubles with every
+/// further one. A round of those who went on without it must end first, and trying meanwhile could only fail.
+const FAILED_PAUSE: Duration = Duration::from_millis(100);
+const FAILED_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 pub(crate) struct Core {
     pub(crate) me: PeerId,
@@ -41,6 +48,8 @@ pub(crate) struct Core {
     void: bool,
     /// The round in which this peer waits for the others.
     pub(crate) waiting: Option<Channel>,
+    /// Not before then is a round tried again, and the pause after the next failure.
+    retry: Option<(Instant, Duration)>,
     behind: Behind,
     /// The last state that all peers of this lineage agreed on.
     agreed: Option<Vec<f32>>,
@@ -88,6 +97,7 @@ impl Core {
             applied: None,
             void: false,
             waiting: None,
+            retry: None,
             behind,
             agreed: None,
             agreed_next: None,
@@ -168,6 +178,9 @@ impl Core {
             // It ends soon; a round of gradients meanwhile could only fail.
             (Background::Running, Some(_)) if beside => return Step::Accumulate,
             _ => {}
+        }
+        if self.background == Background::Idle && self.retry.is_some_and(|(at, _)| now < at) {
+            return Step::Accumulate;
         }
         self.ask_for_state(&views);
         let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
@@ -254,6 +267,7 @@ impl Core {
             }
         }
         self.void = false;
+        self.retry = None;
         self.behind.trust();
         let round = RoundStatus {
             epoch: self.lineage.epoch,
@@ -268,7 +282,13 @@ impl Core {
     }
 
     /// There was no average; this peer goes on with what it has. With nobody else here, that is as it should be.
-    pub(crate) fn not_averaged(&mut self, channel: Channel, in_company: bool, faults: &[PeerFault]) {
+    pub(crate) fn not_averaged(
+        &mut self,
+        now: Instant,
+        channel: Channel,
+        in_company: bool,
+        faults: &[PeerFault],
+    ) {
         self.count(faults);
         self.rounds_failed += u64::from(in_company);
         if channel == Channel::State {
@@ -276,6 +296,10 @@ impl Core {
         }
         self.applied = None;
         self.void = in_company && (channel == Channel::Gradients || self.epoch_ends_with_state());
+        self.retry = in_company.then(|| {
+            let pause = self.retry.map_or(FAILED_PAUSE, |(_, pause)| (pause * 2).min(FAILED_PAUSE_MAX));
+            (now + pause, pause)
+        });
         if in_company {
             self.behind.suspect();
         }
@@ -420,6 +444,8 @@ impl Core {
         snapshot.epoch = self.lineage.epoch;
         snapshot.lineage = self.lineage.hash;
         snapshot.meta.insert(SAMPLES_META.to_owned(), self.lineage.samples.to_string());
+        let state_averages = self.lineage.state_averages.to_string();
+        snapshot.meta.insert(STATE_AVERAGES_META.to_owned(), state_averages);
         if let Some(agreed) = &self.agreed {
             snapshot.blobs.insert(AGREED_BLOB.to_owned(), to_bytes(agreed));
         }
@@ -434,9 +460,9 @@ impl Core {
 
     /// Take over the history of a downloaded state, unless it is no better than ours: an epoch never falls.
     pub(crate) fn adopt(&mut self, snapshot: &mut Snapshot, now: Instant) -> Result<(), String> {
-        let samples = snapshot.meta.remove(SAMPLES_META).and_then(|text| text.parse().ok());
-        let samples = samples.ok_or("the state has no lineage")?;
-        let lineage = Lineage { epoch: snapshot.epoch, samples, hash: snapshot.lineage };
+        let lineage = Lineage::of(snapshot).ok_or("the state has no lineage")?;
+        snapshot.meta.remove(SAMPLES_META);
+        snapshot.meta.remove(STATE_AVERAGES_META);
         if !lineage.beats(&self.lineage) {
             return Err(format!("the state of {lineage} does not replace ours of {}", self.lineage));
         }
@@ -465,6 +491,9 @@ impl Core {
 
     /// Take over a history without its parameters (a peer that only helps has none).
     pub(crate) fn adopt_lineage(&mut self, lineage: Lineage, now: Instant) {
+        if lineage.epoch > self.lineage.epoch {
+            self.retry = None;
+        }
         self.lineage = lineage;
         self.background = Background::Idle;
         self.own.discard();
@@ -477,6 +506,8 @@ impl Core {
         self.agreed_next = None;
         self.sketch = None;
         self.behind = Behind::default();
+        // Its donor may have averaged the state meanwhile.
+        self.behind.suspect();
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -545,3 +576,7 @@ fn from_bytes(bytes: &[u8]) -> Option<Vec<f32>> {
     let values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
     (rest.is_empty() && values.iter().all(|value| value.is_finite())).then_some(values)
 }
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;

@@ -32,7 +32,7 @@ pub fn question(input: &[u8]) {
 
 /// Inputs that decode, for a corpus: a decoder's name and the bytes.
 pub fn seeds() -> Vec<(&'static str, Bytes)> {
-    let lineage = Lineage { epoch: 3, samples: 1024, hash: [7; 32] };
+    let lineage = Lineage { epoch: 3, samples: 1024, state_averages: 2, hash: [7; 32] };
     let sketch = Some(Sketch { epoch: 3, values: [0.5; SKETCH_LEN] });
     let full = Note {
         lineage,

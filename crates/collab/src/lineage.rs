@@ -1,7 +1,8 @@
 //! Sans-I/O. Which history a peer's parameters have: a hash chain over the rounds that made them.
 //!
 //! Two peers with equal lineage hold the same parameters. When a split swarm meets again, every peer compares
-//! lineages and the same one wins everywhere: the higher epoch, then more samples, then the smaller hash.
+//! lineages and the same one wins everywhere: the higher epoch, then more samples, then more averages of the state, then the
+//! smaller hash. Who missed an average of the state so gives way to those who made it, and not they to it.
 
 use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
@@ -14,6 +15,8 @@ pub struct Lineage {
     pub epoch: u64,
     /// Samples that went into them.
     pub samples: u64,
+    /// Averages of the parameters themselves so far.
+    pub state_averages: u64,
     /// The hash chain over run, rounds and their members.
     pub hash: [u8; 32],
 }
@@ -25,7 +28,7 @@ impl Lineage {
         hasher.update(&(run_id.len() as u64).to_le_bytes());
         hasher.update(run_id.as_bytes());
         hasher.update(manifest_hash);
-        Self { epoch: 0, samples: 0, hash: *hasher.finalize().as_bytes() }
+        Self { epoch: 0, samples: 0, state_averages: 0, hash: *hasher.finalize().as_bytes() }
     }
 
     /// The lineage after one more epoch that averaged under the plan with this hash.
@@ -35,13 +38,15 @@ impl Lineage {
             epoch: self.epoch + 1,
             samples: self.samples.saturating_add(samples),
             hash: self.chain("potluck lineage epoch v1", plan_hash),
+            ..*self
         }
     }
 
     /// The lineage after the parameters themselves were averaged, which does not end an epoch.
     #[must_use]
     pub fn state_averaged(&self, plan_hash: &[u8; 32]) -> Self {
-        Self { hash: self.chain("potluck lineage state v1", plan_hash), ..*self }
+        let state_averages = self.state_averages.saturating_add(1);
+        Self { hash: self.chain("potluck lineage state v1", plan_hash), state_averages, ..*self }
     }
 
     /// The lineage after this peer alone changed its parameters in the middle of an epoch, because a round failed. One
@@ -54,8 +59,10 @@ impl Lineage {
 
     /// The history of a state that a session has published.
     pub fn of(snapshot: &crate::Snapshot) -> Option<Self> {
-        let samples = snapshot.meta.get(crate::core::SAMPLES_META)?.parse().ok()?;
-        Some(Self { epoch: snapshot.epoch, samples, hash: snapshot.lineage })
+        let number = |name: &str| snapshot.meta.get(name)?.parse().ok();
+        let samples = number(crate::core::SAMPLES_META)?;
+        let state_averages = number(crate::core::STATE_AVERAGES_META)?;
+        Some(Self { epoch: snapshot.epoch, samples, state_averages, hash: snapshot.lineage })
     }
 
     /// Whether this history replaces `other` when both meet.
@@ -67,6 +74,7 @@ impl Lineage {
         self.epoch
             .cmp(&other.epoch)
             .then(self.samples.cmp(&other.samples))
+            .then(self.state_averages.cmp(&other.state_averages))
             .then_with(|| other.hash.cmp(&self.hash))
     }
 
@@ -110,6 +118,8 @@ mod tests {
         assert!(a.next_epoch(&[9; 32], 1).beats(&b), "the higher epoch wins");
         let more = start.next_epoch(&[2; 32], 65);
         assert!(more.beats(&a), "then more samples");
+        let averaged = a.state_averaged(&[3; 32]);
+        assert!(averaged.beats(&a) && averaged.beats(&b), "then more averages of the state");
         let small = if a.hash < b.hash { a } else { b };
         assert!(small.beats(if small == a { &b } else { &a }), "then the smaller hash");
     }

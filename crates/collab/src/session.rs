@@ -486,7 +486,7 @@ impl Inner {
         let mut core = self.core();
         self.look(&mut core);
         let in_company = core.in_company();
-        core.not_averaged(channel, in_company, &faults);
+        core.not_averaged(self.env.now(), channel, in_company, &faults);
         let epoch = core.lineage.epoch;
         drop(core);
         if in_company {

@@ -6,7 +6,7 @@ use crate::sketch::{SKETCH_LEN, Sketch};
 use crate::{Channel, Lineage};
 use bytes::{BufMut, Bytes, BytesMut};
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Larger notes are not looked at.
 const NOTE_BYTES_MAX: usize = 512;
 
@@ -31,6 +31,7 @@ impl Note {
         out.put_u8(VERSION);
         out.put_u64_le(self.lineage.epoch);
         out.put_u64_le(self.lineage.samples);
+        out.put_u64_le(self.lineage.state_averages);
         out.put_slice(&self.lineage.hash);
         out.put_u64_le(self.contributed);
         put_option(&mut out, self.loss, |out, loss| out.put_f32_le(loss));
@@ -58,7 +59,8 @@ impl Note {
         if input.u8()? != VERSION {
             return None;
         }
-        let lineage = Lineage { epoch: input.u64()?, samples: input.u64()?, hash: input.array()? };
+        let (epoch, samples, state_averages) = (input.u64()?, input.u64()?, input.u64()?);
+        let lineage = Lineage { epoch, samples, state_averages, hash: input.array()? };
         let contributed = input.u64()?;
         let loss = input.option(Input::finite_f32)?;
         let state_due = input.option(Input::u64)?;

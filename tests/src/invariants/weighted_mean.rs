@@ -50,7 +50,7 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
 
 /// A peer that reloads may average the same epoch twice, in two groups: all ways to choose one contribution of each.
 fn choices<'a>(given: &[Vec<Contribution<'a>>]) -> Vec<Vec<Contribution<'a>>> {
-    const CHOICES_MAX: usize = 256;
+    const CHOICES_MAX: usize = 4096;
     given.iter().fold(vec![Vec::new()], |chosen, candidates| {
         let with = |before: &Vec<Contribution<'a>>, next: &Contribution<'a>| {
             before.iter().chain([next]).copied().collect::<Vec<_>>()

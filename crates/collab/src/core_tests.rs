@@ -1,0 +1,64 @@
+use super::*;
+
+const TARGET: u64 = 64;
+
+/// A session's memory after epoch 1, and another peer of the same history whose samples fill the next one.
+fn in_company() -> Core {
+    let config = SessionConfig::new("run", TARGET, Vec::new());
+    let start = Lineage::genesis("run", &[0; 32]);
+    let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7, Instant::now());
+    core.adopt_lineage(start.next_epoch(&[1; 32], TARGET), Instant::now());
+    core.see(vec![view(2, core.lineage)], BTreeSet::new(), &mut Vec::new());
+    core
+}
+
+fn view(seed: u8, lineage: Lineage) -> PeerView {
+    let note = Note { lineage, contributed: 0, loss: None, state_due: None, sketch: None, waiting: None };
+    PeerView {
+        peer: PeerId::from_ed25519(&[seed; 32]),
+        epoch: lineage.epoch,
+        samples: TARGET,
+        samples_per_second: 1.0,
+        path: None,
+        auxiliary: false,
+        note: note.encode(),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_missed_a_round_computes_on_instead_of_trying_all_the_time() {
+    let mut core = in_company();
+    let begun = Instant::now();
+    let mut failures = 0;
+    while Instant::now() < begun + Duration::from_secs(10) {
+        core.own.add(Instant::now(), 8);
+        match core.next(Instant::now(), |_| false) {
+            Step::Average => {
+                core.not_averaged(Instant::now(), Channel::Gradients, true, &[]);
+                failures += 1;
+            }
+            step => assert_eq!(step, Step::Accumulate),
+        }
+        tokio::time::advance(Duration::from_millis(10)).await;
+    }
+    assert!((5..10).contains(&failures), "{failures} in 10 s");
+    // The others have finished: their epoch is loaded, and nothing is held back any more.
+    let ahead = core.lineage.next_epoch(&[2; 32], TARGET);
+    core.see(vec![view(2, ahead)], BTreeSet::new(), &mut Vec::new());
+    assert_eq!(core.next(Instant::now(), |_| false), Step::LoadState);
+    core.adopt_lineage(ahead, Instant::now());
+    assert_eq!(core.next(Instant::now(), |_| false), Step::Average);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_loaded_a_state_just_before_it_was_averaged_loads_it_again_and_nobody_gives_way_to_it() {
+    let mut newcomer = in_company();
+    let before = newcomer.lineage;
+    let averaged = before.state_averaged(&[9; 32]);
+    newcomer.see(vec![view(2, averaged)], BTreeSet::new(), &mut Vec::new());
+    assert_eq!(newcomer.next(Instant::now(), |_| false), Step::LoadState, "at once");
+    let mut other = in_company();
+    other.adopt_lineage(averaged, Instant::now());
+    other.see(vec![view(1, before)], BTreeSet::new(), &mut Vec::new());
+    assert_eq!(other.winner(Instant::now()), None);
+}
