@@ -3,6 +3,7 @@
 from typing import Any, final
 
 __all__ = [
+    "Elements",
     "FlatBuffer",
     "Hub",
     "Node",
@@ -10,6 +11,7 @@ __all__ = [
     "Session",
     "__version__",
     "decode",
+    "decode_bytes",
     "decode_message",
     "encode",
     "encode_message",
@@ -21,6 +23,13 @@ __version__: str
 
 class PeerError(OSError):
     """The network could not be used: no peer reached, address refused, or closed."""
+
+@final
+class Elements:
+    """A decoded tensor: ``torch.from_dlpack(elements)`` takes its memory over."""
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(self, **kwargs: Any) -> Any: ...
 
 @final
 class FlatBuffer:
@@ -92,8 +101,9 @@ class Session:
 
 def schemes() -> list[tuple[str, int, int]]: ...
 def scheme_for(policy: str, key: str, shape: list[int], role: str) -> int: ...
-def encode(tensor: Any, scheme: int) -> tuple[bytes, tuple[int, ...], str]: ...
-def decode(buffer: bytes, size: list[int], dtype: str, scheme: int) -> bytearray: ...
+def encode(tensor: Any, scheme: int) -> tuple[bytes, tuple[int, ...], str, int, int]: ...
+def decode(buffer: bytes, size: list[int], dtype: str, scheme: int) -> Elements: ...
+def decode_bytes(buffer: bytes, size: list[int], dtype: str, scheme: int) -> bytes: ...
 def encode_message(
     buffer: bytes, size: list[int], requires_grad: bool, dtype: str, scheme: int, chunks: int
 ) -> bytes: ...

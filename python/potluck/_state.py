@@ -97,7 +97,9 @@ def plain_blobs(meta: Mapping[str, str], blobs: Mapping[str, bytes]) -> Mapping[
         if not isinstance(name, str) or name not in blobs:
             raise ValueError(f"the state lacks {name!r}, which it says is compressed")
         message = SerializedTensor.FromString(bytes(blobs[name]))
-        plain[name] = _core.decode(message.buffer, message.size, message.dtype, int(message.compression))
+        plain[name] = _core.decode_bytes(
+            message.buffer, message.size, message.dtype, int(message.compression)
+        )
     return plain
 
 

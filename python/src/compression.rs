@@ -1,10 +1,14 @@
 //! Tensors to hivemind's `Tensor` message and back; which scheme a policy chooses.
 
-use crate::buffer::{Borrowed, shape_tuple};
+use crate::dlpack::{Borrowed, Element, shape_tuple};
+use crate::elements::{Elements, bytes_filled};
 use crate::error::Error;
-use potluck_compression::{DType, Limits, Policy, Scheme, SerializedTensor, TensorInfo, TensorRole};
+use potluck_compression::{
+    DType, Decoding, Encoding, Limits, Policy, Scheme, Scratch, SerializedTensor, TensorInfo, TensorRole,
+};
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyTuple};
+use pyo3::types::{PyBytes, PyTuple};
+use std::cell::RefCell;
 
 /// Every scheme as `(class name, number on the wire, bits per value)`.
 #[pyfunction]
@@ -19,32 +23,59 @@ pub(crate) fn scheme_for(policy: &str, key: String, shape: Vec<usize>, role: &st
     Ok(parse_policy(policy)?.scheme_for(&info).wire_id())
 }
 
-/// Encode a contiguous CPU tensor: `(buffer, shape, dtype name)`.
+thread_local! {
+    /// What encoders need besides, kept so that a warm call does not ask for it again.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// An encoded tensor: buffer, shape, dtype name, values that were clamped, values that are NaN.
+type Encoded<'py> = (Bound<'py, PyBytes>, Bound<'py, PyTuple>, &'static str, usize, usize);
+
+/// Encode a contiguous CPU tensor from where it is into the bytes that the message holds.
 #[pyfunction]
 pub(crate) fn encode<'py>(
     py: Python<'py>,
     tensor: &Bound<'py, PyAny>,
     scheme: u8,
-) -> Result<(Bound<'py, PyBytes>, Bound<'py, PyTuple>, &'static str), Error> {
+) -> Result<Encoded<'py>, Error> {
     let tensor = Borrowed::new(tensor)?;
-    let dtype = dtype_of(&tensor)?;
-    let (shape, raw, scheme) = (tensor.shape.as_slice(), tensor.bytes(), scheme_of(scheme)?);
-    let message = py.detach(|| potluck_compression::serialize(dtype, shape, raw, scheme))?;
-    Ok((PyBytes::new(py, &message.buffer), shape_tuple(py, shape)?, dtype.name()))
+    let dtype = dtype_of(tensor.element)?;
+    let encoding = Encoding::new(dtype, &tensor.shape, tensor.bytes(), scheme_of(scheme)?)?;
+    let (buffer, report) = bytes_filled(py, encoding.encoded_len(), |room| {
+        SCRATCH.with_borrow_mut(|scratch| Ok(encoding.write(room, scratch)?))
+    })?;
+    Ok((buffer, shape_tuple(py, &tensor.shape)?, dtype.name(), report.saturated, report.nan))
+}
+
+/// Decode what a stranger sent into the memory of the tensor that it becomes.
+#[pyfunction]
+pub(crate) fn decode(
+    py: Python<'_>,
+    buffer: &[u8],
+    size: Vec<u32>,
+    dtype: &str,
+    scheme: u8,
+) -> Result<Elements, Error> {
+    let dtype = dtype_named(dtype)?;
+    let decoding = Decoding::new(dtype, &size, scheme_of(scheme)?, buffer, &Limits::default())?;
+    let shape = size.iter().map(|dim| *dim as usize).collect();
+    let fill = |out: &mut [u8]| decoding.write(out);
+    Ok(py.detach(|| Elements::filled(decoding.decoded_len(), element_of(dtype), shape, fill))?)
 }
 
 /// Decode what a stranger sent: the little-endian elements in C order.
 #[pyfunction]
-pub(crate) fn decode<'py>(
+pub(crate) fn decode_bytes<'py>(
     py: Python<'py>,
-    buffer: Vec<u8>,
+    buffer: &[u8],
     size: Vec<u32>,
     dtype: &str,
     scheme: u8,
-) -> Result<Bound<'py, PyByteArray>, Error> {
-    let message = message(buffer, size, false, dtype, scheme, 0)?;
-    let raw = py.detach(|| potluck_compression::deserialize(&message, &Limits::default()))?;
-    Ok(PyByteArray::new(py, &raw.bytes))
+) -> Result<Bound<'py, PyBytes>, Error> {
+    let decoding = Decoding::new(dtype_named(dtype)?, &size, scheme_of(scheme)?, buffer, &Limits::default())?;
+    let fill =
+        |room: &mut [u8]| py.detach(|| decoding.write(room)).map_err(|error| Error::from(error).into());
+    Ok(PyBytes::new_with(py, decoding.decoded_len(), fill)?)
 }
 
 /// The protobuf form of a message.
@@ -100,8 +131,7 @@ fn message(
     scheme: u8,
     chunks: u32,
 ) -> Result<SerializedTensor, Error> {
-    let dtype =
-        DType::from_name(dtype).ok_or_else(|| Error::Value(format!("unknown element type {dtype:?}")))?;
+    let dtype = dtype_named(dtype)?;
     Ok(SerializedTensor { buffer, size, requires_grad, dtype, compression: scheme_of(scheme)?, chunks })
 }
 
@@ -109,20 +139,24 @@ fn scheme_of(id: u8) -> Result<Scheme, Error> {
     Scheme::from_wire_id(id).ok_or_else(|| Error::Value(format!("unknown compression number {id}")))
 }
 
-fn dtype_of(tensor: &Borrowed) -> Result<DType, Error> {
-    Ok(match (tensor.element.code, tensor.element.bits) {
-        (2, 32) => DType::Float32,
-        (2, 64) => DType::Float64,
-        (2, 16) => DType::Float16,
-        (4, 16) => DType::BFloat16,
-        (0, 64) => DType::Int64,
-        (0, 32) => DType::Int32,
-        (0, 16) => DType::Int16,
-        (0, 8) => DType::Int8,
-        (1, 8) => DType::UInt8,
-        (6, 8) => DType::Bool,
-        (code, bits) => {
-            return Err(Error::Type(format!("tensors of {bits} bits (DLPack code {code}) cannot be sent")));
-        }
-    })
+fn dtype_named(name: &str) -> Result<DType, Error> {
+    DType::from_name(name).ok_or_else(|| Error::Value(format!("unknown element type {name:?}")))
+}
+
+/// How DLPack writes each element type.
+fn element_of(dtype: DType) -> Element {
+    let code = match dtype {
+        DType::Int64 | DType::Int32 | DType::Int16 | DType::Int8 => 0,
+        DType::UInt8 => 1,
+        DType::Float32 | DType::Float64 | DType::Float16 => 2,
+        DType::BFloat16 => 4,
+        DType::Bool => 6,
+    };
+    Element { code, bits: dtype.size() as u8 * 8 }
+}
+
+fn dtype_of(element: Element) -> Result<DType, Error> {
+    let found = DType::ALL.into_iter().find(|dtype| element_of(*dtype) == element);
+    let Element { code, bits } = element;
+    found.ok_or_else(|| Error::Type(format!("tensors of {bits} bits (DLPack code {code}) cannot be sent")))
 }

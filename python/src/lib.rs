@@ -1,11 +1,13 @@
 //! The door between Python and the Rust crates. This file is a list; each class lives in the file of its name.
 //!
 //! Rules of this crate: Python drives and Rust never calls Python; every wait releases the GIL and looks for Ctrl-C
-//! (`runtime::wait`); one file maps errors (`error`); only `buffer` holds unsafe code (DLPack).
+//! (`runtime::wait`); one file maps errors (`error`); only `dlpack`, `buffer` and `elements` (memory shared with torch) hold unsafe code.
 
 mod buffer;
 mod compression;
 mod directory;
+mod dlpack;
+mod elements;
 mod error;
 mod hub;
 mod node;
@@ -18,7 +20,11 @@ mod _core {
     #[pymodule_export]
     use crate::buffer::FlatBuffer;
     #[pymodule_export]
-    use crate::compression::{decode, decode_message, encode, encode_message, scheme_for, schemes};
+    use crate::compression::{
+        decode, decode_bytes, decode_message, encode, encode_message, scheme_for, schemes,
+    };
+    #[pymodule_export]
+    use crate::elements::Elements;
     #[pymodule_export]
     use crate::error::PeerError;
     #[pymodule_export]

@@ -1,6 +1,7 @@
 //! One peer's part in a run, as Python drives it: vectors in and out, states in and out, status as JSON.
 
-use crate::buffer::{Borrowed, FlatBuffer, Shelf};
+use crate::buffer::{FlatBuffer, Shelf};
+use crate::dlpack::Borrowed;
 use crate::error::Error;
 use crate::node::Node;
 use crate::runtime;

@@ -130,3 +130,52 @@ def test_adaptive_rules_choose_by_size_role_and_key() -> None:
     with pytest.raises(TypeError, match="an instance, not the class"):
         potluck.SizeAdaptiveCompression(8, potluck.Float16Compression, byte)
     assert by_size.estimate_compression_ratio(CompressionInfo.from_tensor(large)) == 0.25
+
+
+def test_what_was_clamped_is_counted() -> None:
+    tensor = torch.tensor([1e6, -1e6, 1.0, float("nan"), float("inf")])
+    message = potluck.Float16Compression().compress(tensor)
+    assert (message.saturated, message.nan) == (3, 1)
+    assert message.tensor()[:2].tolist() == [65504.0, -65504.0]
+    # It is the sender's: a message that has travelled is equal without it.
+    assert SerializedTensor.FromString(message.SerializeToString()) == message
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda c: c.__name__)
+def test_decoded_tensors_own_their_memory(rule: type) -> None:
+    # Large enough for memory that is used again.
+    values = [torch.full((700, 500), float(number)) for number in range(1, 4)]
+    messages = [rule().compress(tensor) for tensor in values]
+    first, second = messages[0].tensor(), messages[1].tensor()
+    view = first[350:]
+    del first
+    third = messages[2].tensor()
+    third.add_(1.0)
+    assert third.data_ptr() not in (view.data_ptr(), second.data_ptr())
+    assert torch.equal(view, values[0][350:]) and torch.equal(second, values[1])
+    assert torch.equal(third, values[2] + 1.0)
+    del view, second, third
+    for message, tensor in zip(messages, values, strict=True):
+        decoded = message.tensor()
+        assert torch.equal(decoded, tensor)
+        decoded.zero_()
+        del decoded
+
+
+def test_memory_of_a_tensor_that_is_gone_is_used_for_the_next() -> None:
+    message = potluck.Float16Compression().compress(torch.randn(1_000_000))
+    address = message.tensor().data_ptr()
+    assert all(message.tensor().data_ptr() == address for _ in range(5))
+    # Not for a tensor that would waste most of it.
+    small = potluck.Float16Compression().compress(torch.randn(300_000)).tensor()
+    assert small.data_ptr() != address
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda c: c.__name__)
+def test_a_message_of_a_slice_is_that_of_a_copy(rule: type) -> None:
+    # Neither of these begins where the memory of a tensor usually does.
+    base = torch.randn(10_001)
+    assert rule().compress(base[1:]).buffer == rule().compress(base[1:].clone()).buffer
+    if rule not in (potluck.Float16Compression, potluck.ScaledFloat16Compression):
+        half = base.to(torch.bfloat16)
+        assert rule().compress(half[1:]).buffer == rule().compress(half[1:].clone()).buffer

@@ -91,17 +91,23 @@ class CompressionBase:
     def compress(
         self, tensor: torch.Tensor, info: CompressionInfo | None = None, allow_inplace: bool = False
     ) -> SerializedTensor:
-        """Encode a tensor. ``allow_inplace`` is a permission; the tensor is never changed."""
+        """Encode a tensor. ``allow_inplace`` is a permission; the tensor is never changed.
+
+        Values that the scheme cannot express are refused (``ValueError`` with the index of the first), or clamped and
+        counted in the message's ``saturated`` and ``nan``.
+        """
         info = CompressionInfo.from_tensor(tensor) if info is None else info
         scheme = self.scheme_for(info)
         plain = tensor.detach().cpu().contiguous()
-        buffer, size, dtype = _core.encode(plain, int(scheme))
+        buffer, size, dtype, saturated, nan = _core.encode(plain, int(scheme))
         return SerializedTensor(
             buffer=buffer,
             size=list(size),
             requires_grad=tensor.requires_grad,
             dtype=dtype,
             compression=scheme,
+            saturated=saturated,
+            nan=nan,
         )
 
     def extract(self, serialized_tensor: SerializedTensor) -> torch.Tensor:

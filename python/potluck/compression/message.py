@@ -21,6 +21,10 @@ class SerializedTensor:
     dtype: str = ""
     compression: int = 0
     chunks: int = 0
+    #: What :meth:`CompressionBase.compress` had to change besides rounding: values that were clamped to the scheme's
+    #: range, and NaN that travel as NaN. Both stay with the sender.
+    saturated: int = dataclasses.field(default=0, compare=False)
+    nan: int = dataclasses.field(default=0, compare=False)
 
     def SerializeToString(self) -> bytes:
         """The protobuf form."""
@@ -49,9 +53,7 @@ class SerializedTensor:
         dtype: Any = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: unknown value {self.dtype!r}")
-        raw = _core.decode(bytes(self.buffer), list(self.size), self.dtype, int(self.compression))
-        if len(raw) == 0:
-            tensor = torch.empty(self.size, dtype=dtype)
-        else:
-            tensor = torch.frombuffer(raw, dtype=dtype).reshape(self.size)
+        size = list(self.size)
+        elements = _core.decode(bytes(self.buffer), size, self.dtype, int(self.compression))
+        tensor = torch.empty(size, dtype=dtype) if 0 in size else torch.from_dlpack(elements)
         return tensor.requires_grad_(self.requires_grad)

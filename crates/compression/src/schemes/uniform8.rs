@@ -59,14 +59,14 @@ struct Moments<'a> {
 impl Kernel for Moments<'_> {
     type Output = Sums;
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> Sums {
+    fn run<I: Isa>(self, isa: I) -> Sums {
         let shift = first(self.source);
         let mut sums = Sums { sum: 0.0, square_sum: 0.0, clamped: 0 };
         sums.clamped = self.source.pieces(
             PIECE,
             #[inline(always)]
             |piece| {
-                let [sum, square_sum] = sum_and_squares(piece, shift);
+                let [sum, square_sum] = sum_and_squares(isa, piece, shift);
                 sums.sum += sum;
                 sums.square_sum += square_sum;
             },
@@ -78,12 +78,16 @@ impl Kernel for Moments<'_> {
 /// Both sums for a piece, in 16 fixed lanes. The offsets go through memory, or the two sets of lanes would not become
 /// loops of vectors.
 #[inline(always)]
-fn sum_and_squares(piece: &[f32], shift: f64) -> [f64; 2] {
+fn sum_and_squares<I: Isa>(isa: I, piece: &[f32], shift: f64) -> [f64; 2] {
     const LANES: usize = 16;
     const GROUP: usize = 256;
+    const AHEAD: usize = 1024;
     let (mut sums, mut squares) = ([0.0_f64; LANES], [0.0_f64; LANES]);
     let mut offsets = [0.0_f64; GROUP];
-    for group in piece.chunks(GROUP) {
+    for (number, group) in piece.chunks(GROUP).enumerate() {
+        for line in (0..GROUP).step_by(16) {
+            isa.prefetch(piece, number * GROUP + AHEAD + line);
+        }
         if group.len() < GROUP {
             // Zeros, which change no sum, behind the last values.
             offsets = [0.0; GROUP];
@@ -163,9 +167,9 @@ impl Kernel for Quantize<'_, '_> {
                 let mut outside = 0_u32;
                 for (index, value) in indices.iter_mut().zip(chunk) {
                     let steps = (value * unit - mean) * per_step;
-                    outside += u32::from(steps > 127.5) + u32::from(steps < -128.5);
                     let low = if steps < -128.0 { -128.0 } else { steps };
                     let clamped = if low > 127.0 { 127.0 } else { low };
+                    outside += u32::from((steps - clamped).abs() > 0.5);
                     *index = ((clamped + ROUND).to_bits() as u8).wrapping_add(128);
                 }
                 saturated += outside as usize;
