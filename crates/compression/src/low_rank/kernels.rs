@@ -85,9 +85,12 @@ fn add_columns<I: Isa>(
     let [a, b, c, d] = columns.map(|column| column.as_chunks::<LINE>().0);
     for (number, ((((line, a), b), c), d)) in lines.iter_mut().zip(a).zip(b).zip(c).zip(d).enumerate() {
         isa.prefetch(ahead, number * LINE);
+        // A copy, which nothing else can point to: without it this becomes no loop of vectors everywhere.
+        let mut sums = *line;
         for j in 0..LINE {
-            line[j] += (fa * a[j] + fb * b[j]) + (fc * c[j] + fd * d[j]);
+            sums[j] += (fa * a[j] + fb * b[j]) + (fc * c[j] + fd * d[j]);
         }
+        *line = sums;
     }
     let [a, b, c, d] = columns.map(|column| &column[tail..]);
     for ((((value, a), b), c), d) in rest.iter_mut().zip(a).zip(b).zip(c).zip(d) {
