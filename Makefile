@@ -10,7 +10,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat hard-days fuzz clean
+.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat neon hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, T
 
 nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)
 	tests/nat/run
+
+neon:  ## Test the codecs as an aarch64 program under qemu (about two minutes)
+	tools/neon $(APT)
 
 bench: wheel  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
 	cargo build --release -p potluck-cli
