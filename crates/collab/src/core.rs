@@ -2,6 +2,7 @@
 
 use crate::dialect::{PeerView, Report, RoundResult};
 use crate::factors::Factors;
+use crate::past::Past;
 use crate::policy::diloco::Outer;
 use crate::policy::{self, Background, Situation, Step};
 use crate::progress::{self, Behind, Own, Winner};
@@ -22,6 +23,8 @@ const AGREED_BLOB: &str = "potluck.agreed";
 const VELOCITY_BLOB: &str = "potluck.velocity";
 /// Name of the blob with PowerSGD's Q.
 const Q_BLOB: &str = "potluck.powersgd.q";
+/// Name of the past in a snapshot.
+const PAST_META: &str = "potluck.past";
 /// Name of the lineage's samples in a snapshot.
 pub(crate) const SAMPLES_META: &str = "potluck.samples";
 /// Name of the number of its state averages.
@@ -36,6 +39,7 @@ pub(crate) struct Core {
     /// Tells this life of the session from its others.
     nonce: u64,
     pub(crate) lineage: Lineage,
+    past: Past,
     pub(crate) own: Own,
     pub(crate) background: Background,
     /// The epoch in which background work was started.
@@ -90,6 +94,7 @@ impl Core {
             me,
             nonce,
             lineage: genesis,
+            past: Past::default(),
             own: Own::new(now),
             background: Background::Idle,
             background_epoch: 0,
@@ -389,6 +394,7 @@ impl Core {
         self.settle_factors(self.applied.is_some());
         let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
         self.lineage = self.lineage.next_epoch(&plan_hash, samples);
+        self.past.note(&self.lineage);
         self.contributed = self.contributed.saturating_add(used);
         self.gradients_are_applied();
         let epoch = self.lineage.epoch;
@@ -446,6 +452,7 @@ impl Core {
         snapshot.meta.insert(SAMPLES_META.to_owned(), self.lineage.samples.to_string());
         let state_averages = self.lineage.state_averages.to_string();
         snapshot.meta.insert(STATE_AVERAGES_META.to_owned(), state_averages);
+        snapshot.meta.insert(PAST_META.to_owned(), self.past.to_text());
         if let Some(agreed) = &self.agreed {
             snapshot.blobs.insert(AGREED_BLOB.to_owned(), to_bytes(agreed));
         }
@@ -458,11 +465,14 @@ impl Core {
         snapshot
     }
 
-    /// Take over the history of a downloaded state, unless it is no better than ours: an epoch never falls.
-    pub(crate) fn adopt(&mut self, snapshot: &mut Snapshot, now: Instant) -> Result<(), String> {
+    /// Take over the history of a downloaded state, unless it is no better than ours: an epoch never falls. Answers
+    /// whether epochs of ours are lost by it.
+    pub(crate) fn adopt(&mut self, snapshot: &mut Snapshot, now: Instant) -> Result<bool, String> {
         let lineage = Lineage::of(snapshot).ok_or("the state has no lineage")?;
         snapshot.meta.remove(SAMPLES_META);
         snapshot.meta.remove(STATE_AVERAGES_META);
+        let past =
+            snapshot.meta.remove(PAST_META).and_then(|text| Past::from_text(&text)).unwrap_or_default();
         if !lineage.beats(&self.lineage) {
             return Err(format!("the state of {lineage} does not replace ours of {}", self.lineage));
         }
@@ -486,7 +496,9 @@ impl Core {
         if let Some(outer) = &mut self.outer {
             outer.velocity = velocity.unwrap_or_default();
         }
-        Ok(())
+        let lost = self.past.differs_from(&past);
+        self.past = past;
+        Ok(lost)
     }
 
     /// Take over a history without its parameters (a peer that only helps has none).

@@ -53,7 +53,7 @@ pub enum Event {
         /// The epoch at which it happened.
         epoch: u64,
     },
-    /// Two histories met, and ours gives way.
+    /// Two histories met, and ours gives way: epochs that this peer went through are lost.
     LineageLost {
         /// What we had.
         ours: Lineage,

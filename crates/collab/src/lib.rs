@@ -25,7 +25,7 @@
 //! }
 //! ```
 //!
-//! Decisions are sans-I/O (`core`, `progress`, `lineage`, `policy/`, `sketch`); [`Session`] moves them. The protocol
+//! Decisions are sans-I/O (`core`, `progress`, `lineage`, `past`, `policy/`, `sketch`); [`Session`] moves them. The protocol
 //! underneath is a [`Dialect`]: potluck's own, or hivemind's.
 
 mod config;
@@ -40,6 +40,7 @@ mod keeper;
 mod lineage;
 mod manifest;
 mod native;
+mod past;
 mod policy;
 mod progress;
 mod session;

@@ -121,8 +121,6 @@ pub(crate) struct Behind {
 pub(crate) struct Winner {
     pub(crate) peer: PeerId,
     pub(crate) lineage: Lineage,
-    /// It is not ahead on our own history but on another one.
-    pub(crate) fork: bool,
 }
 
 impl Behind {
@@ -149,11 +147,11 @@ impl Behind {
             .filter(|(_, lineage)| lineage.beats(ours))
             .reduce(|best, next| if next.1.beats(&best.1) { next } else { best })?;
         if lineage.epoch > ours.epoch {
-            return Some(Winner { peer, lineage, fork: false });
+            return Some(Winner { peer, lineage });
         }
         let since = self.fork_since.unwrap_or(now);
         let sure = self.suspects_itself || now.duration_since(since) >= FORK_GRACE;
-        sure.then_some(Winner { peer, lineage, fork: true })
+        sure.then_some(Winner { peer, lineage })
     }
 
     /// Only peers at our epoch are evidence: whoever is a round ahead or behind may well share our history.
@@ -229,13 +227,13 @@ mod tests {
         assert_eq!(behind.check(Instant::now(), &ours, &split), None, "it may be about to reach us");
         tokio::time::advance(FORK_GRACE).await;
         let found = behind.check(Instant::now(), &ours, &split).unwrap();
-        assert!(found.fork && found.lineage == fork);
+        assert_eq!(found.lineage, fork);
         let mut doubtful = Behind::default();
         doubtful.suspect();
         assert!(doubtful.check(Instant::now(), &ours, &split).is_some(), "it knows that it is the odd one");
         let ahead = [peer(1, 1, 0, Some(fork)), peer(2, 2, 0, Some(ours.next_epoch(&[3; 32], 1)))];
         let found = behind.check(Instant::now(), &ours, &ahead).unwrap();
-        assert_eq!((found.peer, found.fork), (ahead[1].peer, false));
+        assert_eq!(found.peer, ahead[1].peer);
         let winner = Lineage::genesis("run", &[0; 32]);
         assert_eq!(behind.check(Instant::now(), &ours, &[peer(1, 0, 0, Some(winner))]), None);
     }

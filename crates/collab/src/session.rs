@@ -524,10 +524,10 @@ impl Inner {
                     let shared = snapshot.clone();
                     let adopted = self.core().adopt(&mut snapshot, self.env.now());
                     match adopted {
-                        Ok(()) => {
+                        Ok(lost) => {
                             self.drop_started();
                             self.dialect.publish(shared);
-                            if winner.fork {
+                            if lost {
                                 let theirs = self.core().lineage;
                                 self.emit(Event::LineageLost { ours, theirs, peer: winner.peer });
                             }
