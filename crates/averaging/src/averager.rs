@@ -266,8 +266,8 @@ impl Averager {
     pub fn new(swarm: &Swarm, channel: &str, config: AveragerConfig) -> Self {
         let inner = swarm.inner.clone();
         let group = config.target_group_size.unwrap_or(crate::GROUP_MAX).clamp(2, crate::GROUP_MAX);
-        let layout = Layout::new(&config.tensors, &config.compression, 1);
-        let second = config.second.as_ref().map(|tensors| Layout::new(tensors, &config.compression, 1));
+        let layout = Layout::new(&config.tensors, &config.compression);
+        let second = config.second.as_ref().map(|tensors| Layout::new(tensors, &config.compression));
         let phases = if second.is_some() { 2 } else { 1 };
         let channel = Arc::new(Channel {
             station: Mutex::new(Station::new(inner.me, &inner.config.run, channel, group, phases)),

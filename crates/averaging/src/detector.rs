@@ -1,6 +1,8 @@
 //! Sans-I/O. Is one peer alive? Silence makes it suspect, others are asked, and only then is it given up.
 //!
-//! Any frame from the peer counts as a sign of life, not only heartbeats, so that a saturated link kills nobody.
+//! Any frame from the peer counts as a sign of life, not only heartbeats, so that a saturated link kills nobody. Frames of
+//! a round count for less, and are no reason to vouch for anybody: what the network had taken in before the peer froze
+//! still arrives for a second or more.
 
 use std::time::Duration;
 use tokio::time::Instant;
@@ -9,6 +11,8 @@ use tokio::time::Instant;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Silence after which a peer is suspect: one heartbeat may be lost with its stream, and the next be late.
 const SUSPECT_AFTER: Duration = Duration::from_millis(1900);
+/// Frames of a round keep up a peer whose heartbeats are late for so long after the last of them.
+const BULK_COUNTS_FOR: Duration = Duration::from_millis(800);
 /// After a broken connection the wait is shorter: something has happened to the peer.
 const SUSPECT_AFTER_BREAK: Duration = Duration::from_millis(300);
 /// Time for others to vouch for it, and for a new connection to it.
@@ -30,19 +34,29 @@ pub(crate) enum Opinion {
 #[derive(Debug, Clone)]
 pub(crate) struct Detector {
     heard: Instant,
+    /// The last frame of a round.
+    bulk: Instant,
     broken: Option<Instant>,
     asked: Option<Instant>,
 }
 
 impl Detector {
     pub(crate) fn new(now: Instant) -> Self {
-        Self { heard: now, broken: None, asked: None }
+        Self { heard: now, bulk: now, broken: None, asked: None }
     }
 
     pub(crate) fn heard(&mut self, now: Instant) {
         self.heard = self.heard.max(now);
         self.asked = None;
         self.broken = None;
+    }
+
+    /// A frame of a round has come.
+    pub(crate) fn heard_bulk(&mut self, now: Instant) {
+        self.bulk = self.bulk.max(now);
+        if now < self.suspect_at() {
+            self.asked = None;
+        }
     }
 
     pub(crate) fn link_broke(&mut self, now: Instant) {
@@ -80,8 +94,8 @@ impl Detector {
     }
 
     fn suspect_at(&self) -> Instant {
-        let silent = self.heard + SUSPECT_AFTER;
-        self.broken.map_or(silent, |broken| silent.min(broken + SUSPECT_AFTER_BREAK))
+        let silent = (self.heard + SUSPECT_AFTER).max(self.bulk + BULK_COUNTS_FOR);
+        self.broken.map_or(silent, |broken| silent.min(broken.max(self.bulk) + SUSPECT_AFTER_BREAK))
     }
 
     pub(crate) fn next_wakeup(&self) -> Instant {
@@ -100,6 +114,23 @@ mod tests {
         assert_eq!(detector.judge(start + Duration::from_millis(1800)), Opinion::Fine);
         assert_eq!(detector.judge(start + Duration::from_millis(1900)), Opinion::Ask);
         assert_eq!(detector.judge(start + Duration::from_millis(2600)), Opinion::Dead);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_under_way_when_a_peer_froze_does_not_keep_it_alive() {
+        let start = Instant::now();
+        let mut detector = Detector::new(start);
+        for tenth in 0..13 {
+            detector.heard_bulk(start + Duration::from_millis(100 * tenth));
+        }
+        assert_eq!(detector.judge(start + Duration::from_millis(2000)), Opinion::Ask);
+        assert_eq!(detector.judge(start + Duration::from_millis(2700)), Opinion::Dead);
+        // A saturated link, on which heartbeats are late.
+        let mut detector = Detector::new(start);
+        for tenth in 0..50 {
+            detector.heard_bulk(start + Duration::from_millis(100 * tenth));
+            assert_eq!(detector.judge(start + Duration::from_millis(100 * tenth)), Opinion::Fine);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -111,15 +111,14 @@ impl Exchange {
         swarm: &Arc<Inner>,
         plan: &Arc<Plan>,
         (hash, phase): ([u8; 32], u8),
-        layout: Layout,
+        (layout, parts): (Layout, Vec<std::ops::Range<usize>>),
         vector: Arc<Vec<f32>>,
         mut output: Vec<f32>,
     ) -> Self {
         output.resize(if swarm.config.auxiliary { 0 } else { layout.values }, 0.0);
         let members = plan.members.len();
         let me = plan.index_of(swarm.me).expect("a plan without us is not accepted");
-        let shares: Vec<u32> = plan.members.iter().map(|member| member.share).collect();
-        let store = Store::new(crate::partition::parts(&layout, &shares));
+        let store = Store::new(parts);
         let shared = Arc::new(Shared {
             board: Mutex::new(Board {
                 store,

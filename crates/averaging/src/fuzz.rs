@@ -76,6 +76,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         attempt: 1,
         coordinator: peer,
         members: vec![member],
+        chunk_bytes: 64 << 10,
         implausible: vec![peer],
     };
     let digests = vec![[1; 32], [2; 32]];

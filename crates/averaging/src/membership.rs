@@ -215,6 +215,13 @@ impl Membership {
         }
     }
 
+    /// A frame of a round.
+    pub(crate) fn heard_bulk(&mut self, now: Instant, peer: PeerId) {
+        if let Some(entry) = self.peers.get_mut(&peer) {
+            entry.detector.heard_bulk(now);
+        }
+    }
+
     /// A heartbeat from the peer itself.
     pub(crate) fn beat(
         &mut self,

@@ -8,11 +8,14 @@ use bytes::Bytes;
 use potluck_compression::Scratch;
 use potluck_net::{FrameReceiver, FrameSender, Stream};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-/// Contributions of one sender that may wait for their turn: beyond that the sender feels back-pressure.
+/// Contributions of one sender that may wait for their turn, and their bytes if these are more: beyond that the sender
+/// feels back-pressure. Less would stall senders whenever one of them is behind the others for a moment.
 const WINDOW: usize = 4;
+const WINDOW_BYTES: usize = 2 << 20;
 /// First and longest pause between attempts to connect.
 const PAUSE: std::ops::Range<Duration> = Duration::from_millis(20)..Duration::from_millis(640);
 
@@ -73,7 +76,7 @@ pub(crate) async fn run(
     events: mpsc::Sender<Event>,
 ) {
     let opens = shared.plan.opens(shared.me, member) == shared.me;
-    let window = Arc::new(Semaphore::new(WINDOW));
+    let window = Arc::new(Semaphore::new(WINDOW.max(WINDOW_BYTES / shared.plan.chunk_bytes as usize)));
     let mut pause = PAUSE.start;
     let mut next: Option<Arrival> = None;
     let mut fresh = true;
@@ -202,8 +205,8 @@ async fn read(
 ) {
     loop {
         let Ok(Some(frame)) = receiver.recv().await else { return };
-        shared.swarm.heard(shared.peer(member));
-        shared.swarm.count(0, frame.len());
+        shared.swarm.heard_bulk(shared.peer(member));
+        shared.swarm.received(frame.len());
         shared.board().traffic.received += frame.len() as u64;
         let whole = frame.clone();
         let frame = match PairFrame::decode(frame) {
@@ -291,10 +294,24 @@ async fn write(shared: &Arc<Shared>, member: usize, sender: &mut FrameSender) {
             }
         };
         let len = frame.len();
-        if sender.feed(frame).await.is_err() {
+        if !feed(shared, sender, frame).await {
             return;
         }
-        shared.swarm.count(len, 0);
         shared.board().traffic.sent += len as u64;
     }
+}
+
+/// Put a frame into the stream, and note how long it has to wait; false if the stream is broken.
+async fn feed(shared: &Shared, sender: &mut FrameSender, frame: Bytes) -> bool {
+    let len = frame.len();
+    let mut feeding = std::pin::pin!(sender.feed(frame));
+    if let Poll::Ready(fed) = futures::poll!(feeding.as_mut()) {
+        return fed.is_ok();
+    }
+    let waiting = shared.swarm.wait_for_room();
+    let fed = feeding.await.is_ok();
+    if fed {
+        waiting.done(len);
+    }
+    fed
 }

@@ -1,10 +1,7 @@
-//! Sans-I/O. Who reduces how much: shares by measured rates, and the cut of a layout into parts.
+//! Sans-I/O. Who reduces how much: shares by measured rates.
 //!
 //! With share s a peer of a group with n senders moves `(1 - s) + s (n - 1)` encoded vectors in each direction. The
 //! shares that let all peers finish at the same time follow from one number, the round's duration, found by bisection.
-
-use crate::spans::Layout;
-use std::ops::Range;
 
 /// Shares are fractions of this.
 pub(crate) const SHARE_UNIT: u32 = 1 << 20;
@@ -68,32 +65,9 @@ fn quantize(weights: &[f64]) -> Vec<u32> {
     shares
 }
 
-/// The chunks that each member reduces: consecutive, in member order, as close to the shares as whole chunks allow.
-pub(crate) fn parts(layout: &Layout, shares: &[u32]) -> Vec<Range<usize>> {
-    let total = layout.encoded_bytes() as f64;
-    let mut parts = Vec::with_capacity(shares.len());
-    let (mut at, mut bytes, mut share_sum) = (0, 0.0, 0.0);
-    for (member, share) in shares.iter().enumerate() {
-        share_sum += f64::from(*share);
-        let goal = total * share_sum / f64::from(SHARE_UNIT);
-        let start = at;
-        while let Some(chunk) = layout.chunks.get(at) {
-            let len = chunk.encoded_bytes() as f64;
-            if bytes + len / 2.0 > goal && member + 1 < shares.len() {
-                break;
-            }
-            bytes += len;
-            at += 1;
-        }
-        parts.push(start..at);
-    }
-    parts
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use potluck_compression::Scheme;
 
     fn sender(rate: f64) -> Capacity {
         Capacity { rate, sends: true }
@@ -119,19 +93,5 @@ mod tests {
         let helper = Capacity { rate: 1000.0, sends: false };
         let given = shares(&[sender(10.0), sender(10.0), sender(10.0), helper]);
         assert!(given[3] > SHARE_UNIT / 2, "{given:?}");
-    }
-
-    #[test]
-    fn parts_cover_all_chunks_in_order() {
-        let layout = Layout::from_spans([(1_000_000, Scheme::Float16), (70_000, Scheme::Uniform8Bit)], 5);
-        for given in [vec![SHARE_UNIT / 5; 5], vec![0, SHARE_UNIT, 0], vec![SHARE_UNIT]] {
-            let parts = parts(&layout, &given);
-            let mut at = 0;
-            for part in &parts {
-                assert_eq!(part.start, at);
-                at = part.end;
-            }
-            assert_eq!(at, layout.chunks.len());
-        }
     }
 }

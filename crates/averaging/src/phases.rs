@@ -124,12 +124,14 @@ impl Averager {
         vector: Arc<Vec<f32>>,
         output: Vec<f32>,
     ) -> Exchange {
-        let layout = Layout::new(tensors, &self.config.compression, plan.members.len());
+        let shares: Vec<u32> = plan.members.iter().map(|member| member.share).collect();
+        let cut = Layout::cut(tensors, &self.config.compression, &shares, plan.chunk_bytes);
         let swarm = &self.channel.swarm;
         // Our own part's averages last for the round; to each member a contribution or two are on their way.
+        let layout = &cut.0;
         let (members, chunk) = (plan.members.len(), layout.chunks.first().map_or(0, Chunk::encoded_bytes));
         swarm.pool.keep(layout.encoded_bytes() / members.max(1) + 2 * chunk * members);
-        Exchange::start(swarm, plan, name, layout, vector, output)
+        Exchange::start(swarm, plan, name, cut, vector, output)
     }
 
     /// Whoever was lost in the first phase may have gone on with another average of it: not a member of the second.

@@ -1,6 +1,7 @@
 //! Sans-I/O. Who coordinates a round, what the plan of a round says, and who reduces a part when its reducer is lost.
 
 use crate::partition::{self, Capacity};
+use crate::spans::CHUNK_BYTES;
 use crate::wire::{Plan, PlanMember, Ready};
 use potluck_net::PeerId;
 use std::collections::BTreeMap;
@@ -9,6 +10,18 @@ use std::collections::BTreeMap;
 pub const GROUP_MAX: usize = 64;
 /// A vector whose norm exceeds the group's median by this factor is not averaged.
 const NORM_FACTOR_MAX: f64 = 1000.0;
+
+/// Chunks are so small that the slowest member has sent one to everybody after this time: until then nobody can begin to
+/// add, and as long again nobody has anything else to do at the end.
+const CHUNK_TIME: f64 = 0.1;
+
+/// Encoded bytes of a chunk for members with these capacities; the largest while nothing is known of them.
+fn chunk_bytes(capacities: &[Capacity]) -> u32 {
+    let known = capacities.iter().map(|capacity| capacity.rate).filter(|rate| *rate > 0.0);
+    let slowest = known.fold(f64::INFINITY, f64::min);
+    let bytes = slowest * CHUNK_TIME / (capacities.len() as f64 - 1.0).max(1.0);
+    (bytes.min(1e9) as u32).clamp(*CHUNK_BYTES.start(), *CHUNK_BYTES.end())
+}
 
 /// Peers in the order in which they coordinate: highest hash first.
 pub(crate) fn coordinators(
@@ -69,7 +82,9 @@ pub(crate) fn make(
             }
         })
         .collect();
-    Plan { run: run.into(), channel: channel.into(), epoch, attempt, coordinator, members, implausible }
+    let chunk_bytes = chunk_bytes(&capacities);
+    let (run, channel) = (run.into(), channel.into());
+    Plan { run, channel, epoch, attempt, coordinator, members, chunk_bytes, implausible }
 }
 
 /// The largest plausible norm: a multiple of the lower median over members that contribute.

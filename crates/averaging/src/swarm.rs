@@ -6,7 +6,7 @@
 use crate::invite::Invite;
 use crate::link;
 use crate::membership::{Action, Membership, View};
-use crate::rates::Meter;
+use crate::rates::{Downlink, Uplink};
 use crate::router::Router;
 use crate::wire::{self, Control, Hello, PROTOCOL_VERSION, Progress, Pulse, RoundMessage};
 use bytes::Bytes;
@@ -135,8 +135,8 @@ pub(crate) struct State {
     next_link: u64,
     connecting: BTreeSet<PeerId>,
     channels: BTreeMap<String, Weak<dyn ChannelHandler>>,
-    up: Meter,
-    down: Meter,
+    up: Uplink,
+    down: Downlink,
     beat_due: Option<Instant>,
     last_beat: Instant,
     view_dirty: bool,
@@ -192,8 +192,8 @@ impl Swarm {
                 next_link: 0,
                 connecting: BTreeSet::new(),
                 channels: BTreeMap::new(),
-                up: Meter::new(),
-                down: Meter::new(),
+                up: Uplink::default(),
+                down: Downlink::default(),
                 beat_due: None,
                 last_beat: now,
                 view_dirty: true,
@@ -423,19 +423,20 @@ impl Inner {
         self.send(peer, &Control::Round { channel: channel.to_owned(), message });
     }
 
-    pub(crate) fn heard(&self, peer: PeerId) {
-        self.lock().membership.heard(self.env.now(), peer);
+    /// A frame of a round has come.
+    pub(crate) fn heard_bulk(&self, peer: PeerId) {
+        self.lock().membership.heard_bulk(self.env.now(), peer);
     }
 
-    pub(crate) fn count(&self, up: usize, down: usize) {
-        let now = self.env.now();
-        let mut state = self.lock();
-        if up > 0 {
-            state.up.add(now, up);
-        }
-        if down > 0 {
-            state.down.add(now, down);
-        }
+    /// So many bytes of a round have come.
+    pub(crate) fn received(&self, bytes: usize) {
+        self.lock().down.add(self.env.now(), bytes);
+    }
+
+    /// A frame waits for room in its stream until this is dropped, or [told](Waiting::done) that it is under way.
+    pub(crate) fn wait_for_room(&self) -> Waiting<'_> {
+        self.lock().up.wait(self.env.now());
+        Waiting { inner: self, bytes: 0 }
     }
 
     /// Upload and download rates measured so far, bytes per second.
@@ -526,6 +527,24 @@ impl Inner {
         if let Some((handler, message)) = deliver {
             handler.message(now, from, message);
         }
+    }
+}
+
+/// See [`Inner::wait_for_room`].
+pub(crate) struct Waiting<'a> {
+    inner: &'a Inner,
+    bytes: usize,
+}
+
+impl Waiting<'_> {
+    pub(crate) fn done(mut self, bytes: usize) {
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.inner.lock().up.go_on(self.inner.env.now(), self.bytes);
     }
 }
 

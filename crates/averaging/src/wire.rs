@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of everything in this file; a different one is refused at the first message.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 /// Largest control message that is decoded, in bytes.
 const CONTROL_BYTES_MAX: usize = 2 << 20;
 /// Longest list in any control message: members, news, parts.
@@ -158,6 +158,8 @@ pub(crate) struct Plan {
     pub(crate) attempt: u32,
     pub(crate) coordinator: PeerId,
     pub(crate) members: Vec<PlanMember>,
+    /// Encoded bytes of a chunk, about.
+    pub(crate) chunk_bytes: u32,
     /// Members whose norm was implausible; their weight is 0.
     pub(crate) implausible: Vec<PeerId>,
 }
@@ -239,6 +241,7 @@ fn round_is_sound(message: &RoundMessage) -> bool {
         }
         RoundMessage::Begin(plan) => {
             plan.members.len() <= crate::plan::GROUP_MAX
+                && crate::spans::CHUNK_BYTES.contains(&plan.chunk_bytes)
                 && plan.members.iter().all(|m| weight(m.weight) && m.gathered.len() <= GATHER_BYTES_MAX)
         }
         RoundMessage::Done { digests, .. } => digests.len() <= LIST_MAX,
