@@ -86,7 +86,7 @@ impl Round {
             hash[index % 32] ^= byte.rotate_left(index as u32 % 7);
         }
         let stats = RoundStats { attempts: 1, ..RoundStats::default() };
-        let result = RoundResult { vector, members, weight_total, plan_hash: hash, stats };
+        let result = RoundResult { vector, members, weight_total, plan_hash: hash, unchanged: false, stats };
         self.result = Some(result.clone());
         result
     }

@@ -2,7 +2,7 @@
 //! the round fails it comes back unchanged inside the error.
 
 use crate::membership::Member;
-use crate::phases::{Finished, Own};
+use crate::phases::{Finished, Own, everybody};
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
 use crate::swarm::{ChannelHandler, Inner, Swarm};
@@ -69,6 +69,8 @@ pub struct RoundRequest {
     pub timeout: Duration,
     /// Fewer members are no round.
     pub min_group_size: usize,
+    /// If `gather` is the same at all members with a vector, then so are their vectors: nothing is to be averaged.
+    pub gather_names_vector: bool,
 }
 
 impl RoundRequest {
@@ -84,6 +86,7 @@ impl RoundRequest {
             gather_timeout: None,
             timeout: Duration::from_secs(600),
             min_group_size: 1,
+            gather_names_vector: false,
         }
     }
 }
@@ -133,6 +136,8 @@ pub struct Round {
     pub plan_hash: [u8; 32],
     /// Names the plan and every bit of what the group agreed on.
     pub result_hash: [u8; 32],
+    /// All members had the same vector, and this is it: nothing was sent.
+    pub unchanged: bool,
     /// Number of the attempt.
     pub attempt: u32,
     /// Which members (bit i: the i-th) are in all of the averages.
@@ -354,6 +359,22 @@ impl Averager {
         let original = Arc::try_unwrap(vector).unwrap_or_else(|shared| shared.as_ref().clone());
         match result {
             Ok(Finished::Alone) => Ok(Outcome { value: self.alone(request, original), faults }),
+            Ok(Finished::Unchanged { plan, hash, stats }) => {
+                let members: Vec<MemberReport> = plan.members.iter().map(report).collect();
+                let round = Round {
+                    vector: original,
+                    second: Vec::new(),
+                    weight_total: members.iter().map(|member| member.weight).sum(),
+                    members,
+                    plan_hash: hash,
+                    result_hash: hash,
+                    unchanged: true,
+                    attempt: plan.attempt,
+                    full_contributors: everybody(&plan),
+                    stats,
+                };
+                Ok(Outcome { value: round, faults })
+            }
             Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats }) => {
                 *self.spare() = original;
                 name_missing(&plan, contributors, &mut faults);
@@ -365,6 +386,7 @@ impl Averager {
                     members,
                     plan_hash: hash,
                     result_hash: result,
+                    unchanged: false,
                     attempt: plan.attempt,
                     full_contributors: contributors,
                     stats,
@@ -428,6 +450,7 @@ impl Averager {
             weight_total: request.weight,
             plan_hash: [0; 32],
             result_hash: [0; 32],
+            unchanged: false,
             attempt: 0,
             full_contributors: 1,
             stats: RoundStats::default(),

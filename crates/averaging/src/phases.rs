@@ -30,6 +30,12 @@ pub(crate) struct Own {
 
 pub(crate) enum Finished {
     Alone,
+    /// Everybody has the same vector.
+    Unchanged {
+        plan: Arc<Plan>,
+        hash: PlanHash,
+        stats: RoundStats,
+    },
     Averaged {
         average: Vec<f32>,
         second: Vec<f32>,
@@ -57,6 +63,18 @@ fn is_restarted(now: &Member, nonce: u64, age: Duration) -> bool {
     age > HEARTBEAT * 2 && now.process != 0 && promised != 0 && u64::from(now.process) != promised
 }
 
+/// Whether all who have a vector named the same one. Everybody sees the same plan and so comes to the same answer.
+fn have_the_same(plan: &Plan) -> bool {
+    let mut named = plan.members.iter().filter(|member| !member.auxiliary).map(|member| &member.gathered);
+    let first = named.next();
+    first.is_some_and(|first| !first.is_empty() && named.all(|other| other == first))
+}
+
+/// A bit for each member.
+pub(crate) fn everybody(plan: &Plan) -> u64 {
+    u64::MAX >> (64 - plan.members.len().clamp(1, 64))
+}
+
 impl Averager {
     pub(crate) async fn round(
         &self,
@@ -77,6 +95,10 @@ impl Averager {
             members = plan.members.len(), "round begins");
         let mut stats =
             RoundStats { gather_seconds: (env.now() - started).as_secs_f64(), ..RoundStats::default() };
+        if request.gather_names_vector && have_the_same(&plan) {
+            self.channel.station().settle();
+            return Ok(Finished::Unchanged { plan, hash, stats });
+        }
         let mut first = self.start(&plan, (hash, 0), &self.config.tensors, own.vector, own.spare);
         let phase = self.phase(&mut first, None, &plan, deadline, &mut stats, faults).await?;
         let (average, mut contributors) = (phase.average, phase.contributors);
@@ -100,8 +122,7 @@ impl Averager {
             contributors &= phase.contributors;
             agreed.extend(phase.agreed.digests);
         }
-        let everybody = u64::MAX >> (64 - plan.members.len().clamp(1, 64));
-        let contributors = contributors & everybody;
+        let contributors = contributors & everybody(&plan);
         let result = result_name(&hash, &agreed);
         Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats })
     }

@@ -459,6 +459,14 @@ impl Station {
         current.told_at = None;
     }
 
+    /// There is nothing to agree on, as all members know from the plan.
+    pub(crate) fn settle(&mut self) {
+        if let Some(current) = &mut self.current {
+            let holders = current.plan.members.iter().map(|member| member.peer).collect();
+            current.agreed.get_or_insert(Agreed { digests: Vec::new(), holders });
+        }
+    }
+
     /// We hold every part.
     pub(crate) fn finished(&mut self, now: Instant, digests: Vec<[u8; 32]>) {
         if let Some(current) = &mut self.current {

@@ -112,6 +112,32 @@ fn whoever_steps_without_an_epoch_averages_with_whoever_does() {
 }
 
 #[test]
+fn equal_vectors_are_not_sent_and_one_bit_of_difference_is() {
+    run(13, async |net| {
+        let len = 100_000;
+        let peers = peers(&net, 4, PeerSpec::default(), &config(len, Scheme::Uniform8Bit)).await;
+        for odd in [None, Some(3)] {
+            let epoch = u64::from(odd.is_some());
+            let steps = peers.iter().enumerate().map(|(at, peer)| {
+                let mut vector = values(0, len);
+                if odd == Some(at) {
+                    vector[77] = f32::from_bits(vector[77].to_bits() ^ 1);
+                }
+                let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_le_bytes()).collect();
+                let named = request(epoch, vector, 1.0);
+                let gather = blake3::hash(&bytes).as_bytes().to_vec().into();
+                peer.averager.step(RoundRequest { gather, gather_names_vector: true, ..named })
+            });
+            let results = futures::future::join_all(steps).await;
+            let round = agreed(&results);
+            assert_eq!((round.members.len(), round.unchanged), (4, odd.is_none()));
+            assert_eq!(round.stats.bytes_sent == 0, odd.is_none(), "{:?}", round.stats);
+            assert!(odd.is_some() || round.vector == values(0, len), "not even rounded");
+        }
+    });
+}
+
+#[test]
 fn auxiliary_and_dial_out_peers_are_full_members() {
     run(12, async |net| {
         let config = config(100_000, Scheme::Float16);

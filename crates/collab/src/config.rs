@@ -45,6 +45,13 @@ pub enum PolicyKind {
     },
 }
 
+impl PolicyKind {
+    /// Whether an epoch ends with an average of the state, not of gradients.
+    pub(crate) fn ends_epochs_with_state(self) -> bool {
+        matches!(self, Self::LocalUpdates | Self::DiLoCo { .. })
+    }
+}
+
 /// When the parameters themselves are averaged, to undo what different hardware rounds differently.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

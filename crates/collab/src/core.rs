@@ -203,7 +203,7 @@ impl Core {
             local_steps: self.own.steps,
             gradients_open: something && called(Channel::Gradients),
             state_open: self.state_averaged_at != Some(self.lineage.epoch)
-                && (something || !self.epoch_ends_with_state())
+                && (something || !self.config.policy.ends_epochs_with_state())
                 && called(Channel::State),
             state_due: self.state_due,
             background: self.background,
@@ -261,14 +261,15 @@ impl Core {
         self.bytes_plain += result.stats.bytes_plain;
         self.bytes_encoded += result.stats.bytes_encoded;
         let samples = if result.weight_total.is_finite() { result.weight_total.max(0.0) as u64 } else { 0 };
-        if channel == Channel::Gradients || self.epoch_ends_with_state() {
+        if channel == Channel::Gradients || self.config.policy.ends_epochs_with_state() {
             self.applied = Some((result.plan_hash, samples));
         } else {
             self.state_is_done();
-            if self.background == Background::Idle {
-                self.lineage = self.lineage.state_averaged(&result.plan_hash);
-            } else {
-                self.state_plan = Some(result.plan_hash);
+            match self.background {
+                // Who has not been there, such as a newcomer, has missed nothing.
+                _ if result.unchanged => {}
+                Background::Idle => self.lineage = self.lineage.state_averaged(&result.plan_hash),
+                _ => self.state_plan = Some(result.plan_hash),
             }
         }
         self.void = false;
@@ -279,6 +280,7 @@ impl Core {
             channel,
             members: result.members.clone(),
             weight_total: result.weight_total,
+            unchanged: result.unchanged,
             stats: result.stats,
             faults: faults.to_vec(),
         };
@@ -300,7 +302,8 @@ impl Core {
             self.state_is_done();
         }
         self.applied = None;
-        self.void = in_company && (channel == Channel::Gradients || self.epoch_ends_with_state());
+        self.void =
+            in_company && (channel == Channel::Gradients || self.config.policy.ends_epochs_with_state());
         self.retry = in_company.then(|| {
             let pause = self.retry.map_or(FAILED_PAUSE, |(_, pause)| (pause * 2).min(FAILED_PAUSE_MAX));
             (now + pause, pause)
@@ -343,10 +346,6 @@ impl Core {
         }
     }
 
-    fn epoch_ends_with_state(&self) -> bool {
-        matches!(self.config.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. })
-    }
-
     /// What goes into a round of the state: the movement away from the last agreed state, if there is one.
     pub(crate) fn movement(&self, vector: &[f32]) -> Vec<f32> {
         match self.agreed.as_ref().filter(|agreed| agreed.len() == vector.len()) {
@@ -375,7 +374,7 @@ impl Core {
     /// Whether a state that was averaged with nobody is one that newcomers will agree with: only where it ends an
     /// epoch and so becomes part of the history.
     pub(crate) fn agrees_alone(&self) -> bool {
-        self.epoch_ends_with_state()
+        self.config.policy.ends_epochs_with_state()
     }
 
     /// The epoch is over: one epoch further, history extended, counters on.
@@ -385,7 +384,7 @@ impl Core {
             self.settle_factors(false);
             // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state. Without
             // samples it has not moved, so its history is what it was.
-            if used > 0 || !self.epoch_ends_with_state() {
+            if used > 0 || !self.config.policy.ends_epochs_with_state() {
                 self.lineage = self.lineage.spoiled(&self.alone_hash());
             }
             self.gradients_are_applied();
@@ -402,7 +401,7 @@ impl Core {
             StateEvery::Epochs(every) => epoch.is_multiple_of(u64::from(every.max(1))),
             StateEvery::Drift(_) => self.state_due_from.is_some_and(|due| due <= epoch),
             StateEvery::Never => false,
-        } && !self.epoch_ends_with_state();
+        } && !self.config.policy.ends_epochs_with_state();
         if self.state_due_from.is_some_and(|due| due <= epoch) {
             self.state_due_from = None;
         }

@@ -1,3 +1,5 @@
+//! What a session decides after rounds that failed or were missed.
+
 use super::*;
 
 const TARGET: u64 = 64;

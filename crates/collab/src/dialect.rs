@@ -78,6 +78,8 @@ pub struct RoundResult {
     pub weight_total: f64,
     /// The hash of the plan under which it was made; equal for equal results.
     pub plan_hash: [u8; 32],
+    /// All members had the same vector, and this is it: nothing was averaged.
+    pub unchanged: bool,
     /// What it cost.
     pub stats: RoundStats,
 }

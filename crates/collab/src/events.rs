@@ -90,6 +90,14 @@ impl Event {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Round(round) if round.unchanged => write!(
+                f,
+                "epoch {}: {} peers have the same state, nothing to average, {:.2} s{}",
+                round.epoch,
+                round.members.len(),
+                round.stats.seconds,
+                faults(&round.faults)
+            ),
             Self::Round(round) => write!(
                 f,
                 "epoch {}: averaged {} with {} peers, {}{:.2} s{}",

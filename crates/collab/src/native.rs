@@ -34,6 +34,7 @@ pub(crate) struct Native {
     sent: AtomicU64,
     received: AtomicU64,
     auxiliary: bool,
+    epoch_ends_with_state: bool,
 }
 
 impl Native {
@@ -84,6 +85,7 @@ impl Native {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             auxiliary: config.auxiliary,
+            epoch_ends_with_state: config.policy.ends_epochs_with_state(),
         })
     }
 
@@ -97,8 +99,20 @@ impl Native {
         // Kept for the one case in which an average must be dropped.
         let kept = if channel == Channel::State { vector.clone() } else { Vec::new() };
         let bytes_plain = vector.len() as u64 * 4;
+        let mut gather = call.lineage.to_vec();
+        // Where it ends an epoch, the average is that of movements and weighs samples: equal ones still make history.
+        let may_be_equal = channel == Channel::State && !self.epoch_ends_with_state;
+        let vector = if may_be_equal && !self.auxiliary {
+            let hashing = move || (hash_of(&vector), vector);
+            let (hash, vector) = self.swarm.env().offload(hashing).await;
+            gather.extend(hash.as_bytes());
+            vector
+        } else {
+            vector
+        };
         let mut request = RoundRequest::new(Some(epoch), vector, call.weight);
-        request.gather = call.lineage.to_vec().into();
+        request.gather = gather.into();
+        request.gather_names_vector = may_be_equal;
         request.timeout = call.timeout.unwrap_or(ROUND_TIMEOUT);
         let stepped = match (channel, &self.factors) {
             (Channel::Gradients, Some(factors)) if !self.auxiliary => self.low_rank(factors, request).await,
@@ -122,7 +136,8 @@ impl Native {
             bytes_encoded: stats.encoded_bytes,
             attempts: outcome.value.attempt + 1,
         };
-        let of_one_history = outcome.value.members.iter().all(|member| member.gathered == call.lineage[..]);
+        let of_one_history =
+            outcome.value.members.iter().all(|member| member.gathered.starts_with(&call.lineage));
         if channel == Channel::State && !of_one_history {
             // Movements away from different states do not add up; every member sees the same list and drops it.
             return Err(RoundFailed {
@@ -139,6 +154,7 @@ impl Native {
             members: round.members.iter().map(|member| member.peer).collect(),
             weight_total: round.weight_total,
             plan_hash: round.result_hash,
+            unchanged: round.unchanged,
             stats: round_stats,
         };
         Ok(Outcome { value, faults })
@@ -310,6 +326,18 @@ impl Dialect for Native {
     fn leave(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.swarm.leave())
     }
+}
+
+/// A hash over every bit, without a second copy of the values.
+fn hash_of(values: &[f32]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = Vec::with_capacity(1 << 16);
+    for some in values.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(some.iter().flat_map(|value| value.to_le_bytes()));
+        hasher.update(&bytes);
+    }
+    hasher.finalize()
 }
 
 fn says_lineage(view: &PeerView, lineage: &[u8; 32]) -> bool {

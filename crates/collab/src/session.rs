@@ -34,7 +34,7 @@ pub struct Averaged {
     pub members: Vec<PeerId>,
     /// The sum of the members' weights.
     pub weight_total: f64,
-    /// Nobody else's values are in it.
+    /// Nobody else's values are in it: nobody came, or all had the same state.
     pub alone: bool,
     /// What it cost.
     pub stats: RoundStats,
@@ -346,8 +346,7 @@ impl Inner {
     async fn state_round(&self, vector: Vec<f32>) -> Outcome<Averaged> {
         let (movement, weight) = {
             let core = self.core();
-            let by_samples =
-                matches!(self.config.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. });
+            let by_samples = self.config.policy.ends_epochs_with_state();
             (core.movement(&vector), if by_samples { core.own.samples as f64 } else { 1.0 })
         };
         let mut outcome = self.round(Channel::State, movement, weight).await;
@@ -464,7 +463,7 @@ impl Inner {
     ) -> Outcome<Averaged> {
         let event = self.core().averaged(channel, &result, &faults);
         self.emit(event);
-        let alone = result.members.len() <= 1;
+        let alone = result.members.len() <= 1 || result.unchanged;
         let value = Averaged {
             vector: result.vector,
             members: result.members,

@@ -84,6 +84,9 @@ pub struct RoundStatus {
     pub members: Vec<PeerId>,
     /// Samples that went into it.
     pub weight_total: f64,
+    /// All members had the same state already: nothing was sent.
+    #[serde(default)]
+    pub unchanged: bool,
     /// What it cost this peer.
     #[serde(flatten)]
     pub stats: crate::RoundStats,
