@@ -140,17 +140,18 @@ impl Isa for F16c {
     }
     #[inline(always)]
     fn stream(self, to: &mut [f32], from: &[f32]) {
-        use std::arch::x86_64::{_mm256_loadu_ps, _mm256_stream_ps};
+        use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps};
         assert_eq!(to.len(), from.len());
-        let head = to.as_ptr().align_offset(32).min(to.len());
+        // 16 bytes at a time: 32 have measured a quarter slower.
+        let head = to.as_ptr().align_offset(16).min(to.len());
         let (to_head, to) = to.split_at_mut(head);
         let (from_head, from) = from.split_at(head);
         to_head.copy_from_slice(from_head);
-        let ((to, to_tail), (from, from_tail)) = (to.as_chunks_mut::<8>(), from.as_chunks::<8>());
+        let ((to, to_tail), (from, from_tail)) = (to.as_chunks_mut::<4>(), from.as_chunks::<4>());
         for (to, from) in to.iter_mut().zip(from) {
-            // SAFETY: `self` proves AVX. The load is the unaligned form; the store writes the 32 bytes of `to`, which
-            // are aligned: `head` skipped what was not, and each group is 32 bytes.
-            unsafe { _mm256_stream_ps(to.as_mut_ptr(), _mm256_loadu_ps(from.as_ptr())) };
+            // SAFETY: SSE is part of x86-64. The load is the unaligned form; the store writes the 16 bytes of `to`,
+            // which are aligned: `head` skipped what was not, and each group is 16 bytes.
+            unsafe { _mm_stream_ps(to.as_mut_ptr(), _mm_loadu_ps(from.as_ptr())) };
         }
         to_tail.copy_from_slice(from_tail);
     }
