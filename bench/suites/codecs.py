@@ -8,7 +8,12 @@ from table import Row, faster
 
 # At least so many times hivemind's speed: encode, decode.
 TARGETS = {"float16": (2, 2), "uniform8": (10, 10), "quantile8": (15, None)}
-SCHEMES = ("none", "float16", "scaled16", "uniform8", "quantile8", "blockwise8")
+# The last two are potluck's own.
+SCHEMES = ("none", "float16", "scaled16", "uniform8", "quantile8", "blockwise8", "bfloat16", "blockwise4")
+MISSED = {
+    ("uniform8", "encode"): "reads the values twice, the second time to index them and to add up 256 sums",
+    ("quantile8", "encode"): "bound by sorting a sample and a search per value on one thread",
+}
 
 
 def _turns(swarms: dict[str, Swarm], word: str, count: int) -> list[dict[str, dict]]:
@@ -44,12 +49,13 @@ def _row(scheme: str, phase: str, target, turns: list[dict[str, dict]], numel: i
     }
     ours, theirs = seconds["potluck"], seconds.get("hivemind")
     ratio = statistics.median(t["hivemind"][phase] / t["potluck"][phase] for t in turns) if theirs else None
-    errors = ", ".join(f"{name} {turns[0][name]['error']:.2g}" for name in turns[0])
     row = faster("compression", f"{scheme} {phase}", ours, theirs, "hivemind", target, ratio=ratio)
     row.unit = "GB/s"
     row.potluck, row.peer = (4e-9 * numel / value if value else None for value in (ours, theirs))
-    if phase == "decode":
-        row.note = f"relative error {errors}"
-    if row.holds is False and phase == "encode" and scheme == "quantile8":
-        row.note = "bound by sorting a sample and a search per value on one thread"
+    able = [name for name in turns[0] if turns[0][name]["ok"]]
+    errors = ", ".join(f"{name} {turns[0][name]['error']:.2g}" for name in able)
+    notes = [f"relative error {errors}"] if phase == "decode" else []
+    if row.holds is False and (scheme, phase) in MISSED:
+        notes.append(MISSED[scheme, phase])
+    row.note = "; ".join(notes)
     return row

@@ -18,6 +18,8 @@ NAMES = {
     "uniform8": "Uniform8BitQuantization",
     "quantile8": "Quantile8BitQuantization",
     "blockwise8": "BlockwiseQuantization",
+    "bfloat16": "BFloat16Compression",
+    "blockwise4": "Blockwise4BitQuantization",
 }
 
 
