@@ -10,7 +10,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test test-rust test-python check fix bench sim nat neon hard-days fuzz clean
+.PHONY: help setup wheel demo test test-rust test-python oldest-lightning check fix bench sim nat neon hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,10 +42,18 @@ test-rust: setup
 	cargo test --workspace --release --all-features --doc
 
 test-python: wheel
-	$(PY) -m pytest python/tests
 	@# test-rust has just built it; by itself, with other features, it would take minutes.
 	test -x target/release/potluck || cargo build --release -p potluck-cli
+	$(PY) -m pytest python/tests
 	$(PY) -m pytest tests/hard_days
+
+# Its own use of what newer Pythons and torches discourage is not ours to mend.
+oldest-lightning: wheel  ## Lightning's tests with the oldest Lightning that is supported
+	@rm -rf .build/oldest-lightning
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .build/oldest-lightning \
+		"lightning==2.2.*" "pytorch-lightning==2.2.*" "setuptools<80"
+	PYTHONPATH=.build/oldest-lightning $(PY) -m pytest python/tests/test_lightning_*.py \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::UserWarning
 
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check

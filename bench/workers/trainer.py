@@ -5,6 +5,7 @@ It reports every step (when it was called and when it returned, the epoch, the s
 """
 
 import argparse
+import copy
 import importlib
 import queue
 import sys
@@ -75,6 +76,7 @@ class Peer:
     def __init__(self, given):
         self.given = given
         self.work = (Demo if given.model == "demo" else Small)(given)
+        self._train_alone()
         torch_only = common.memory_bytes()
         self.system = importlib.import_module(given.system)
         self.codecs = importlib.import_module(f"{given.system}.compression")
@@ -83,6 +85,13 @@ class Peer:
         self.words: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         common.say(ready=True, address=str(self.dht.get_visible_maddrs()[0]), torch=torch_only)
+
+    def _train_alone(self):
+        """A step of a copy, with nothing but torch: what its optimizers and autograd load is torch's own."""
+        model = copy.deepcopy(self.work.model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        sum(parameter.square().sum() for parameter in model.parameters()).backward()
+        optimizer.step()
 
     def _optimizer(self):
         given = self.given

@@ -63,12 +63,14 @@ def check_compression(name: str, value: Any) -> CompressionBase:
     return value
 
 
-def positive(name: str, value: Any, optional: bool = False) -> Any:
-    """A whole number of at least 1."""
+def positive(name: str, value: Any, optional: bool = False, most: int = 2**63 - 1) -> Any:
+    """A whole number of at least 1 and at most ``most``, by default what 64 bits with a sign hold."""
     if optional and value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    if value > most:
+        raise ValueError(f"{name}={value!r}: expected at most {most}")
     return value
 
 

@@ -34,7 +34,7 @@ def main(run_id: str, initial_peers: list[str]) -> None:
         run_id=run_id,
         target_batch_size=6 * BATCH,
         batch_size_per_step=BATCH,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.005),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.02),
         dashboard=True,
     )
     about = {

@@ -286,6 +286,8 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
     refused("no state to offer", auxiliary=True, batch_size_per_step=None, load_state_compression=HALF)
     refused("expected names", average_opt_statistics=[3])
     refused("expected a whole number", average_state_every=0)
+    refused("expected at most 4294967295", average_state_every=2**32)
+    refused("expected at most 9223372036854775807", target_batch_size=2**63)
     refused("not a potluck GradientAverager", grad_averager_factory=lambda *_, **__: None)
     # Timing is measured; what hivemind's scripts set is taken and none of it is needed.
     with potluck.Optimizer(

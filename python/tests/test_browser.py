@@ -20,12 +20,43 @@ from lightning_support import environment
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 PEER = Path(__file__).with_name("browser_peer.py")
-PICTURES = Path(__file__).parents[2] / ".build" / "browser"
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / ".build" / "browser"
+COMMAND = ROOT / "target" / "release" / "potluck"
+STATUS = ROOT / "crates" / "dashboard" / "tests" / "status.json"
 SHOWN = "Number(document.getElementById('{}').textContent)"
 FOCUSED = (
     "document.activeElement.id || document.activeElement.className || document.activeElement.textContent"
 )
 TAB = 9
+# What the page makes of the figures in STATUS.
+TILES = {
+    "epoch": "41",
+    "peers": "3",
+    "loss": "2.625",
+    "speed": "93.8",
+    "sent": "27.1 MB",
+    "ratio": "1.88 : 1",
+    "progress-text": "137 of 512 samples, about 4 s left",
+}
+ROUND = {
+    "epoch": "39",
+    "averaged": "gradients",
+    "members": "2",
+    "samples": "509.5",
+    "took": "1.75 s",
+    "sent": "703.0 kB",
+    "received": "811.0 kB",
+}
+TOTAL = {
+    "rounds": "38",
+    "failed": "6",
+    "faults": "8 malformed, 9 silent",
+    "sent": "27.1 MB",
+    "received": "31.2 MB",
+    "samples": "20481",
+    "memory": "64.0 kB averaging, 192.0 kB state",
+}
 
 
 class Peer:
@@ -122,6 +153,12 @@ def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
         no_wider_than_the_screen(browser)
         bright = background(browser)
         browser.screenshot(PICTURES / "three-peers.png")
+        browser.look(1280, 900, "dark")
+        browser.screenshot(PICTURES / "three-peers-dark.png")
+        browser.look(390, 844, "light")
+        no_wider_than_the_screen(browser)
+        browser.screenshot(PICTURES / "three-peers-phone.png")
+        browser.look(1280, 900, "light")
 
         metrics_are_read_by_prometheus(first.about["url"], ids)
 
@@ -156,3 +193,59 @@ def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
         assert hosts == here, hosts
         errors = [line for line in browser.complaints if "ERR_" not in line]
         assert not errors, errors
+
+
+def facts(browser: Chromium, name: str) -> dict[str, str]:
+    """What a list of the page says."""
+    entries = (
+        f"[...document.querySelectorAll('#{name} dt')].map(dt => [dt.innerText, dt.nextSibling.innerText])"
+    )
+    return dict(browser.value(entries))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["of-a-peer", "of-those-who-watch"])
+def test_every_figure_of_the_page_is_that_of_the_status(tmp_path: Path, inside: bool) -> None:
+    status = json.loads(STATUS.read_text())
+    for peer in status["peers"]:
+        peer["is_me"] = inside and peer["is_me"]
+    log = tmp_path / "events.jsonl"
+    log.write_text(json.dumps({"seconds": 0.0, "status": status}) + "\n")
+    command = [str(COMMAND), "monitor", "--dashboard", "127.0.0.1:0", "--replay", str(log)]
+    monitor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert monitor.stdout
+        url = next(line for line in monitor.stdout if line.startswith("dashboard ")).split()[1]
+        with Chromium(tmp_path / "profile") as browser:
+            browser.look(390, 844, "light")
+            browser.open(url)
+            browser.until("document.querySelectorAll('#board tr').length === 3")
+            assert {
+                name: browser.value(f"document.getElementById('{name}').textContent") for name in TILES
+            } == TILES
+            assert browser.value("document.getElementById('progress').value") == pytest.approx(137 / 512)
+            silent = status["peers"][2]["peer"][-6:]
+            assert facts(browser, "round") == {**ROUND, "faults": f"…{silent} Silent"}
+            assert facts(browser, "total") == TOTAL
+            board = "[...document.querySelectorAll('#board tr')].map(row => [...row.cells].map(td => td.textContent))"
+            names = [peer["peer"][-6:] for peer in status["peers"]]
+            own = f"{names[0]} ({'this peer' if inside else 'asked'})"
+            assert browser.value(board) == [
+                ["1", own, "5203", "44 %", "40.5", "42", "2.625", "\u2013"],
+                ["2", names[1], "4801", "31 %", "31.3", "43", "2.875", "direct"],
+                ["3", names[2], "1999", "25 %", "22", "40", "3.125", "hole-punched"],
+            ]
+            swarm = browser.value("document.getElementById('swarm').getAttribute('aria-label')")
+            assert swarm == f"2 other peers: {names[1]} direct, {names[2]} hole-punched"
+            no_wider_than_the_screen(browser)
+            scroll = browser.value(
+                "(box => [box.scrollWidth, box.clientWidth])(document.querySelector('.scroll'))"
+            )
+            assert scroll[0] <= scroll[1], "on a phone the whole table is in view"
+            browser.screenshot(PICTURES / f"figures-{'peer' if inside else 'watcher'}.png")
+            browser.look(1280, 900, "light")
+            browser.screenshot(PICTURES / f"figures-{'peer' if inside else 'watcher'}-wide.png")
+    finally:
+        monitor.terminate()
+        monitor.wait()
+        assert monitor.stdout
+        monitor.stdout.close()

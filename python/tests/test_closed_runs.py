@@ -34,6 +34,22 @@ def test_the_invited_train_together(loopback_dht: Callable[..., DHT], tmp_path: 
     assert equal(*models) and distance(reference, models[0]) < 1e-6
 
 
+def test_the_token_of_another_run_is_noticed(
+    loopback_dht: Callable[..., DHT], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = loopback_dht()
+    for run_id, joined, warnings in (("mine", "mine", 0), ("potluck", "mine", 0), ("theirs", "mine", 1)):
+        second = loopback_dht(first.token(run_id))
+        with caplog.at_level("WARNING", logger="potluck"):
+            caplog.clear()
+            for _ in range(2):
+                assert second.admission(joined, None) == (None, None)
+        assert [record.message for record in caplog.records] == warnings * [
+            "the token is for the run 'theirs', this program joins the run 'mine': it will not meet those who train "
+            "the other"
+        ]
+
+
 def test_a_member_can_hand_its_token_on(loopback_dht: Callable[..., DHT], tmp_path: Path) -> None:
     first = loopback_dht(identity_path=tmp_path / "owner.key")
     owner = str(first.peer_id)

@@ -60,7 +60,7 @@ class UntilDone(pl.Callback):
                 break
             time.sleep(0.02)
 
-pl.seed_everything(3, verbose=False)
+torch.manual_seed(3)
 strategy = HivemindStrategy(target_batch_size=128, **json.loads(arguments.settings))
 callback = UntilDone()
 checkpoint = pl.callbacks.ModelCheckpoint(dirpath=f"checkpoints-{arguments.name}", every_n_train_steps=20)

@@ -56,12 +56,15 @@ import os, torch, torch.nn, torch.optim
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 model = torch.nn.Linear(16, 1)
-inner = torch.optim.SGD(model.parameters(), lr=0.1)
+inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+# What torch's optimizers and autograd load when they are first used is torch's own.
 model(torch.randn(4, 16)).sum().backward()
+inner.step()
 before = resident()
 import potluck
 dht = potluck.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
 optimizer = potluck.Optimizer(dht=dht, run_id="r", target_batch_size=1000, batch_size_per_step=4, optimizer=inner)
+model(torch.randn(4, 16)).sum().backward()
 optimizer.step()
 optimizer._session.changed(1.5)
 print(resident() - before)

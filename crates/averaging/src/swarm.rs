@@ -210,7 +210,11 @@ impl Swarm {
         inner.refresh_view();
         start_tasks(&inner, &tasks, spawned, incoming, round_streams);
         let swarm = Self { inner, _tasks: tasks };
-        crate::finding::contact(&swarm.inner).await?;
+        if let Err(error) = crate::finding::contact(&swarm.inner).await {
+            // Only with the tasks gone are the protocols free, so that whoever is refused can try again at once.
+            swarm._tasks.shutdown().await;
+            return Err(error);
+        }
         Ok(swarm)
     }
 

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 pub(crate) const HELP: &str = "Takes less than 15 seconds and changes nothing.\n\n\
 Exit codes: 0 this machine can take part fully; 1 it can take part, with the limits named in the last lines; \
-2 it cannot take part (no address of the token answers, or the network cannot be used at all).\n\n\
+2 it cannot take part (no address of the token answers, the run is closed to it, or the network cannot be used at all).\n\n\
 Examples:\n  potluck doctor\n  potluck doctor potluck1…\n  potluck doctor potluck1… --json";
 
 /// How long the bootstrap addresses may take; they are tried at the same time.
@@ -28,6 +28,8 @@ const REACHABILITY_LIMIT: Duration = Duration::from_secs(3);
 /// How long bootstrap peers may take to say as which address they see us, over UDP and then over TCP.
 pub(crate) const SEEN_LIMIT: Duration = Duration::from_millis(2500);
 const SPEED_LIMIT: Duration = Duration::from_secs(4);
+/// How long the run's peers are looked for, meanwhile.
+const RUN_LIMIT: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(100);
 
 #[derive(ClapArgs)]
@@ -60,8 +62,20 @@ struct Network {
     udp: Option<bool>,
     addresses: Vec<String>,
     bootstrap: Vec<Attempt>,
+    run: Run,
     speed: Option<Measured>,
     relayed: bool,
+}
+
+/// What was found of the run itself.
+#[derive(Debug, Serialize)]
+struct Run {
+    run_id: String,
+    /// Live peers; 0 if nobody of the run was found.
+    peers: usize,
+    epoch: Option<u64>,
+    /// Only the invited may join, and the token holds no invite.
+    closed: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -113,13 +127,23 @@ async fn examine(token: &Token, listen: &[String], env: &Env) -> Result<Network>
         udp: udp(&bootstrap),
         addresses: Vec::new(),
         bootstrap,
+        run: Run { run_id: token.run_id.clone(), peers: 0, epoch: None, closed: false },
         speed: None,
         relayed: false,
     };
     if network.bootstrap.iter().any(|attempt| attempt.ok) {
         let patience = Instant::now() + REACHABILITY_LIMIT;
-        while visit.transport.reachability() == Reachability::Unknown && Instant::now() < patience {
-            tokio::time::sleep(PAUSE).await;
+        let known = async {
+            while visit.transport.reachability() == Reachability::Unknown && Instant::now() < patience {
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        let ((), seen) = tokio::join!(known, visit.look(RUN_LIMIT));
+        match seen {
+            Ok((_, sight)) => {
+                (network.run.peers, network.run.epoch) = (sight.status.peers.len(), Some(sight.status.epoch));
+            }
+            Err(error) => network.run.closed = error.to_string().contains("is closed"),
         }
         network.speed = measure(&visit.transport).await;
         network.reachability = visit.transport.reachability();
@@ -206,6 +230,19 @@ fn conclude(machine: Machine, network: Option<Network>) -> Report {
         );
         return Report { machine, network: Some(network), role: "cut_off", summary, advice, exit_code: 2 };
     }
+    if network.run.closed {
+        let summary =
+            "This machine cannot join: the run is closed, and the token holds no invite.".to_owned();
+        advice.insert(0, "ask the run's owner for a token made by `potluck invite`".to_owned());
+        return Report {
+            machine,
+            network: Some(network),
+            role: "not_invited",
+            summary,
+            advice,
+            exit_code: 2,
+        };
+    }
     let (role, summary) = role(&network);
     let public = role == "direct";
     if !public && role != "direct_outwards" {
@@ -255,6 +292,15 @@ fn role(network: &Network) -> (&'static str, &'static str) {
             "direct_outwards",
             "This machine reaches the run directly; nobody has yet found out whether others can dial it.",
         ),
+    }
+}
+
+fn run_text(run: &Run) -> String {
+    let name = &run.run_id;
+    match (run.closed, run.peers, run.epoch) {
+        (true, ..) => format!("{name:?} is closed: only the invited may join or look"),
+        (_, peers, Some(epoch)) if peers > 0 => format!("{name:?}: peers {peers}, epoch {epoch}"),
+        _ => format!("nobody who trains {name:?} was found (the first one starts it)"),
     }
 }
 
@@ -312,9 +358,13 @@ fn text(report: &Report) -> String {
             match network.udp {
                 Some(true) => "gets through".to_owned(),
                 Some(false) => "blocked".to_owned(),
-                None => "not tried".to_owned(),
+                None if network.bootstrap.iter().any(|attempt| attempt.address.contains("/udp/")) => {
+                    "unknown: the machine behind that address answers by TCP neither".to_owned()
+                }
+                None => "not tried: the token names no UDP address".to_owned(),
             },
         );
+        line("run", run_text(&network.run));
         line(
             "speed",
             match &network.speed {
@@ -370,6 +420,7 @@ mod tests {
             udp,
             addresses: Vec::new(),
             bootstrap,
+            run: Run { run_id: "demo".into(), peers: 2, epoch: Some(7), closed: false },
             speed: None,
             relayed,
         }
@@ -390,6 +441,11 @@ mod tests {
     fn the_exit_code_says_whether_it_can_join() {
         let cut_off = network(vec![attempt("/ip4/1.2.3.4/tcp/1", false)], Reachability::Unknown, false);
         assert_eq!(conclude(machine(), Some(cut_off)).exit_code, 2);
+        let mut uninvited = network(vec![attempt("/ip4/1.2.3.4/tcp/1", true)], Reachability::Public, false);
+        uninvited.run.closed = true;
+        let report = conclude(machine(), Some(uninvited));
+        assert_eq!((report.exit_code, report.role), (2, "not_invited"));
+        assert!(text(&report).contains("run          \"demo\" is closed"), "{}", text(&report));
         let natted = network(vec![attempt("/ip4/1.2.3.4/tcp/1", true)], Reachability::Private, false);
         let report = conclude(machine(), Some(natted));
         assert_eq!((report.exit_code, report.role), (1, "hole_punched_or_relayed"));

@@ -11,6 +11,10 @@ use std::io::ErrorKind;
 pub(crate) const TOKEN_HINT: &str =
     "a token is one line that starts with potluck1; `potluck node` and the training program print it";
 
+/// For errors about which no more is known.
+pub(crate) const LAST_HINT: &str =
+    "docs/errors.md explains each message; POTLUCK_LOG=info shows what happened before";
+
 /// An error that knows what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

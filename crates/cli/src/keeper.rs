@@ -62,7 +62,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     checkpoint::prepare(&args.dir)?;
-    let held = newest(&args)?;
+    let found = newest(&args)?;
+    let held = found.as_ref().map(|(_, held)| held.clone());
     let token = match (&args.token, &held) {
         (Some(token), Some(held)) if token.run_id != held.run_id => {
             let message = format!(
@@ -82,6 +83,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             );
         }
     };
+    if let Some((path, held)) = found {
+        println!("resumed {} (epoch {} of {:?})", path.display(), held.snapshot.epoch, held.run_id);
+    }
     let env = Env::real();
     let path = args.identity.clone().unwrap_or_else(|| args.dir.join("identity"));
     let (identity, _lock) = identity_file::load_or_create(&path, &env)?;
@@ -106,16 +110,13 @@ fn config(args: &Args, identity: Identity) -> Config {
     config
 }
 
-fn newest(args: &Args) -> Result<Option<Checkpoint>> {
+fn newest(args: &Args) -> Result<checkpoint::Found> {
     let (found, wrong) = checkpoint::newest(&args.dir)?;
     for error in &wrong {
         eprintln!("potluck: {error:#}; looking for an older one");
     }
     match found {
-        Some((path, held)) => {
-            println!("resumed {} (epoch {} of {:?})", path.display(), held.snapshot.epoch, held.run_id);
-            Ok(Some(held))
-        }
+        Some(found) => Ok(Some(found)),
         None if wrong.is_empty() => Ok(None),
         None => {
             let message = format!("no checkpoint in {} can be read", args.dir.display());

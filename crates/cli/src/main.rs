@@ -3,6 +3,7 @@
 
 mod bench;
 mod checkpoint;
+mod company;
 mod delay;
 mod doctor;
 mod export;
@@ -133,9 +134,7 @@ fn main() -> ExitCode {
 /// Say what is wrong and what to do.
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("potluck: {}", failure::text(error));
-    if let Some(hint) = failure::hint(error) {
-        eprintln!("hint: {hint}");
-    }
+    eprintln!("hint: {}", failure::hint(error).unwrap_or(failure::LAST_HINT));
     ExitCode::FAILURE
 }
 
@@ -174,6 +173,8 @@ fn refuse(error: &clap::Error) -> ExitCode {
     );
     if about_token && error.kind() == ErrorKind::ValueValidation {
         eprintln!("hint: {}", failure::TOKEN_HINT);
+    } else if error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        eprintln!("hint: every command's --help has an example");
     }
     ExitCode::from(2)
 }

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::visit::Visit;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use potluck_collab::Status;
 use potluck_dashboard::{LocalRun, Notice, local_runs};
 use potluck_net::{Token, TokenError};
@@ -91,12 +91,17 @@ impl Source {
         match self {
             Self::Visit(visit) => Ok(visit.look(limit).await?.1.status),
             Self::Dashboard(run, address) => {
-                let asked = timeout(limit, ask(*address)).await.context("no answer in time").flatten();
-                asked.with_context(|| {
-                    format!(
-                        "the peer of {:?} on this machine (process {}, {address}) does not answer",
+                let asked = timeout(limit, ask(*address)).await;
+                asked.unwrap_or_else(|_| Err(anyhow!("no answer in time"))).map_err(|error| {
+                    let message = format!(
+                        "the peer of {:?} on this machine (process {}, {address}) does not answer: {error}",
                         run.run_id, run.pid
+                    );
+                    Failure::new(
+                        message,
+                        "its program hangs or was stopped; give the run's token to ask another peer",
                     )
+                    .into()
                 })
             }
         }

@@ -24,7 +24,8 @@ const LATER: Duration = Duration::from_secs(3600);
 const ADDRESSES_MAX: usize = 12;
 const OWN_ADDRESSES_MAX: usize = 8;
 
-pub(crate) const HELP: &str = "Stops politely at SIGINT and SIGTERM. The token goes to everybody who is to join.\n\nExamples:\n  \
+pub(crate) const HELP: &str = "Stops politely at SIGINT and SIGTERM. Says so when it is alone, and dials those again that \
+it knew. The token goes to everybody who is to join.\n\nExamples:\n  \
 potluck node --run my-run\n  potluck node --listen /ip4/0.0.0.0/tcp/4001 --listen /ip4/0.0.0.0/udp/4001/quic-v1";
 pub(crate) const RELAY_HELP: &str = "For a machine with a public address and these ports open. Same as `potluck node --relay`.\n\n\
 Example:\n  potluck relay --listen /ip4/0.0.0.0/tcp/4001 --listen /ip4/0.0.0.0/udp/4001/quic-v1";
@@ -129,6 +130,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
         () = tell_joining(&args, &transport) => {}
+        () = crate::company::keep(&*transport, args.join.is_some()) => {}
     }
     let leave = async {
         dht.shutdown().await;

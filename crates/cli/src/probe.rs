@@ -1,18 +1,22 @@
 //! `potluck probe`: join through a token, then either wait for callers or call one peer and say how the two are
 //! connected. It is what the NAT test runs, and what a user runs who wonders why two machines do not meet.
 
+use crate::failure::Failure;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::Args as ClapArgs;
-use potluck_net::{Env, Identity, Incoming, Path, PeerId, Protocol, Stream, Tasks, Token, Transport};
+use potluck_net::{
+    Env, Identity, Incoming, OpenError, Path, PeerId, Protocol, Stream, Tasks, Token, Transport,
+};
 use potluck_net_libp2p::{Config, Libp2pTransport};
 use serde::Serialize;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
 
-const PROTOCOL: &str = "/potluck/probe/1";
+pub(crate) const PROTOCOL: &str = "/potluck/probe/1";
 const FRAME_BYTES: usize = 64 << 10;
 /// Callers that may wait while one is served.
 const BACKLOG: usize = 16;
@@ -31,7 +35,8 @@ pub(crate) struct Args {
     /// Bytes to send to the called peer and back
     #[arg(long, default_value_t = 4 << 20)]
     bytes: usize,
-    /// How long to wait for a direct connection before settling for a relayed one, in seconds
+    /// How long to wait for a direct connection before settling for a relayed one, and for a relay's before waiting for
+    /// callers, in seconds
     #[arg(long, default_value_t = 15)]
     patience: u64,
     /// How long the whole probe may take, in seconds
@@ -60,6 +65,8 @@ struct Ready {
 
 /// Wait for callers, or call.
 pub(crate) async fn run(args: Args) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     let env = Env::real();
     let mut config = Config::new(Identity::from_seed(&env.random_bytes()));
     config.bootstrap.clone_from(&args.join.bootstrap);
@@ -72,9 +79,18 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     if let Err(attempts) = transport.wait_bootstrapped(deadline).await {
         return Err(crate::visit::no_answer(&attempts));
     }
-    let result = match args.call {
-        Some(peer) => call(&transport, peer, &args, deadline).await,
-        None => serve(&transport).await,
+    let patience = Duration::from_secs(args.patience);
+    let probe = async {
+        match args.call {
+            Some(peer) => call(&transport, peer, &args, deadline).await,
+            None => serve(&transport, patience).await,
+        }
+    };
+    let result = tokio::select! {
+        biased;
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        result = probe => result,
     };
     transport.close().await;
     result
@@ -96,10 +112,10 @@ async fn echo_all(mut incoming: Incoming) {
     }
 }
 
-async fn serve(transport: &Arc<Libp2pTransport>) -> Result<()> {
+async fn serve(transport: &Arc<Libp2pTransport>, patience: Duration) -> Result<()> {
     let incoming = transport.accept(Protocol::new(PROTOCOL), BACKLOG)?;
     // Reachable means: by a circuit, or by an address of our own that somebody confirmed. The first is quick.
-    let patience = Instant::now() + Duration::from_secs(10);
+    let patience = Instant::now() + patience.min(Duration::from_secs(10));
     while !transport.addresses().iter().any(|address| address.contains("/p2p-circuit"))
         && Instant::now() < patience
     {
@@ -124,14 +140,20 @@ async fn echo(stream: &mut Stream) -> Result<()> {
 async fn call(transport: &Arc<Libp2pTransport>, peer: PeerId, args: &Args, deadline: Instant) -> Result<()> {
     let start = Instant::now();
     let open = || transport.open(peer, Protocol::new(PROTOCOL));
-    let mut stream = open().await?;
+    let gone = |error: OpenError| {
+        Failure::new(
+            error.to_string(),
+            "is `potluck probe` or `potluck node` still running there, with this token?",
+        )
+    };
+    let mut stream = open().await.map_err(gone)?;
     // A relayed connection is where a hole punch starts; give it time, then use the best there is.
     let settle = start + Duration::from_secs(args.patience);
     while transport.path(peer) == Some(Path::Relayed) && Instant::now() < settle {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     if transport.path(peer) != Some(Path::Relayed) {
-        stream = open().await?;
+        stream = open().await.map_err(gone)?;
     }
     let mut sent_bytes = 0;
     let exchange = async {

@@ -11,7 +11,7 @@ use potluck_dht::{Dht, DhtConfig, rendezvous};
 use potluck_net::{Env, Identity, PeerFault, PeerId, Token, Transport};
 use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport, Stage};
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -34,6 +34,8 @@ pub(crate) struct Visit {
     pub(crate) transport: Arc<Libp2pTransport>,
     pub(crate) dht: Dht,
     pub(crate) token: Token,
+    /// Who was looked at last: counters of one peer only ever rise, those of changing peers jump.
+    shown: Mutex<Option<PeerId>>,
 }
 
 /// The DHT as the directory of runs.
@@ -78,7 +80,7 @@ impl Visit {
         let config =
             DhtConfig { initial_peers: transport.bootstrap_peers(), client_mode, ..DhtConfig::default() };
         let dht = Dht::start(transport.clone(), env.clone(), config).await.context("cannot start the DHT")?;
-        Ok(Self { env, transport, dht, token: token.clone() })
+        Ok(Self { env, transport, dht, token: token.clone(), shown: Mutex::new(None) })
     }
 
     /// Wait for one bootstrap peer.
@@ -119,24 +121,30 @@ impl Visit {
             };
             let answers = join_all(peers.into_iter().take(ASKED_MAX).map(ask)).await;
             faults.clear();
-            let mut best: Option<(PeerId, Sight)> = None;
+            let mut sights = Vec::new();
             for (peer, answer) in answers {
                 match answer {
-                    Ok(sight) if best.as_ref().is_none_or(|(_, best)| rank(&sight) > rank(best)) => {
-                        best = Some((peer, sight));
-                    }
-                    Ok(_) => {}
+                    Ok(sight) => sights.push((peer, sight)),
                     Err(fault) => faults.push(fault),
                 }
             }
-            if let Some(best) = best {
+            if let Some(best) = self.choose(sights) {
                 return Ok(best);
             }
-            if Instant::now() + SEARCH_PAUSE >= deadline {
+            // Who is not invited now is not invited in some seconds either.
+            let closed = faults.iter().any(is_closed);
+            if closed || Instant::now() + SEARCH_PAUSE >= deadline {
                 return Err(self.nobody(&faults));
             }
             tokio::time::sleep(SEARCH_PAUSE).await;
         }
+    }
+
+    fn choose(&self, sights: Vec<(PeerId, Sight)>) -> Option<(PeerId, Sight)> {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let best = choose(sights, *shown)?;
+        *shown = Some(best.0);
+        Some(best)
     }
 
     /// Everybody who may be in the run.
@@ -149,11 +157,18 @@ impl Visit {
     }
 
     fn nobody(&self, faults: &[PeerFault]) -> anyhow::Error {
-        if let Some(closed) = faults.iter().find(|fault| fault.to_string().contains("this run is closed")) {
+        if let Some(closed) = faults.iter().find(|fault| is_closed(fault)) {
             let hint = "ask the run's owner for a token made by `potluck invite`";
             return Failure::new(format!("the run {:?} is closed: {closed}", self.token.run_id), hint).into();
         }
-        let message = format!("the network answers, but nobody there trains the run {:?}", self.token.run_id);
+        let lines: String = self
+            .transport
+            .bootstrap_report()
+            .iter()
+            .map(|attempt| format!("\n  {}", run_stage(attempt)))
+            .collect();
+        let message =
+            format!("the network answers, but nobody there trains the run {:?}:{lines}", self.token.run_id);
         let hint = "is a training program running with this token? A new one is found within some seconds";
         Failure::new(message, hint).into()
     }
@@ -177,6 +192,49 @@ pub(crate) fn no_answer(attempts: &[BootstrapAttempt]) -> anyhow::Error {
     Failure::new(message, hint).into()
 }
 
-fn rank(sight: &Sight) -> (u64, u64) {
-    (sight.status.epoch, sight.status.samples)
+fn is_closed(fault: &PeerFault) -> bool {
+    fault.to_string().contains("this run is closed")
+}
+
+/// How far an address got on the way to the run: the last stage is a peer that takes part in it or knows who does.
+fn run_stage(attempt: &BootstrapAttempt) -> String {
+    if attempt.ok {
+        let address = &attempt.address;
+        return format!(
+            "{address}: failed at run: the peer there takes no part in it, and knows nobody who does"
+        );
+    }
+    attempt.to_string()
+}
+
+/// The one that is furthest; the one that was shown before, unless it falls behind.
+fn choose(sights: Vec<(PeerId, Sight)>, shown: Option<PeerId>) -> Option<(PeerId, Sight)> {
+    let furthest = sights.iter().map(|(_, sight)| sight.status.epoch).max()?;
+    let rank = |(peer, sight): &(PeerId, Sight)| {
+        let status = &sight.status;
+        (Some(*peer) == shown && status.epoch + 1 >= furthest, status.epoch, status.samples)
+    };
+    sights.into_iter().rev().max_by_key(rank)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use potluck_collab::Status;
+
+    #[test]
+    fn one_peer_is_shown_until_it_falls_behind() {
+        let peers: Vec<PeerId> = (1..4).map(|seed| PeerId::from_ed25519(&[seed; 32])).collect();
+        let sights = |epochs: [u64; 3]| -> Vec<(PeerId, Sight)> {
+            let status = |epoch| Status { epoch, ..Status::default() };
+            let sight = |epoch| Sight { status: status(epoch), manifest: Default::default() };
+            peers.iter().zip(epochs).map(|(peer, epoch)| (*peer, sight(epoch))).collect()
+        };
+        let chosen = |epochs, shown| choose(sights(epochs), shown).map(|(peer, _)| peer);
+        assert_eq!(chosen([5, 5, 5], None), Some(peers[0]));
+        assert_eq!(chosen([5, 6, 5], None), Some(peers[1]));
+        assert_eq!(chosen([6, 6, 5], Some(peers[2])), Some(peers[2]), "the next epoch has just begun");
+        assert_eq!(chosen([6, 7, 5], Some(peers[2])), Some(peers[1]));
+        assert!(choose(Vec::new(), Some(peers[0])).is_none());
+    }
 }

@@ -1,5 +1,11 @@
 //! The commands that look at a run, against a real one: peers in this process, sockets on loopback, the built command.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a helper of a test may fail the test, or say why it does nothing"
+)]
+
 mod support;
 
 use potluck_net::Token;
@@ -298,6 +304,10 @@ async fn a_disk_that_fills_up_in_the_middle_of_a_checkpoint_keeps_the_older_ones
     );
     assert!(said.contains("older checkpoints are untouched"), "{said}");
     assert!(said.contains("hint: free some space"), "{said}");
+    // It is said again for each epoch that cannot be saved.
+    let once: String = said.lines().take(2).map(|line| format!("{line}\n")).collect();
+    let first = std::process::Output { stdout: Vec::new(), stderr: once.into_bytes(), ..output.clone() };
+    golden("keeper-full-disk", &first, &[(text(dir.path()), "DIR")], true);
     let whole = checkpoints(&kept);
     assert_eq!(whole.len(), 2, "{whole:?} after\n{}", stdout(&output));
     let weights = dir.path().join("weights.safetensors");

@@ -4,19 +4,10 @@
 
 mod support;
 
-use std::process::{Command, Output, Stdio};
-use support::{Trainer, checkpoints, golden, node, potluck, runtime_dir, text};
-
-const LOOPBACK: &str = "/ip4/127.0.0.1/tcp/0";
-
-/// Run the command for some seconds, then stop it politely.
-fn stopped(seconds: u32, arguments: &[&str]) -> Output {
-    let mut command = Command::new("timeout");
-    command.args(["--preserve-status", "-s", "TERM", &seconds.to_string(), env!("CARGO_BIN_EXE_potluck")]);
-    command.args(arguments).env("POTLUCK_RUNTIME_DIR", runtime_dir());
-    command.env_remove("POTLUCK_IDENTITY").env_remove("POTLUCK_LOG").stdin(Stdio::null());
-    command.output().expect("timeout is part of the system")
-}
+use potluck_net::{Identity, PeerId, Token};
+use std::path::Path;
+use std::process::{Output, Stdio};
+use support::{LOOPBACK, Running, Trainer, checkpoints, golden, node, potluck, stopped, text};
 
 /// Without the lines that say what this machine is like.
 fn without_machine(mut output: Output) -> Output {
@@ -36,6 +27,100 @@ fn nodes_and_relays_say_who_they_are_and_stop_politely() {
         golden(command, &stopped(2, &[&[command][..], &common].concat()), &[], false);
     }
     golden("node-json", &stopped(2, &[&["node", "--json"][..], &common].concat()), &[], false);
+    let first = Running::start(potluck(&[&["node"][..], &common].concat()));
+    first.line("token");
+    let here = [(text(dir.path()), "DIR")];
+    golden(
+        "node-same-identity",
+        &potluck(&[&["node"][..], &common].concat()).output().unwrap(),
+        &here,
+        false,
+    );
+    assert!(first.stop());
+}
+
+/// Ports that were free a moment ago.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let listeners = [(); N].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
+#[test]
+fn a_node_that_has_lost_everybody_says_so_and_dials_those_it_knew() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = |port: u16, more: &[&str]| {
+        let (key, listen) = (dir.path().join(port.to_string()), format!("/ip4/127.0.0.1/tcp/{port}"));
+        let plain = ["node", "--no-port-mapping", "--identity", text(&key), "--listen", &listen];
+        let command = potluck(&[&plain[..], more].concat());
+        // What it says of its company, with its other output.
+        let mut shell = std::process::Command::new("bash");
+        shell.args(["-c", "exec \"$0\" \"$@\" 2>&1"]).arg(command.get_program()).args(command.get_args());
+        shell.env("POTLUCK_RUNTIME_DIR", support::runtime_dir()).stdin(Stdio::null());
+        Running::start(shell)
+    };
+    let [one, two] = free_ports();
+    let first = node(one, &[]);
+    let token = first.line("token");
+    let second = node(two, &["--join", &token]);
+    second.line("joined");
+    first.line("potluck: somebody has come");
+    second.end("-KILL");
+    assert_eq!(
+        first.line("potluck: ALONE"),
+        ": every other peer is gone; dialling the last 1 of them, check this machine's network"
+    );
+    // It comes back, and knows nobody: only the first one can bring them together.
+    let second = node(two, &[]);
+    assert_eq!(first.line("potluck: not alone"), "any more: 1 peer is connected");
+    assert!(second.stop() && first.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_probe_says_how_two_machines_are_connected() {
+    let dir = tempfile::tempdir().unwrap();
+    let (node, token) = node(dir.path(), "probed");
+    let code = token.to_string();
+    let plain = ["probe", "--join", &code, "--listen", LOOPBACK];
+    golden("probe", &stopped(4, &[&plain[..], &["--patience", "1"]].concat()), &[], false);
+    let id = token.bootstrap[0].rsplit('/').next().unwrap();
+    let call = |id: &str, limit: &str| {
+        let more = ["--call", id, "--bytes", "100000", "--patience", "1", "--limit", limit];
+        potluck(&[&plain[..], &more].concat()).output().unwrap()
+    };
+    golden("probe-call", &call(id, "60"), &[], true);
+    let nobody = PeerId::from_ed25519(&[9; 32]);
+    golden("probe-nobody", &call(&nobody.to_string(), "3"), &[(&nobody.short(), "PEER")], true);
+    drop(node);
+    let no_answer = [&plain[..], &["--limit", "2"]].concat();
+    golden("probe-no-answer", &potluck(&no_answer).output().unwrap(), &[], true);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_invited_look_at_a_closed_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_node, token) = node(dir.path(), "closed");
+    let owner = Identity::from_seed(&[5; 32]);
+    let trainer = Trainer::join_closed(&token, Some(&owner)).await;
+    let looks = move || {
+        let code = token.to_string();
+        let short = |output: &Output| {
+            let said = support::stderr(output);
+            said.split("peer ").nth(1).map_or(String::new(), |rest| rest.chars().take(6).collect())
+        };
+        let status = potluck(&["status", &code]).output().unwrap();
+        golden("status-closed", &status, &[(&short(&status), "PEER")], false);
+        let kept = dir.path().join("kept");
+        let keeper =
+            potluck(&["keeper", &code, "--dir", text(&kept), "--no-port-mapping", "--listen", LOOPBACK])
+                .output()
+                .unwrap();
+        golden("keeper-closed", &keeper, &[(&short(&keeper), "PEER")], false);
+        let doctor = without_machine(stopped(20, &["doctor", &code, "--listen", LOOPBACK]));
+        let said = support::stdout(&doctor);
+        assert!(said.contains("\"closed\" is closed") && doctor.status.code() == Some(2), "{said}");
+    };
+    tokio::task::spawn_blocking(looks).await.expect("the commands end");
+    trainer.leave().await;
 }
 
 #[test]
@@ -67,16 +152,109 @@ async fn doctor_monitor_and_keeper_in_a_run() {
         ];
         golden("doctor", &doctor, &redact, true);
         golden("monitor", &stopped(4, &["monitor", &code, "--dashboard", "127.0.0.1:0"]), &[], false);
+        watched(Path::new(&here), &code);
         let never = ["--every", "1000", "--no-port-mapping", "--listen", LOOPBACK, "--dir", &kept];
         let keeper = stopped(6, &[&["keeper", &code][..], &never].concat());
         let first =
             support::stdout(&keeper).lines().take(2).map(|line| format!("{line}\n")).collect::<String>();
         // When the first state is saved is up to the run.
         golden("keeper", &Output { stdout: first.into_bytes(), ..keeper }, &[(&here, "DIR")], false);
-        cut_off(std::path::Path::new(&kept), &here);
+        refused(Path::new(&kept), &here, &code);
+        cut_off(Path::new(&kept), &here);
     };
     tokio::task::spawn_blocking(looks).await.expect("the commands end");
     trainer.leave().await;
+}
+
+/// Everything that looks on and writes down, and what is said where it cannot.
+fn watched(dir: &Path, code: &str) {
+    let here = [(text(dir), "DIR")];
+    let watch = ["status", code, "--watch", "--count", "1"];
+    golden("status-watch", &potluck(&watch).output().unwrap(), &peers_of(code), true);
+    let json = potluck(&["status", code, "--json"]).output().unwrap();
+    golden("status-json", &without_lists(json), &[], true);
+    let json = potluck(&["doctor", code, "--listen", LOOPBACK, "--json"]).output().unwrap();
+    golden("doctor-json", &without_machine_json(json), &[], true);
+    let log = dir.join("events.jsonl");
+    let monitor = ["monitor", code, "--dashboard", "127.0.0.1:0", "--log"];
+    golden("monitor-log", &stopped(4, &[&monitor[..], &[text(&log)]].concat()), &here, false);
+    let replay = ["monitor", "--dashboard", "127.0.0.1:0", "--replay"];
+    golden("replay", &stopped(2, &[&replay[..], &[text(&log)]].concat()), &here, false);
+    let nowhere = dir.join("nowhere/events.jsonl");
+    let unwritable = potluck(&[&monitor[..], &[text(&nowhere)]].concat()).output().unwrap();
+    golden("monitor-unwritable-log", &unwritable, &here, false);
+    // Its page is there and does not answer: it was stopped.
+    let page = Running::start(potluck(&["monitor", code, "--dashboard", "127.0.0.1:0"]));
+    page.line("dashboard");
+    page.signal("-STOP");
+    let silent = potluck(&["status", "whole", "--limit", "1"]).output().unwrap();
+    page.signal("-CONT");
+    golden("status-silent", &silent, &[], true);
+    let (_second, _) = node(dir, "another");
+    golden("status-which", &potluck(&["status", "--json"]).output().unwrap(), &[], false);
+}
+
+/// What is said about what cannot be done with a whole checkpoint.
+fn refused(kept: &Path, here: &str, code: &str) {
+    let here = [(here, "DIR")];
+    let token: Token = code.parse().unwrap();
+    let other = Token { run_id: "other".into(), ..token }.to_string();
+    let common = ["--no-port-mapping", "--listen", LOOPBACK, "--dir", text(kept)];
+    let keeper = potluck(&[&["keeper", &other][..], &common].concat()).output().unwrap();
+    golden("keeper-other-run", &keeper, &here, true);
+    let names = kept.join("names.txt");
+    std::fs::write(&names, "one\ntwo\n").unwrap();
+    let export = |more: &[&str]| potluck(&[&["export", text(kept)][..], more].concat()).output().unwrap();
+    let output = kept.join("weights.pt");
+    let missing = kept.join("missing");
+    let to = text(&output);
+    golden("export-names", &export(&["--output", to, "--names", text(&names)]), &here, false);
+    golden("export-no-names", &export(&["--output", to, "--names", text(&missing)]), &here, false);
+    golden("export-ending", &export(&["--output", text(&kept.join("weights.zip"))]), &here, false);
+    golden("export-unwritable", &export(&["--output", text(&missing.join("weights.pt"))]), &here, false);
+    assert!(!output.exists());
+    let newest = checkpoints(kept).pop().unwrap().join("checkpoint.json");
+    let facts = std::fs::read_to_string(&newest).unwrap();
+    std::fs::write(&newest, facts.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    let folder = newest.parent().unwrap();
+    let newer = potluck(&["export", text(folder), "--output", to]).output().unwrap();
+    golden("export-newer", &newer, &here, true);
+    std::fs::write(&newest, facts).unwrap();
+}
+
+/// Short names of the peers, as the trainer of this test shows them.
+fn peers_of(code: &str) -> Vec<(&'static str, &'static str)> {
+    let json = potluck(&["status", code, "--json"]).output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let short = |peer: &serde_json::Value| {
+        let id = peer["peer"].as_str().unwrap();
+        (&*id[id.len() - 6..].to_owned().leak(), "PEER")
+    };
+    let mut names: Vec<_> = status["peers"].as_array().unwrap().iter().map(short).collect();
+    names.push(("PEER*", "PEER"));
+    names
+}
+
+/// Lists of numbers one below the other are one line.
+fn without_lists(mut output: Output) -> Output {
+    let mut value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    value["lineage"]["hash"] = "HASH".into();
+    output.stdout = format!("{value:#}\n").into_bytes();
+    output
+}
+
+/// What depends on this machine, and on whether somebody has tried to dial it already.
+fn without_machine_json(mut output: Output) -> Output {
+    let mut value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    value["machine"] = "MACHINE".into();
+    value["exit_code"] = "CODE".into();
+    value["advice"] = "ADVICE".into();
+    value["network"]["reachability"] = "REACHABILITY".into();
+    // A machine that is busy with other things may be too slow to be measured.
+    value["network"]["speed"] = "SPEED".into();
+    (value["role"], value["summary"]) = ("ROLE".into(), "SUMMARY".into());
+    output.stdout = format!("{value:#}\n").into_bytes();
+    output
 }
 
 /// A checkpoint of which a part is missing is named, nothing is made of it, and it stays as it is.

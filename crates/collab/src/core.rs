@@ -83,7 +83,7 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(me: PeerId, config: SessionConfig, genesis: Lineage, nonce: u64, now: Instant) -> Self {
+    pub(crate) fn new(me: PeerId, config: SessionConfig, genesis: Lineage, nonce: u64) -> Self {
         let outer = match config.policy {
             PolicyKind::DiLoCo { outer_lr, outer_momentum, .. } => Some(Outer::new(outer_lr, outer_momentum)),
             _ => None,
@@ -95,7 +95,7 @@ impl Core {
             nonce,
             lineage: genesis,
             past: Past::default(),
-            own: Own::new(now),
+            own: Own::new(),
             background: Background::Idle,
             background_epoch: 0,
             state_plan: None,

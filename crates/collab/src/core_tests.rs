@@ -8,7 +8,7 @@ const TARGET: u64 = 64;
 fn in_company() -> Core {
     let config = SessionConfig::new("run", TARGET, Vec::new());
     let start = Lineage::genesis("run", &[0; 32]);
-    let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7, Instant::now());
+    let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7);
     core.adopt_lineage(start.next_epoch(&[1; 32], TARGET), Instant::now());
     core.see(vec![view(2, core.lineage)], BTreeSet::new(), &mut Vec::new());
     core

@@ -100,16 +100,16 @@ impl fmt::Display for Event {
             ),
             Self::Round(round) => write!(
                 f,
-                "epoch {}: averaged {} with {} peers, {}{:.2} s{}",
+                "epoch {}: averaged {} with {}, {}{}{}",
                 round.epoch,
                 channel(round.channel),
-                round.members.len(),
+                peers(round.members.len()),
                 match round.channel {
                     Channel::Gradients => format!("{:.0} samples, ", round.weight_total),
                     // The weight of a state is a matter of the policy, and no number of samples.
                     Channel::State => String::new(),
                 },
-                round.stats.seconds,
+                seconds(round.stats.seconds),
                 faults(&round.faults)
             ),
             Self::RoundFailed { epoch, channel: what, reason, faults: who } => write!(
@@ -118,8 +118,8 @@ impl fmt::Display for Event {
                 channel(*what),
                 faults(who)
             ),
-            Self::Joined { peer, peers } => write!(f, "peer {} is here; {peers} peers", peer.short()),
-            Self::Lost { peer, peers } => write!(f, "peer {} is gone; {peers} peers", peer.short()),
+            Self::Joined { peer, peers: now } => write!(f, "peer {} is here; {}", peer.short(), peers(*now)),
+            Self::Lost { peer, peers: now } => write!(f, "peer {} is gone; {}", peer.short(), peers(*now)),
             Self::Copied { peer, is_me } => write!(
                 f,
                 "{} {} is used by two machines at once: its identity file was copied; give one of them its own",
@@ -135,13 +135,23 @@ impl fmt::Display for Event {
                 "the swarm was split: our history {ours} gives way to {theirs} of peer {}; loading it",
                 peer.short()
             ),
-            Self::StateLoaded { from_epoch, to_epoch, seconds } => {
-                write!(f, "loaded the state of epoch {to_epoch} (was at {from_epoch}) in {seconds:.2} s")
+            Self::StateLoaded { from_epoch, to_epoch, seconds: took } => {
+                let took = seconds(*took);
+                write!(f, "loaded the state of epoch {to_epoch} (was at {from_epoch}) in {took}")
             }
             Self::StateFailed { reason } => f.write_str(reason),
             Self::Left => f.write_str("left the run"),
         }
     }
+}
+
+fn peers(count: usize) -> String {
+    if count == 1 { "1 peer".to_owned() } else { format!("{count} peers") }
+}
+
+/// A round in one house takes milliseconds, one across the world many seconds.
+fn seconds(value: f64) -> String {
+    if value < 1.0 { format!("{:.0} ms", value * 1e3) } else { format!("{value:.1} s") }
 }
 
 fn channel(channel: Channel) -> &'static str {

@@ -30,8 +30,9 @@ pub(crate) struct Own {
 }
 
 impl Own {
-    pub(crate) fn new(now: Instant) -> Self {
-        Self { samples: 0, samples_under_way: 0, steps: 0, samples_per_second: 0.0, last_step: Some(now) }
+    /// The first samples may have been computed before the run was joined, so how long they took is unknown.
+    pub(crate) fn new() -> Self {
+        Self { samples: 0, samples_under_way: 0, steps: 0, samples_per_second: 0.0, last_step: None }
     }
 
     pub(crate) fn add(&mut self, now: Instant, samples: u64) {
@@ -190,7 +191,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn progress_is_the_plain_sum_over_peers_of_our_epoch() {
-        let mut own = Own::new(Instant::now());
+        let mut own = Own::new();
+        own.restart_clock(Instant::now());
         tokio::time::advance(Duration::from_secs(2)).await;
         own.add(Instant::now(), 8);
         let peers = [peer(1, 0, 10, None), peer(2, 1, 100, None), peer(3, 0, 5, None)];
@@ -205,15 +207,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn samples_that_waited_for_a_download_say_nothing_about_speed() {
-        let mut own = Own::new(Instant::now());
-        own.forget_clock();
-        // The batch was there before the download: it is counted, and no speed is made of the moment since.
-        tokio::time::advance(Duration::from_millis(1)).await;
-        own.add(Instant::now(), 8);
-        assert_eq!((own.samples, own.samples_per_second), (8, 0.0));
-        tokio::time::advance(Duration::from_secs(2)).await;
-        own.add(Instant::now(), 8);
-        assert_eq!((own.samples, own.samples_per_second), (16, 4.0));
+        let mut own = Own::new();
+        for download in 0..2 {
+            // The batch was there before the join or the download: it is counted, and no speed is made of the moment since.
+            tokio::time::advance(Duration::from_millis(1)).await;
+            own.add(Instant::now(), 8);
+            assert_eq!((own.samples, own.samples_per_second), (8 + 16 * download, 4.0 * download as f32));
+            tokio::time::advance(Duration::from_secs(2)).await;
+            own.add(Instant::now(), 8);
+            assert_eq!((own.samples, own.samples_per_second), (16 + 16 * download, 4.0));
+            own.forget_clock();
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -240,7 +244,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn samples_beside_a_round_belong_to_the_next_epoch() {
-        let mut own = Own::new(Instant::now());
+        let mut own = Own::new();
         own.add(Instant::now(), 8);
         own.samples_under_way = own.samples;
         own.add(Instant::now(), 3);

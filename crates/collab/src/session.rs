@@ -102,7 +102,7 @@ impl Session {
     ) -> Result<Self, JoinError> {
         config.validate()?;
         let genesis = Lineage::genesis(&config.run_id, &manifest_hash(&manifest(&config)));
-        let core = Core::new(dialect.local_peer(), config.clone(), genesis, env.random_u64(), env.now());
+        let core = Core::new(dialect.local_peer(), config.clone(), genesis, env.random_u64());
         let status = watch::Sender::new(core.status());
         let inner = Inner {
             dialect,

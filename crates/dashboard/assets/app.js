@@ -22,24 +22,38 @@ function left(seconds) {
   return seconds < 6000 ? `about ${Math.round(seconds / 60)} min` : `about ${rounded(seconds / 3600, 2)} h`;
 }
 
+const took = seconds => seconds < 1 ? `${rounded(1000 * seconds)} ms` : `${rounded(seconds)} s`;
+
 function cell(row, text) {
   const td = document.createElement("td");
   td.textContent = text;
   row.append(td);
+  return td;
 }
 
-function board(peers) {
+/** Whose view this is: this peer, or, for those who only watch, the peer that was asked. */
+const viewer = status => status.peers.find(p => p.is_me) ?? status.peers.find(p => p.peer === status.peer);
+
+function board(status) {
+  const peers = status.peers, centre = viewer(status);
+  const mark = peer => peer !== centre ? "" : peer.is_me ? "this peer" : "asked";
   const sorted = [...peers].sort((a, b) => b.contributed - a.contributed || (a.peer < b.peer ? -1 : 1));
   $("board").replaceChildren(...sorted.map((peer, index) => {
     const row = document.createElement("tr");
     if (peer.is_me) row.className = "me";
     cell(row, index + 1);
-    cell(row, `…${peer.peer.slice(-6)}${peer.is_me ? " (this peer)" : ""}${peer.auxiliary ? " (auxiliary)" : ""}`);
+    const name = cell(row, peer.peer.slice(-6));
+    for (const note of [mark(peer), peer.auxiliary ? "auxiliary" : ""].filter(Boolean)) {
+      const small = document.createElement("small");
+      small.textContent = ` (${note})`;
+      name.append(small);
+    }
     cell(row, peer.contributed);
     cell(row, `${(100 * peer.share).toFixed(0)} %`);
     cell(row, rounded(peer.samples_per_second));
     cell(row, peer.epoch);
-    cell(row, peer.is_me ? "–" : (peer.path ?? "not connected").replace("_", "-"));
+    cell(row, rounded(peer.loss, 4));
+    cell(row, peer === centre ? "–" : (peer.path ?? "not connected").replace("_", "-"));
     return row;
   }));
 }
@@ -48,11 +62,26 @@ function round(found) {
   const rows = found === null ? [["", "no round yet"]] : [
     ["epoch", found.epoch], ["averaged", found.channel], ["members", found.members.length],
     // The weight of a state is a matter of the policy, and no number of samples.
-    ...(found.channel === "gradients" ? [["samples", rounded(found.weight_total, 6)]] : []), ["seconds", rounded(found.seconds)],
+    ...(found.channel === "gradients" ? [["samples", rounded(found.weight_total, 6)]] : []), ["took", took(found.seconds)],
     ["sent", bytes(found.bytes_sent)], ["received", bytes(found.bytes_received)],
     ["faults", found.faults.length ? found.faults.map(f => `…${f.peer.slice(-6)} ${f.kind}`).join(", ") : "none"],
   ];
-  $("round").replaceChildren(...rows.flatMap(([name, value]) => {
+  list($("round"), rows);
+}
+
+function total(status) {
+  const named = (entries, show) => Object.entries(entries).map(([name, value]) => `${show(value)} ${name}`).join(", ");
+  list($("total"), [
+    ["rounds", status.rounds], ["failed", status.rounds_failed],
+    ["faults", named(status.faults, String) || "none"],
+    ["sent", bytes(status.bytes_sent)], ["received", bytes(status.bytes_received)],
+    ["samples", status.lineage ? status.lineage.samples : "–"],
+    ["memory", named(status.memory, bytes) || "–"],
+  ]);
+}
+
+function list(dl, rows) {
+  dl.replaceChildren(...rows.flatMap(([name, value]) => {
     const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
     dt.textContent = name;
     dd.textContent = value;
@@ -75,15 +104,18 @@ function show(status) {
   const eta = status.eta_seconds === null ? "" : `, ${left(status.eta_seconds)} left`;
   $("progress-text").textContent = `${status.samples} of ${status.target_batch_size} samples${eta}`;
   $("alert").hidden = !status.alone;
-  $("alert").textContent = status.alone ? "You are training alone: no other peer is here." : "";
-  board(status.peers);
+  const who = viewer(status)?.is_me === false ? "One peer is training alone" : "You are training alone";
+  $("alert").textContent = status.alone ? `${who}: no other peer is here.` : "";
+  board(status);
   round(status.last_round);
-  swarm($("swarm"), status.peers);
+  total(status);
+  swarm($("swarm"), status.peers, viewer(status));
 }
 
 function curves() {
   const withLoss = points.filter(p => p.loss !== null);
-  curve($("loss-chart"), withLoss.map(p => [p.epoch, p.loss]), "loss", "epochs");
+  // The loss of one batch jumps up and down; what it comes to is the thick line.
+  curve($("loss-chart"), withLoss.map(p => [p.epoch, p.loss]), "loss", "epochs", true);
   curve($("speed-chart"), points.map(p => [p.seconds, p.samples_per_second]), "samples per second", "s");
 }
 
@@ -125,7 +157,7 @@ async function start() {
   live.addEventListener("status", message => show(JSON.parse(message.data)));
   live.addEventListener("event", message => happened(JSON.parse(message.data)));
   setInterval(() => history().then(curves, () => {}), 2000);
-  addEventListener("resize", () => { curves(); if (last) swarm($("swarm"), last.peers); });
+  addEventListener("resize", () => { curves(); if (last) swarm($("swarm"), last.peers, viewer(last)); });
 }
 
 start();

@@ -21,8 +21,21 @@ function canvas(box) {
   return { svg, width, height };
 }
 
-/** One curve: points are [x, y] pairs in order of x. */
-export function curve(box, points, what, xName) {
+/** A running mean over about a twentieth of the points. */
+function smooth(points) {
+  const gain = 1 / Math.max(1, points.length / 20);
+  let mean = points[0][1];
+  return points.map(([x, y]) => [x, mean += gain * (y - mean)]);
+}
+
+/** The ends of an axis, with as many digits as their distance needs. */
+function ends(from, to) {
+  const digits = Math.max(0, Math.min(3, 1 - Math.floor(Math.log10(to - from || 1))));
+  return [from, to].map(value => Number(value.toFixed(digits)).toString());
+}
+
+/** One curve: points are [x, y] pairs in order of x. If they are noisy, their running mean is drawn over them. */
+export function curve(box, points, what, xName, noisy = false) {
   const { svg, width, height } = canvas(box);
   if (points.length < 2) {
     svg.append(element("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing to show yet"));
@@ -41,11 +54,12 @@ export function curve(box, points, what, xName) {
     svg.append(element("line", { class: "grid", x1: left, x2: width - right, y1: py(y), y2: py(y) }));
     svg.append(element("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, number(y)));
   }
-  // Next to a long run the fraction at which it began says nothing.
-  const begin = x1 - x0 > 10 ? Math.round(x0) : x0;
-  svg.append(element("text", { x: left, y: height - 6 }, number(begin)));
-  svg.append(element("text", { x: width - right, y: height - 6, "text-anchor": "end" }, `${number(x1)} ${xName}`));
-  svg.append(element("polyline", { class: "curve", points: points.map(p => `${px(p[0])},${py(p[1])}`).join(" ") }));
+  const [first, last] = ends(x0, x1);
+  svg.append(element("text", { x: left, y: height - 6 }, first));
+  svg.append(element("text", { x: width - right, y: height - 6, "text-anchor": "end" }, `${last} ${xName}`));
+  const line = (points, name) => svg.append(element("polyline", { class: name, points: points.map(p => `${px(p[0])},${py(p[1])}`).join(" ") }));
+  line(points, noisy ? "curve raw" : "curve");
+  if (noisy) line(smooth(points), "curve");
   box.setAttribute("aria-label", `${what}: from ${number(ys[0])} to ${number(ys[ys.length - 1])} over ${number(x1 - x0)} ${xName}`);
 }
 
@@ -58,10 +72,11 @@ function freeAngle(angles) {
   return gap > Math.PI / 2 ? from + gap / 2 : null;
 }
 
-/** Who is here and how this peer is connected to them; this peer in the middle, names away from the lines. */
-export function swarm(box, peers) {
+/** Who is here and how the one whose view this is, in the middle, is connected to them; names away from the lines. */
+export function swarm(box, peers, centre) {
   const { svg, width, height } = canvas(box);
-  const others = peers.filter(peer => !peer.is_me);
+  const others = peers.filter(peer => peer !== centre);
+  const me = centre && !centre.is_me ? centre.peer.slice(-6) : "this peer";
   const cx = width / 2, cy = height / 2, radius = Math.min(width * 0.36, height / 2 - 40);
   const stretch = Math.min(1.6, width / height / 1.2);
   const places = others.map((peer, index) => {
@@ -87,10 +102,10 @@ export function swarm(box, peers) {
   svg.append(element("circle", { class: "node me", cx, cy, r: 12 }));
   const free = freeAngle(towards);
   if (free !== null) {
-    name(cx, cy, free, 20, "this peer");
+    name(cx, cy, free, 20, me);
   } else {
     svg.append(element("circle", { class: "node me", cx: 8, cy: 10, r: 6 }));
-    name(8, 10, 0, 12, "this peer");
+    name(8, 10, 0, 12, me);
   }
   const paths = others.map(peer => `${peer.peer.slice(-6)} ${(peer.path ?? "not connected").replace("_", "-")}`);
   box.setAttribute("aria-label", others.length ? `${others.length} other peers: ${paths.join(", ")}` : "nobody else is here");

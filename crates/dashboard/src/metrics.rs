@@ -1,6 +1,7 @@
 //! The status as OpenMetrics text, for Prometheus. Names carry their units; nothing is counted here.
 
-use potluck_collab::Status;
+use potluck_collab::{PeerStatus, Status};
+use potluck_net::Path;
 use std::fmt::{Display, Write};
 
 /// The status in the OpenMetrics exposition format (version 1.0.0), ending in `# EOF`.
@@ -14,6 +15,13 @@ pub fn openmetrics(status: &Status) -> String {
     text.gauge("potluck_target_batch_samples", "Samples that end the epoch", &labels, target);
     let speed = status.samples_per_second;
     text.gauge("potluck_samples_per_second", "Speed of all live peers together", &labels, speed);
+    if let Some(eta) = status.eta_seconds {
+        text.gauge("potluck_epoch_left_seconds", "Until the epoch is full, at this speed", &labels, eta);
+    }
+    if let Some(lineage) = status.lineage {
+        let help = "Samples in the history of the parameters";
+        text.gauge("potluck_history_samples", help, &labels, lineage.samples);
+    }
     text.gauge("potluck_peers", "Live peers, this one included", &labels, status.peers.len());
     text.gauge("potluck_alone", "1 if nobody else is here", &labels, u8::from(status.alone));
     text.counter("potluck_rounds", "Rounds that gave an average", &labels, status.rounds);
@@ -23,10 +31,7 @@ pub fn openmetrics(status: &Status) -> String {
     text.counter("potluck_received_bytes", "Bytes received since the start", &labels, status.bytes_received);
     let ratio = status.compression_ratio;
     text.gauge("potluck_compression_ratio", "Bytes as f32 per byte on the wire", &labels, ratio);
-    if let Some(round) = &status.last_round {
-        text.gauge("potluck_round_seconds", "The last round, call to result", &labels, round.stats.seconds);
-        text.gauge("potluck_round_members", "Members of the last round", &labels, round.members.len());
-    }
+    of_the_last_round(&mut text, &labels, status);
     if let Some(loss) = status.loss {
         text.gauge("potluck_loss", "The last loss that this peer reported", &labels, loss);
     }
@@ -38,17 +43,56 @@ pub fn openmetrics(status: &Status) -> String {
     for (purpose, bytes) in &status.memory {
         text.sample("potluck_memory_bytes", &format!("{labels},purpose=\"{}\"", escape(purpose)), bytes);
     }
-    text.head(
-        "potluck_peer_contributed_samples",
-        "gauge",
-        "Samples that a live peer put into finished rounds",
-    );
-    for peer in &status.peers {
-        let labels = format!("{labels},peer=\"{}\"", peer.peer);
-        text.sample("potluck_peer_contributed_samples", &labels, peer.contributed);
-    }
+    of_each_peer(&mut text, &labels, status);
     text.0.push_str("# EOF\n");
     text.0
+}
+
+fn of_the_last_round(text: &mut Text, labels: &str, status: &Status) {
+    let Some(round) = &status.last_round else { return };
+    let stats = &round.stats;
+    text.gauge("potluck_round_seconds", "The last round, call to result", labels, stats.seconds);
+    let gather = stats.gather_seconds;
+    text.gauge("potluck_round_gather_seconds", "Of these, until its group was complete", labels, gather);
+    text.gauge("potluck_round_epoch", "The epoch that the last round ended", labels, round.epoch);
+    text.gauge("potluck_round_members", "Members of the last round", labels, round.members.len());
+    text.gauge("potluck_round_weight", "Weight of all its members together", labels, round.weight_total);
+    text.gauge("potluck_round_faults", "Peers at fault in it", labels, round.faults.len());
+    text.gauge("potluck_round_attempts", "How many times it was tried", labels, stats.attempts);
+    let (sent, received) = (stats.bytes_sent, stats.bytes_received);
+    text.gauge("potluck_round_sent_bytes", "Sent by this peer in it", labels, sent);
+    text.gauge("potluck_round_received_bytes", "Received by this peer in it", labels, received);
+}
+
+/// One family a figure, one sample a peer.
+fn of_each_peer(text: &mut Text, labels: &str, status: &Status) {
+    type Figure = fn(&PeerStatus) -> Option<f64>;
+    let figures: [(&str, &str, Figure); 6] = [
+        ("contributed_samples", "Samples that a live peer put into finished rounds", |peer| {
+            Some(peer.contributed as f64)
+        }),
+        ("epoch", "The epoch that a live peer works on", |peer| Some(peer.epoch as f64)),
+        ("epoch_samples", "Its samples of that epoch", |peer| Some(peer.samples as f64)),
+        ("share_ratio", "Its part of this epoch's samples", |peer| Some(f64::from(peer.share))),
+        ("samples_per_second", "Its measured speed", |peer| Some(f64::from(peer.samples_per_second))),
+        ("loss", "The last loss that it reported", |peer| peer.loss.map(f64::from)),
+    ];
+    for (name, help, figure) in figures {
+        let name = format!("potluck_peer_{name}");
+        text.head(&name, "gauge", help);
+        for (peer, value) in status.peers.iter().filter_map(|peer| Some((peer, figure(peer)?))) {
+            text.sample(&name, &format!("{labels},peer=\"{}\"", peer.peer), value);
+        }
+    }
+    text.head("potluck_peer_connected", "gauge", "1 for how this peer is connected to a live peer");
+    for (peer, path) in status.peers.iter().filter_map(|peer| Some((peer, peer.path?))) {
+        let path = match path {
+            Path::Direct => "direct",
+            Path::HolePunched => "hole_punched",
+            _ => "relayed",
+        };
+        text.sample("potluck_peer_connected", &format!("{labels},peer=\"{}\",path=\"{path}\"", peer.peer), 1);
+    }
 }
 
 /// What a name may end in.
@@ -88,6 +132,43 @@ fn escape(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The numbers of a JSON value, with their names.
+    fn numbers(name: &str, value: &serde_json::Value, found: &mut Vec<(String, f64)>) {
+        match value {
+            serde_json::Value::Number(number) => found.push((name.to_owned(), number.as_f64().unwrap())),
+            serde_json::Value::Object(fields) => {
+                fields.iter().for_each(|(field, value)| numbers(&format!("{name}.{field}"), value, found));
+            }
+            serde_json::Value::Array(items) => items.iter().for_each(|item| numbers(name, item, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_number_of_a_status_is_among_the_metrics() {
+        let json: serde_json::Value = serde_json::from_str(include_str!("../tests/status.json")).unwrap();
+        let status: Status = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&status).unwrap(), json, "the sample has every field and no other");
+        let text = openmetrics(&status);
+        let shown: Vec<f64> = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+            .collect();
+        let mut told = Vec::new();
+        numbers("", &json, &mut told);
+        // The ratio stands for the first two; the third is a name in numbers; the epoch of a history is the status's.
+        let other =
+            [".last_round.bytes_plain", ".last_round.bytes_encoded", ".lineage.hash", ".lineage.epoch"];
+        told.retain(|(name, _)| !other.contains(&name.as_str()));
+        assert!(told.len() > 35, "{told:?}");
+        for (name, value) in told {
+            let near = |shown: &&f64| (**shown - value).abs() <= 1e-6 * value.abs();
+            assert!(shown.iter().any(|shown| near(&shown)), "{name} = {value} is not in\n{text}");
+        }
+        assert!(text.contains("path=\"hole_punched\"} 1\n"), "{text}");
+    }
 
     #[test]
     fn every_line_is_a_comment_or_a_sample_and_labels_are_escaped() {

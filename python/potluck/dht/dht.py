@@ -23,6 +23,8 @@ from potluck.utils.serializer import MSGPackSerializer
 from potluck.utils.timed_storage import DHTExpiration, ValueWithExpiration, get_dht_time
 
 logger = get_logger("potluck")
+# What the token of a `potluck node` says that was not told of a run: it is there for all of them.
+_NO_RUN = "potluck"
 T = TypeVar("T")
 # hivemind's tuning of its side daemon and node. Accepted so that scripts run; potluck measures or needs none of it.
 _NO_OP_KWARGS = frozenset(
@@ -85,7 +87,8 @@ class DHT:
                     raise TypeError(f"DHT() got an unexpected keyword argument {name!r}")
                 raise ValueError(f"{name}={value!r} cannot have an effect: {_REASONS[name]}")
         self._invites: dict[str, str] = {}
-        self.initial_peers = _addresses(initial_peers, self._invites)
+        self._token_runs: set[str] = set()
+        self.initial_peers = _addresses(initial_peers, self._invites, self._token_runs)
         self.client_mode = bool(client_mode)
         self.shutdown_timeout = shutdown_timeout
         self._bootstrap_seconds = 20.0 if bootstrap_timeout is None else float(bootstrap_timeout)
@@ -297,6 +300,7 @@ class DHT:
 
         Raises ``ValueError`` if the run is closed to this peer.
         """
+        self._warn_of_another_run(run_id)
         if owner is None:
             if run_id in self._invites:
                 raise ValueError(
@@ -316,6 +320,18 @@ class DHT:
                 "the owner, with identity_path= of the owner's key"
             )
         return name, self._invites[run_id]
+
+    def _warn_of_another_run(self, run_id: str) -> None:
+        """Whoever joins another run than the token's meets nobody of it, which looks like a broken network."""
+        if run_id in self._token_runs or not (others := self._token_runs - {_NO_RUN}):
+            return
+        names = " and ".join(map(repr, sorted(others)))
+        logger.warning(
+            "the token is for the run %s, this program joins the run %r: it will not meet those who train the other",
+            names,
+            run_id,
+        )
+        self._token_runs.add(run_id)
 
     def __repr__(self) -> str:
         where = "not running" if self._node is None else self._node.peer_id
@@ -369,8 +385,10 @@ def _key(key: Any) -> bytes:
     return MSGPackSerializer.dumps(key)
 
 
-def _addresses(initial_peers: Sequence[Multiaddr | str] | str | None, invites: dict[str, str]) -> list[str]:
-    """Addresses of the peers to ask first; the invites of their tokens go into ``invites``."""
+def _addresses(
+    initial_peers: Sequence[Multiaddr | str] | str | None, invites: dict[str, str], runs: set[str]
+) -> list[str]:
+    """Addresses of the peers to ask first; what their tokens say of runs goes into ``invites`` and ``runs``."""
     if initial_peers is None:
         return []
     given = initial_peers.split(",") if isinstance(initial_peers, str) else list(initial_peers)
@@ -380,6 +398,7 @@ def _addresses(initial_peers: Sequence[Multiaddr | str] | str | None, invites: d
         if text.startswith("potluck"):
             run_id, bootstrap, invite = _core.Node.read_token(text)
             addresses += bootstrap
+            runs.add(run_id)
             if invite is not None:
                 invites[run_id] = invite
         else:

@@ -121,7 +121,9 @@ class Optimizer(OptimizerFacts):
             state_compression=_settings.check_compression(
                 "state_averaging_compression", state_averaging_compression
             ).policy(),
-            average_state_every=_settings.positive("average_state_every", average_state_every),
+            average_state_every=_settings.positive(
+                "average_state_every", average_state_every, most=2**32 - 1
+            ),
             load_state_timeout=float(load_state_timeout),
             alpha=performance_ema_alpha,
             admission=dht.admission(run_id, owner),

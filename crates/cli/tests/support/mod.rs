@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use potluck_collab::{Directory, Session, SessionConfig, Snapshot, Step, TensorInfo};
+use potluck_collab::{Directory, Invite, Session, SessionConfig, Snapshot, Step, TensorInfo};
 use potluck_dht::{Dht, DhtConfig, rendezvous};
 use potluck_net::{Env, Identity, PeerId, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport};
@@ -144,11 +144,17 @@ impl Running {
         self.end("-TERM")
     }
 
-    /// The same with another signal.
-    pub(crate) fn end(mut self, signal: &str) -> bool {
+    /// Send it a signal.
+    pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill").args([signal, &pid]).status().expect("kill runs");
-        sent.success() && self.child.wait().expect("it ends").success()
+        assert!(sent.success(), "kill {signal} {pid}");
+    }
+
+    /// The same with another signal.
+    pub(crate) fn end(mut self, signal: &str) -> bool {
+        self.signal(signal);
+        self.child.wait().expect("it ends").success()
     }
 }
 
@@ -160,11 +166,21 @@ impl Drop for Running {
     }
 }
 
+pub(crate) const LOOPBACK: &str = "/ip4/127.0.0.1/tcp/0";
+
+/// Run the command for some seconds, then stop it politely.
+pub(crate) fn stopped(seconds: u32, arguments: &[&str]) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["--preserve-status", "-s", "TERM", &seconds.to_string(), env!("CARGO_BIN_EXE_potluck")]);
+    command.args(arguments).env("POTLUCK_RUNTIME_DIR", runtime_dir());
+    command.env_remove("POTLUCK_IDENTITY").env_remove("POTLUCK_LOG").stdin(Stdio::null());
+    command.output().expect("timeout is part of the system")
+}
+
 /// A bootstrap node on loopback, and its token.
 pub(crate) fn node(dir: &Path, run: &str) -> (Running, Token) {
     let identity = dir.join(format!("{run}.key"));
-    let mut command =
-        potluck(&["node", "--run", run, "--no-port-mapping", "--listen", "/ip4/127.0.0.1/tcp/0"]);
+    let mut command = potluck(&["node", "--run", run, "--no-port-mapping", "--listen", LOOPBACK]);
     command.arg("--identity").arg(identity);
     let node = Running::start(command);
     let token = node.line("token").parse().expect("a token");
@@ -204,6 +220,11 @@ pub(crate) struct Trainer {
 
 impl Trainer {
     pub(crate) async fn join(token: &Token) -> Self {
+        Self::join_closed(token, None).await
+    }
+
+    /// Join a run that only the invited may join, if it has an owner.
+    pub(crate) async fn join_closed(token: &Token, owner: Option<&Identity>) -> Self {
         let env = Env::real();
         let mut config = Config::loopback(Identity::from_seed(&env.random_bytes()));
         config.bootstrap.clone_from(&token.bootstrap);
@@ -216,6 +237,8 @@ impl Trainer {
         let mut config = SessionConfig::new(token.run_id.clone(), TARGET, vec![tensor]);
         config.bootstrap = transport.bootstrap_peers();
         config.directory = Some(Arc::new(Dhts(dht)));
+        config.owner = owner.map(Identity::peer_id);
+        config.invite = owner.map(|owner| Invite::issue(owner, &token.run_id).to_text());
         let session = Session::join(transport.clone(), env, config).await.expect("the run is joined");
         let (losses, seen) = watch::channel(Vec::new());
         let tasks = Tasks::new();
