@@ -24,9 +24,16 @@ pub const DECODERS: &[Decoder] = &[
     ("collab_note", potluck_collab::fuzz::note),
     ("collab_question", potluck_collab::fuzz::question),
     ("collab_sight", potluck_collab::fuzz::sight),
-    ("compression_decode", compression_decode),
+    ("compression_bfloat16", |input| compression_decode(Scheme::BFloat16, input)),
+    ("compression_blockwise4", |input| compression_decode(Scheme::Blockwise4Bit, input)),
+    ("compression_blockwise8", |input| compression_decode(Scheme::Blockwise8Bit, input)),
+    ("compression_float16", |input| compression_decode(Scheme::Float16, input)),
     ("compression_low_rank", compression_low_rank),
+    ("compression_none", |input| compression_decode(Scheme::None, input)),
+    ("compression_quantile8", |input| compression_decode(Scheme::Quantile8Bit, input)),
+    ("compression_scaled_float16", |input| compression_decode(Scheme::ScaledFloat16, input)),
     ("compression_tensor", compression_tensor),
+    ("compression_uniform8", |input| compression_decode(Scheme::Uniform8Bit, input)),
     ("dht_announcement", dht_announcement),
     ("dht_answer", dht_answer),
     ("dht_dictionary", dht_dictionary),
@@ -60,11 +67,10 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
     seeds
 }
 
-/// Every buffer decoder: any bytes for any count either decode or are refused, without touching the output. The first
-/// byte names the scheme, the next two the count.
-fn compression_decode(input: &[u8]) {
-    let Some(([scheme, low, high], bytes)) = input.split_first_chunk() else { return };
-    let Some(scheme) = Scheme::ALL.get(usize::from(*scheme) % Scheme::ALL.len()) else { return };
+/// A scheme's decoder: any bytes for any count either decode or are refused, without touching the output. The first two
+/// bytes are the count.
+fn compression_decode(scheme: Scheme, input: &[u8]) {
+    let Some(([low, high], bytes)) = input.split_first_chunk() else { return };
     let count = usize::from(u16::from_le_bytes([*low, *high]) % 8192);
     // Mostly the length that fits, so that the checks behind the first are reached.
     let mut fitted = bytes.to_vec();
@@ -180,14 +186,29 @@ fn dht_signed_record(input: &[u8]) {
         (validator.validate(&record), validator.strip(&record), validator.version(&record));
 }
 
+/// The decoder of a scheme's buffers.
+fn decoder_of(scheme: Scheme) -> &'static str {
+    match scheme {
+        Scheme::Blockwise4Bit => "compression_blockwise4",
+        Scheme::Blockwise8Bit => "compression_blockwise8",
+        Scheme::BFloat16 => "compression_bfloat16",
+        Scheme::Float16 => "compression_float16",
+        Scheme::None => "compression_none",
+        Scheme::Quantile8Bit => "compression_quantile8",
+        Scheme::ScaledFloat16 => "compression_scaled_float16",
+        Scheme::Uniform8Bit => "compression_uniform8",
+        other => panic!("{other:?} has no decoder here: add it, and its fuzz target"),
+    }
+}
+
 fn compression_seeds() -> Vec<(&'static str, Bytes)> {
     let values: Vec<f32> = (0..40u8).map(|i| f32::from(i) / 8.0 - 2.0).collect();
     let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let mut seeds = Vec::new();
-    for (number, scheme) in Scheme::ALL.iter().enumerate() {
-        let mut buffer = vec![u8::try_from(number).expect("few schemes"), 40, 0];
+    for scheme in Scheme::ALL {
+        let mut buffer = vec![40, 0];
         if scheme.encode(&values, &mut buffer, &mut Scratch::default()).is_ok() {
-            seeds.push(("compression_decode", buffer.into()));
+            seeds.push((decoder_of(*scheme), buffer.into()));
         }
         if let Ok((tensor, _)) = serialize(DType::Float32, &[5, 8], &raw, *scheme) {
             seeds.push(("compression_tensor", tensor.to_protobuf().into()));

@@ -93,11 +93,11 @@ fn scale_for(magnitude: u32) -> u16 {
     ((magnitude + 0xffff) >> 16).min(u32::from(SCALE_MAX)) as u16
 }
 
-/// The number of the nearest level, by counting the borders below.
+/// The number of the nearest level, by counting the borders below. Wide, as the floats are: narrowed to a byte in the
+/// same loop, each of the comparisons would be narrowed.
 #[inline(always)]
-fn level_of(quotient: f32) -> u8 {
-    // Counted in the lanes of the floats, and narrowed once.
-    BORDERS.iter().map(|border| u32::from(quotient > *border)).sum::<u32>() as u8
+fn level_of(quotient: f32) -> u32 {
+    BORDERS.iter().map(|border| u32::from(quotient > *border)).sum()
 }
 
 impl Kernel for Quantize<'_, '_> {
@@ -122,7 +122,7 @@ impl Kernel for Quantize<'_, '_> {
                     out.written()[scales_at..scales_at + 2].copy_from_slice(&scale.to_le_bytes());
                     scales_at += 2;
                     let divisor = if scale == 0 { 1.0 } else { from_bfloat16(scale) };
-                    let mut levels = [0_u8; BLOCK];
+                    let mut levels = [0_u32; BLOCK];
                     for (level, value) in levels.iter_mut().zip(&padded) {
                         *level = level_of(value / divisor);
                     }
@@ -131,7 +131,7 @@ impl Kernel for Quantize<'_, '_> {
                     }
                     let mut pairs = [0_u8; BLOCK / 2];
                     for (pair, [low, high]) in pairs.iter_mut().zip(levels.as_chunks::<2>().0) {
-                        *pair = low | high << 4;
+                        *pair = (low | high << 4) as u8;
                     }
                     out.extend_from_slice(&pairs[..block.len().div_ceil(2)]);
                 }
