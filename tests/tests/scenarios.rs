@@ -209,3 +209,23 @@ fn thirty_percent_killed_a_hundred_times() {
         conclude(world, true).await;
     });
 }
+
+#[test]
+fn sixty_four_peers_are_one_group() {
+    run(11, async |net| {
+        let spec = RunSpec { target: 1024, epochs: 4, ..RunSpec::new(11) };
+        let mut world = World::new(net, spec.clone());
+        (0..64).for_each(|_| _ = world.start(plan(500)));
+        agree(&world, spec.epochs).await;
+        let record = conclude(world, true).await;
+        assert_eq!(last_members(&record).len(), 64);
+        assert!(record.faults().is_empty(), "{:?}", record.faults());
+    });
+}
+
+/// `make sim` has a thousand.
+#[test]
+fn a_hundred_and_fifty_peers_average_in_groups() {
+    let (measured, holds) = potluck_tests::properties::in_groups(150, 4).expect("all of them join");
+    assert!(holds, "{measured}");
+}

@@ -1,11 +1,11 @@
 //! Rounds of one channel: gather, exchange, agree, apply. The caller's vector goes in and comes back as the average; if
 //! the round fails it comes back unchanged inside the error.
 
-use crate::membership::Member;
 use crate::phases::{Finished, Own, everybody};
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
 use crate::swarm::{ChannelHandler, Inner, Swarm};
+use crate::view::Member;
 use crate::wire::{GATHER_BYTES_MAX, Plan, Ready, RoundMessage};
 use bytes::Bytes;
 use potluck_compression::{Policy, TensorInfo, tally};

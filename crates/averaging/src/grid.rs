@@ -18,39 +18,103 @@ fn lines(peers: usize, group_max: usize) -> u64 {
     wanted.next_power_of_two() as u64
 }
 
-fn line(peer: PeerId, dimension: u64, lines: u64) -> u64 {
+fn line(peer: PeerId, dimension: u64) -> u64 {
     let mut hasher = blake3::Hasher::new_derive_key("potluck grid 1");
     hasher.update(&dimension.to_le_bytes());
     hasher.update(peer.as_bytes());
     let mut word = [0; 8];
     hasher.finalize_xof().fill(&mut word);
-    u64::from_le_bytes(word) % lines.max(1)
+    u64::from_le_bytes(word)
+}
+
+/// Where a peer is: hashed once, compared often.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Place {
+    /// For row and column.
+    lines: [u64; 2],
+    ring: u64,
+}
+
+impl Place {
+    pub(crate) fn of(peer: PeerId) -> Self {
+        Self { lines: [line(peer, 0), line(peer, 1)], ring: line(peer, 2) }
+    }
+
+    /// Whether two peers average together in this round of a swarm with so many lines.
+    fn meets(&self, other: &Self, round: u64, lines: u64) -> bool {
+        let at = (round % 2) as usize;
+        self.lines[at] % lines == other.lines[at] % lines
+    }
 }
 
 /// The peers that average with `me` in this round, `me` included, sorted; at most `group_max`.
 pub(crate) fn group(me: PeerId, alive: &[PeerId], round: u64, group_max: usize) -> Vec<PeerId> {
     let lines = lines(alive.len(), group_max);
-    let dimension = round % 2;
-    let mine = line(me, dimension, lines);
-    let mut group: Vec<PeerId> =
-        alive.iter().copied().filter(|peer| *peer == me || line(*peer, dimension, lines) == mine).collect();
+    let mine = Place::of(me);
+    let meets = |peer: &PeerId| lines == 1 || *peer == me || Place::of(*peer).meets(&mine, round, lines);
+    let mut group: Vec<PeerId> = alive.iter().copied().filter(meets).collect();
     group.sort_unstable();
     group.truncate(group_max.max(1));
     group
 }
 
-/// The peers to keep a link to, sorted.
-pub(crate) fn neighbours(me: PeerId, alive: &[PeerId], group_max: usize) -> Vec<PeerId> {
-    let mut chosen = group(me, alive, 0, group_max);
-    chosen.extend(group(me, alive, 1, group_max));
-    let mut ring: Vec<PeerId> = alive.to_vec();
-    ring.sort_unstable_by_key(|peer| (line(*peer, 2, u64::MAX), *peer));
-    let at = ring.partition_point(|peer| (line(*peer, 2, u64::MAX), *peer) <= (line(me, 2, u64::MAX), me));
-    chosen.extend(ring.iter().cycle().skip(at).take(EXTRA_LINKS.min(ring.len())));
-    chosen.sort_unstable();
-    chosen.dedup();
-    chosen.retain(|peer| *peer != me);
-    chosen
+/// Whom a peer keeps a link to: everybody, or in a large swarm those of its row and its column and the next on the ring.
+#[derive(Debug, Default)]
+pub(crate) struct Mesh {
+    me: Place,
+    /// Live peers from which on it is a large one.
+    large_from: usize,
+    alive: usize,
+    lines: u64,
+    /// The next on the ring.
+    ring: Vec<PeerId>,
+    /// Somebody came or went since `ring` was made.
+    stale: bool,
+}
+
+impl Mesh {
+    pub(crate) fn new(me: PeerId, large_from: usize) -> Self {
+        Self { me: Place::of(me), large_from, lines: 1, ..Self::default() }
+    }
+
+    /// So many others are alive now.
+    pub(crate) fn count(&mut self, alive: usize) {
+        (self.alive, self.lines, self.stale) = (alive, lines(alive, self.large_from), true);
+    }
+
+    pub(crate) fn alive(&self) -> usize {
+        self.alive
+    }
+
+    pub(crate) fn is_large(&self) -> bool {
+        self.alive >= self.large_from
+    }
+
+    pub(crate) fn wants(&self, peer: &PeerId, place: &Place) -> bool {
+        !self.is_large()
+            || (0..2).any(|round| self.me.meets(place, round, self.lines))
+            || self.ring.contains(peer)
+    }
+
+    /// Whether a peer averages with us in this round.
+    pub(crate) fn meets(&self, place: &Place, round: u64) -> bool {
+        !self.is_large() || self.me.meets(place, round, self.lines)
+    }
+
+    /// Look who is next on the ring, if that may have changed.
+    pub(crate) fn renew<'a>(&mut self, alive: impl Iterator<Item = (&'a PeerId, &'a Place)>) {
+        if !self.is_large() || !std::mem::take(&mut self.stale) {
+            return;
+        }
+        // How far ahead of us.
+        let mut ahead: Vec<(u64, PeerId)> =
+            alive.map(|(peer, place)| (place.ring.wrapping_sub(self.me.ring), *peer)).collect();
+        let count = EXTRA_LINKS.min(ahead.len());
+        if count < ahead.len() {
+            ahead.select_nth_unstable(count);
+        }
+        self.ring = ahead.into_iter().take(count).map(|(_, peer)| peer).collect();
+    }
 }
 
 #[cfg(test)]
@@ -73,7 +137,12 @@ mod tests {
                 let other = group[0];
                 assert_eq!(super::group(other, &peers, round, 64), group);
             }
-            assert!(neighbours(*me, &peers, 64).len() <= 131);
+            let mut mesh = Mesh::new(*me, 64);
+            mesh.count(peers.len() - 1);
+            let places: Vec<Place> = peers.iter().map(|peer| Place::of(*peer)).collect();
+            mesh.renew(peers.iter().zip(&places).filter(|(peer, _)| *peer != me));
+            let wanted = peers.iter().zip(&places).filter(|(peer, place)| mesh.wants(peer, place)).count();
+            assert!((4..=131).contains(&wanted), "{wanted}");
         }
     }
 }

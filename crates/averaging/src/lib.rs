@@ -6,9 +6,8 @@
 //!   the weighted mean, the same bits at every member.
 //!
 //! Decisions are sans-I/O, one file each (`membership`, `detector`, `plan`, `partition`, `station`, `reducer`, `spans`,
-//! `rates`, `grid`); `swarm`, `link`, `router`, `exchange`, `pair`, `phases` and
-//! `averager` move bytes. `docs/protocol.md` is the
-//! specification.
+//! `rates`, `grid`, `view`); `swarm`, `link`, `router`, `exchange`, `pair`, `phases` and `averager` move bytes.
+//! `docs/protocol.md` is the specification.
 
 mod averager;
 mod detector;
@@ -34,6 +33,7 @@ mod store;
 mod sum;
 mod swarm;
 mod twin;
+mod view;
 mod wire;
 
 pub use averager::{
@@ -42,8 +42,8 @@ pub use averager::{
 };
 pub use detector::HEARTBEAT;
 pub use invite::Invite;
-pub use membership::{Member, View};
 pub use plan::GROUP_MAX;
 pub use spans::{Chunk, Layout};
 pub use swarm::{Directory, JoinError, Manifest, Swarm, SwarmConfig};
+pub use view::{Member, View};
 pub use wire::{APP_BYTES_MAX, GATHER_BYTES_MAX, Progress};

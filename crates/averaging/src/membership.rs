@@ -4,16 +4,19 @@
 //! only the peer itself raises its incarnation, which is how a peer that was given up wrongly comes back.
 
 use crate::detector::{Detector, HEARTBEAT, Opinion};
+use crate::grid::{Mesh, Place};
 use crate::twin::{OwnTwin, Twin};
+use crate::view::Member;
 use crate::wire::{News, Progress, Pulse, Standing};
-use bytes::Bytes;
 use potluck_net::{Path, PeerId, Reachability};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// News items in one heartbeat.
 const NEWS_MAX: usize = 24;
+/// Links that news of others goes to at once in a large swarm.
+const FANOUT: usize = 8;
 /// Peers remembered at most, alive or not.
 const PEERS_MAX: usize = 4096;
 /// A peer without a link of ours is dropped when no heartbeat of it was relayed for this long.
@@ -21,58 +24,18 @@ const RELAYED_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Between attempts to reach a peer that was given up: partitions heal.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// One live peer, as everybody above this crate sees it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Member {
-    /// The epoch that it works on.
-    pub epoch: u64,
-    /// Samples accumulated in it.
-    pub samples: u64,
-    /// Its speed.
-    pub samples_per_second: f64,
-    /// Whether it could take part in a round.
-    pub ready: bool,
-    /// Measured upload rate in bytes per second, 0 if unknown.
-    pub up_bytes_per_second: f64,
-    /// Measured download rate in bytes per second, 0 if unknown.
-    pub down_bytes_per_second: f64,
-    /// Whether others can dial it.
-    pub reachability: Reachability,
-    /// How we are connected to it.
-    pub path: Option<Path>,
-    /// How often it came back.
-    pub incarnation: u64,
-    /// Random at each start of its program.
-    pub process: u32,
-    /// Two processes speak under this identity: the file that holds it was copied.
-    pub twice: bool,
-    /// Helps reducing, has no vector.
-    pub auxiliary: bool,
-    /// Dials out only.
-    pub client: bool,
-    /// The layer above's payload.
-    pub app: Bytes,
-    /// Whether this is ourselves.
-    pub local: bool,
-}
-
-/// Every live peer, ourselves included.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct View {
-    /// The peers.
-    pub members: BTreeMap<PeerId, Member>,
-}
-
-impl View {
-    /// Samples of all live peers that work on this epoch: the plain sum, nothing is extrapolated.
-    pub fn samples(&self, epoch: u64) -> u64 {
-        self.members.values().filter(|m| m.epoch == epoch).map(|m| m.samples).sum()
-    }
-
-    /// The highest epoch that anybody works on.
-    pub fn epoch_max(&self) -> u64 {
-        self.members.values().map(|m| m.epoch).max().unwrap_or(0)
-    }
+/// To whom a heartbeat goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Audience {
+    Everybody,
+    /// In a large swarm, what we report of ourselves and cannot wait is for those who average with us in this round.
+    Round(u64),
+    /// News of others goes to every so-many-th link, beginning with one that differs from time to time: each of them
+    /// tells it on, and everybody hears it often enough.
+    EveryNth {
+        nth: usize,
+        first: usize,
+    },
 }
 
 /// What the driver shall do.
@@ -83,15 +46,16 @@ pub(crate) enum Action {
         of: PeerId,
         about: PeerId,
     },
+    /// Send a heartbeat to this peer now.
+    Greet(PeerId),
     /// Send a heartbeat to everybody now.
     Beat,
-    /// The set of live peers or their reports changed.
-    Changed,
     AddAddresses(PeerId, Vec<String>),
 }
 
 #[derive(Debug, Clone)]
 struct Entry {
+    place: Place,
     standing: Standing,
     incarnation: u64,
     pulse: Pulse,
@@ -116,9 +80,18 @@ pub(crate) struct Membership {
     twin: OwnTwin,
     peers: BTreeMap<PeerId, Entry>,
     next_beat: Instant,
+    /// The next heartbeat is not only for what has just changed.
+    regular: bool,
+    /// It says something of ourselves that cannot wait.
+    urgent: bool,
+    /// When the first of the peers may become suspect or dead, or earlier.
+    next_look: Instant,
     cursor: Option<PeerId>,
-    /// Decides which live peers we keep a link to.
-    mesh_max: usize,
+    mesh: Mesh,
+    /// Peers with news that the next heartbeats carry first.
+    fresh: BTreeSet<PeerId>,
+    /// Peers of which the view must be made anew, ourselves included.
+    changed: BTreeSet<PeerId>,
     /// We have said farewell: others now say rightly that we are gone.
     leaving: bool,
 }
@@ -133,8 +106,13 @@ impl Membership {
             twin,
             peers: BTreeMap::new(),
             next_beat: now,
+            regular: true,
+            urgent: false,
+            next_look: now,
             cursor: None,
-            mesh_max,
+            mesh: Mesh::new(me, mesh_max),
+            fresh: BTreeSet::new(),
+            changed: BTreeSet::from([me]),
             leaving: false,
         }
     }
@@ -152,13 +130,25 @@ impl Membership {
         let before = std::mem::replace(&mut self.pulse.progress, progress);
         let now = &self.pulse.progress;
         if before.epoch != now.epoch || before.ready != now.ready {
+            self.urgent = true;
             actions.push(Action::Beat);
         }
-        actions.push(Action::Changed);
+        self.changed.insert(self.me);
+    }
+
+    /// As [`Self::report`], and the others are told at once.
+    pub(crate) fn report_now(&mut self, progress: Progress, actions: &mut Vec<Action>) {
+        self.report(progress, actions);
+        self.urgent = true;
+        actions.push(Action::Beat);
     }
 
     pub(crate) fn measured(&mut self, up: f64, down: f64, reachability: Reachability) {
-        (self.pulse.up, self.pulse.down, self.pulse.reachability) = (up, down, reachability);
+        let measured = (up, down, reachability);
+        if (self.pulse.up, self.pulse.down, self.pulse.reachability) != measured {
+            (self.pulse.up, self.pulse.down, self.pulse.reachability) = measured;
+            self.changed.insert(self.me);
+        }
     }
 
     fn entry(&mut self, now: Instant, peer: PeerId) -> Option<&mut Entry> {
@@ -166,6 +156,7 @@ impl Membership {
             return None;
         }
         Some(self.peers.entry(peer).or_insert_with(|| Entry {
+            place: Place::of(peer),
             standing: Standing::Dead,
             incarnation: 0,
             pulse: Pulse::default(),
@@ -194,15 +185,20 @@ impl Membership {
         entry.linked = true;
         actions.push(Action::AddAddresses(peer, addresses.clone()));
         entry.addresses = addresses;
+        let wakeup = entry.detector.next_wakeup();
+        self.next_look = self.next_look.min(wakeup);
+        self.changed.insert(peer);
         self.beat(now, peer, incarnation, pulse, actions);
-        actions.push(Action::Beat);
+        actions.push(if self.mesh.is_large() { Action::Greet(peer) } else { Action::Beat });
     }
 
     pub(crate) fn unlinked(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.peers.get_mut(&peer) else { return };
         entry.linked = false;
+        self.changed.insert(peer);
         if entry.standing == Standing::Alive {
             entry.detector.link_broke(now);
+            self.next_look = self.next_look.min(entry.detector.next_wakeup());
             entry.connect_at = now + RETRY;
             actions.push(Action::Connect(peer));
         }
@@ -235,7 +231,7 @@ impl Membership {
             entry.twin.follows(now, entry.pulse.process, pulse.process);
             let twice = entry.twin.is_certain(now);
             if std::mem::replace(&mut entry.twice, twice) != twice {
-                actions.push(Action::Changed);
+                self.changed.insert(peer);
             }
             if entry.pulse.process != pulse.process {
                 // Its predecessor counted its heartbeats higher.
@@ -250,6 +246,7 @@ impl Membership {
             // It does not know that it was given up, or that it has lived before and came back before anybody missed it:
             // the news in our heartbeat makes it raise its incarnation.
             entry.fresh = 3;
+            self.fresh.insert(peer);
             actions.push(Action::Beat);
         }
     }
@@ -267,8 +264,19 @@ impl Membership {
             }
             if let Some(beat) = news.beat.filter(|beat| beat.process != self.pulse.process) {
                 self.twin.heard_of(now, beat.process, beat.sequence);
-                actions.push(Action::Changed);
+                self.changed.insert(self.me);
             }
+            return;
+        }
+        // In a large swarm, most news is known.
+        let known = self.peers.get(&news.peer).filter(|entry| {
+            let sequence = |beat: &Pulse| (beat.process, beat.sequence);
+            let newest = news.beat.as_ref().is_none_or(|beat| {
+                beat.process == entry.pulse.process && sequence(beat) <= sequence(&entry.pulse)
+            });
+            (news.incarnation, news.standing) == (entry.incarnation, entry.standing) && newest
+        });
+        if known.is_some_and(|entry| entry.addresses == news.addresses) {
             return;
         }
         if !news.addresses.is_empty() {
@@ -299,21 +307,33 @@ impl Membership {
         actions: &mut Vec<Action>,
     ) {
         let mut newcomer = false;
+        // In a large swarm a link to everybody who tells it on would carry the same news over and over.
+        let repeats = if self.mesh.is_large() { 1 } else { 4 };
         let Some(entry) = self.entry(now, peer) else { return };
         if (incarnation, standing) > (entry.incarnation, entry.standing) || entry.incarnation == 0 {
             let was_alive = entry.standing == Standing::Alive && entry.incarnation > 0;
             (entry.incarnation, entry.standing) = (incarnation, standing);
-            entry.fresh = 4;
-            if standing == Standing::Alive && !was_alive {
+            entry.fresh = repeats;
+            let is_alive = standing == Standing::Alive;
+            if is_alive && !was_alive {
                 entry.detector = Detector::new(now);
                 entry.connect_at = now + RETRY;
                 newcomer = !entry.linked;
             }
+            let wakeup = entry.detector.next_wakeup();
+            self.next_look = self.next_look.min(wakeup);
+            self.fresh.insert(peer);
+            self.changed.insert(peer);
+            match (was_alive, is_alive) {
+                (false, true) => self.mesh.count(self.mesh.alive() + 1),
+                (true, false) => self.mesh.count(self.mesh.alive().saturating_sub(1)),
+                _ => {}
+            }
             actions.push(Action::Beat);
-            actions.push(Action::Changed);
         } else if incarnation < entry.incarnation {
             return;
         }
+        let Some(entry) = self.peers.get_mut(&peer) else { return };
         // Of a restarted peer, what others relay counts only where it does not speak for itself.
         if let Some(pulse) = pulse
             && if pulse.process == entry.pulse.process || entry.linked {
@@ -324,9 +344,9 @@ impl Membership {
         {
             entry.pulse = pulse;
             entry.pulse_at = now;
-            actions.push(Action::Changed);
+            self.changed.insert(peer);
         }
-        if newcomer && self.neighbours().contains(&peer) {
+        if newcomer && self.mesh.wants(&peer, &entry.place) {
             actions.push(Action::Connect(peer));
         }
     }
@@ -359,65 +379,61 @@ impl Membership {
         Some((entry.incarnation, entry.detector.silence(now)))
     }
 
-    /// Live peers that we want a control stream to: all, or in a large swarm those of our grid row and column and a few
-    /// more.
-    pub(crate) fn neighbours(&self) -> Vec<PeerId> {
-        let alive = self.alive();
-        if alive.len() < self.mesh_max {
-            return alive;
-        }
-        crate::grid::neighbours(self.me, &alive, self.mesh_max)
-    }
-
-    fn alive(&self) -> Vec<PeerId> {
-        self.peers.iter().filter(|(_, e)| e.standing == Standing::Alive).map(|(peer, _)| *peer).collect()
-    }
-
     pub(crate) fn tick(&mut self, now: Instant, actions: &mut Vec<Action>) {
         if now >= self.next_beat {
             self.next_beat = now + HEARTBEAT;
+            self.regular = true;
             actions.push(Action::Beat);
+            let alive = self.peers.iter().filter(|(_, entry)| entry.standing == Standing::Alive);
+            self.mesh.renew(alive.map(|(peer, entry)| (peer, &entry.place)));
             self.connect_missing(now, actions);
         }
-        let helpers: Vec<PeerId> = self
-            .peers
-            .iter()
-            .filter(|(_, e)| e.linked && e.standing == Standing::Alive)
-            .map(|(p, _)| *p)
-            .collect();
-        let neighbours = self.neighbours();
+        let (mut suspects, mut dead) = (Vec::new(), Vec::new());
+        self.next_look = now + HEARTBEAT;
         for (peer, entry) in self.peers.iter_mut().filter(|(_, e)| e.standing == Standing::Alive) {
-            let dead = if entry.linked || neighbours.binary_search(peer).is_ok() {
-                match entry.detector.judge(now) {
-                    Opinion::Fine => false,
-                    Opinion::Ask => {
-                        entry.connect_at = now + RETRY;
-                        actions.push(Action::Connect(*peer));
-                        let ask = helpers.iter().filter(|of| *of != peer).take(2);
-                        actions.extend(ask.map(|of| Action::Ask { of: *of, about: *peer }));
-                        false
-                    }
-                    Opinion::Dead => true,
+            if !entry.linked && !self.mesh.wants(peer, &entry.place) {
+                if now >= entry.pulse_at + RELAYED_SILENCE_MAX {
+                    dead.push(*peer);
                 }
-            } else {
-                now >= entry.pulse_at + RELAYED_SILENCE_MAX
-            };
-            if dead {
-                entry.standing = Standing::Dead;
-                entry.fresh = 4;
-                entry.connect_at = now + RETRY;
-                actions.push(Action::Beat);
-                actions.push(Action::Changed);
+                continue;
             }
+            match entry.detector.judge(now) {
+                Opinion::Fine => {}
+                Opinion::Ask => {
+                    entry.connect_at = now + RETRY;
+                    actions.push(Action::Connect(*peer));
+                    suspects.push(*peer);
+                }
+                Opinion::Dead => dead.push(*peer),
+            }
+            self.next_look = self.next_look.min(entry.detector.next_wakeup());
+        }
+        for about in suspects {
+            let helpers = self.peers.iter().filter(|(_, e)| e.linked && e.standing == Standing::Alive);
+            let helpers = helpers.map(|(of, _)| *of).filter(|of| *of != about).take(2);
+            actions.extend(helpers.map(|of| Action::Ask { of, about }));
+        }
+        for peer in dead {
+            self.bury(now, peer, actions);
         }
     }
 
+    fn bury(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {
+        let Some(entry) = self.peers.get_mut(&peer) else { return };
+        entry.standing = Standing::Dead;
+        entry.fresh = 4;
+        entry.connect_at = now + RETRY;
+        self.mesh.count(self.mesh.alive().saturating_sub(1));
+        self.fresh.insert(peer);
+        self.changed.insert(peer);
+        actions.push(Action::Beat);
+    }
+
     fn connect_missing(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        let wanted = self.neighbours();
         let mut dead_tried = 0;
         for (peer, entry) in &mut self.peers {
             let try_it = match entry.standing {
-                Standing::Alive => wanted.binary_search(peer).is_ok(),
+                Standing::Alive => self.mesh.wants(peer, &entry.place),
                 Standing::Dead => {
                     dead_tried += 1;
                     dead_tried <= 16
@@ -432,39 +448,61 @@ impl Membership {
     }
 
     pub(crate) fn next_wakeup(&self) -> Instant {
-        // Exactly the peers that `tick` judges: a deadline that nobody acts on would never pass.
-        let neighbours = self.neighbours();
-        let judged = self.peers.iter().filter(|(peer, e)| {
-            e.standing == Standing::Alive && (e.linked || neighbours.binary_search(peer).is_ok())
-        });
-        judged.map(|(_, e)| e.detector.next_wakeup()).fold(self.next_beat, Instant::min)
+        self.next_beat.min(self.next_look)
     }
 
-    /// The next heartbeat.
-    pub(crate) fn next_beat(&mut self) -> (u64, Pulse, Vec<News>) {
+    /// The next heartbeat, and which of these many links it goes to.
+    pub(crate) fn next_beat(&mut self, links: usize) -> (Pulse, Vec<News>, Audience) {
         self.pulse.sequence += 1;
-        let news = self.gossip();
-        (self.incarnation, self.pulse.clone(), news)
+        let large = self.mesh.is_large();
+        let (regular, urgent) = (std::mem::take(&mut self.regular), std::mem::take(&mut self.urgent));
+        let news = self.gossip(regular || !large);
+        let nth = (links / FANOUT).max(1);
+        let audience = match (large && !regular, urgent) {
+            (false, _) => Audience::Everybody,
+            (true, true) => Audience::Round(self.pulse.progress.epoch),
+            (true, false) => Audience::EveryNth { nth, first: self.pulse.sequence as usize % nth },
+        };
+        (self.pulse.clone(), news, audience)
     }
 
-    /// The news for one heartbeat: what is fresh, then the others in turn.
-    fn gossip(&mut self) -> Vec<News> {
-        let mut chosen: Vec<PeerId> = Vec::new();
-        for (peer, entry) in self.peers.iter_mut().filter(|(_, e)| e.fresh > 0).take(NEWS_MAX) {
-            entry.fresh -= 1;
-            chosen.push(*peer);
+    /// A heartbeat for one peer that is new to us.
+    pub(crate) fn greeting(&mut self) -> (Pulse, Vec<News>) {
+        self.pulse.sequence += 1;
+        (self.pulse.clone(), self.gossip(true))
+    }
+
+    /// Whether the last heartbeat had no room for some news, which nobody else may tell for us.
+    pub(crate) fn has_more_to_tell(&self) -> bool {
+        self.mesh.is_large() && !self.fresh.is_empty()
+    }
+
+    /// Whether a peer averages with us in this round.
+    pub(crate) fn meets(&self, peer: &PeerId, round: u64) -> bool {
+        self.peers.get(peer).is_none_or(|entry| self.mesh.meets(&entry.place, round))
+    }
+
+    /// The news for one heartbeat: what is fresh, then (in a regular one) the others in turn.
+    fn gossip(&mut self, regular: bool) -> Vec<News> {
+        let mut chosen: Vec<PeerId> = self.fresh.iter().copied().take(NEWS_MAX).collect();
+        for peer in &chosen {
+            let left = self.peers.get_mut(peer).map_or(0, |entry| {
+                entry.fresh = entry.fresh.saturating_sub(1);
+                entry.fresh
+            });
+            if left == 0 {
+                self.fresh.remove(peer);
+            }
         }
-        let start = self.cursor.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-        let later: Vec<PeerId> = self
-            .peers
-            .range((start, std::ops::Bound::Unbounded))
-            .map(|(peer, _)| *peer)
-            .take(NEWS_MAX / 2)
-            .collect();
-        self.cursor = later.last().copied();
-        for peer in later {
-            if chosen.len() < NEWS_MAX && !chosen.contains(&peer) {
-                chosen.push(peer);
+        if regular {
+            let start = self.cursor.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+            let later = self.peers.range((start, std::ops::Bound::Unbounded)).map(|(peer, _)| *peer);
+            let later: Vec<PeerId> = later.take(NEWS_MAX / 2).collect();
+            self.cursor = later.last().copied();
+            for peer in later {
+                if chosen.len() < NEWS_MAX && !chosen.contains(&peer) {
+                    chosen.push(peer);
+                }
             }
         }
         chosen.into_iter().filter_map(|peer| self.news_of(peer)).collect()
@@ -481,19 +519,27 @@ impl Membership {
         })
     }
 
-    pub(crate) fn view(&self, now: Instant, path: impl Fn(PeerId) -> Option<Path>) -> View {
-        let mut members: BTreeMap<PeerId, Member> = self
-            .peers
-            .iter()
-            .filter(|(_, entry)| entry.standing == Standing::Alive)
-            .map(|(peer, entry)| {
-                let other = member(&entry.pulse, entry.incarnation, path(*peer), false);
-                (*peer, Member { twice: entry.twice, ..other })
-            })
-            .collect();
-        let own = member(&self.pulse, self.incarnation, None, true);
-        members.insert(self.me, Member { twice: self.twin.is_certain(now), ..own });
-        View { members }
+    /// What has changed in the view since the last call; `None` is gone.
+    pub(crate) fn take_changes(
+        &mut self,
+        now: Instant,
+        path: impl Fn(PeerId) -> Option<Path>,
+    ) -> Vec<(PeerId, Option<Member>)> {
+        let changed = std::mem::take(&mut self.changed);
+        let now_of = |peer: PeerId| {
+            if peer == self.me {
+                let own = member(&self.pulse, self.incarnation, None, true);
+                return Some(Member { twice: self.twin.is_certain(now), ..own });
+            }
+            let entry = self.peers.get(&peer).filter(|entry| entry.standing == Standing::Alive)?;
+            let other = member(&entry.pulse, entry.incarnation, path(peer), false);
+            Some(Member { twice: entry.twice, ..other })
+        };
+        changed.into_iter().map(|peer| (peer, now_of(peer))).collect()
+    }
+
+    pub(crate) fn has_changes(&self) -> bool {
+        !self.changed.is_empty()
     }
 }
 

@@ -7,16 +7,19 @@
 use crate::averager::{Averager, Between, RoundErrorKind, RoundRequest, RoundStats};
 use crate::detector::HEARTBEAT;
 use crate::exchange::Exchange;
-use crate::membership::Member;
 use crate::pair::Event;
 use crate::spans::{Chunk, Layout};
 use crate::station::{Agreed, Gathering, PlanHash};
-use crate::wire::Plan;
+use crate::view::Member;
+use crate::wire::{Plan, PlanMember};
 use potluck_compression::TensorInfo;
 use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// While a round is under way, this often at least its members are looked after.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// What we put into a round.
 pub(crate) struct Own {
@@ -206,8 +209,10 @@ impl Averager {
         loop {
             let now = channel.swarm.env.now();
             let mut out = Vec::new();
-            let view = channel.swarm.current_view();
-            let state = channel.station().gather(now, &view, &mut out);
+            let state = {
+                let view = channel.swarm.current_view();
+                channel.station().gather(now, &view, &mut out)
+            };
             channel.deliver(out);
             let wakeup = match state {
                 Gathering::Wait(at) => at,
@@ -237,12 +242,20 @@ impl Averager {
         let channel = &self.channel;
         let begun = channel.swarm.env.now();
         let mut finished_at = None;
+        let (mut looked, mut turn) = (None, 0);
+        let mut known = vec![false; plan.members.len()];
         exchange.kick().await;
         loop {
             let now = channel.swarm.env.now();
-            self.lose_the_gone(exchange, plan, now - begun).await;
-            if let Some(earlier) = &mut earlier {
-                self.lose_the_gone(earlier, plan, now - begun).await;
+            // Most events are frames, which make nobody leave.
+            let withdrawn = channel.station().withdrawn();
+            let due = looked.is_none_or(|looked| now >= looked + LOOK) || turn != channel.swarm.turns();
+            if due || !withdrawn.is_empty() {
+                (looked, turn) = (Some(now), channel.swarm.turns());
+                self.lose_the_gone(exchange, plan, &withdrawn, &mut known, now - begun).await;
+                if let Some(earlier) = &mut earlier {
+                    self.lose_the_gone(earlier, plan, &withdrawn, &mut known, now - begun).await;
+                }
             }
             if finished_at.is_none() && exchange.is_complete() {
                 finished_at = Some(now);
@@ -251,15 +264,19 @@ impl Averager {
                 channel.station().finished(now, digests);
             }
             let spent = finished_at.unwrap_or(now) - begun;
-            let alive = self.alive(exchange);
             let lost = exchange.lost();
             if lost.len() * 2 > plan.members.len() {
                 return Err(RoundErrorKind::CutOff { lost: lost.len(), members: plan.members.len() });
             }
             let mut out = Vec::new();
             channel.station().keep_in_touch(now, &lost, &mut out);
-            let agreed =
-                channel.station().agree(now, &alive, spent.max(Duration::from_secs(2)) * 2, &mut out);
+            let agreed = {
+                let view = channel.swarm.current_view();
+                // Not those who were lost, even if they are back: they may wait for what nobody sends them any more, or
+                // have another first phase.
+                let lives = |peer: &PeerId| view.members.contains_key(peer) && !lost.contains(peer);
+                channel.station().agree(now, lives, spent.max(Duration::from_secs(2)) * 2, &mut out)
+            };
             channel.deliver(out);
             if let (Some(agreed), Some(finished)) = (agreed, finished_at)
                 && self.conforms(exchange, plan, &agreed)?
@@ -269,7 +286,7 @@ impl Averager {
             if now >= deadline {
                 return Err(RoundErrorKind::TimedOut { phase: "averaging" });
             }
-            let tick = (now + Duration::from_millis(250)).min(deadline);
+            let tick = (now + LOOK).min(deadline);
             tokio::select! {
                 biased;
                 event = exchange.next_event() => exchange.handle(event).await,
@@ -282,29 +299,37 @@ impl Averager {
         }
     }
 
-    /// Who may still take part in the agreement: not those who were lost, even if they are back. They may wait for what
-    /// nobody sends them any more, or have another first phase.
-    fn alive(&self, exchange: &Exchange) -> Vec<PeerId> {
-        let mut members = self.channel.swarm.current_view().members.clone();
-        for lost in exchange.lost() {
-            members.remove(&lost);
-        }
-        members.keys().copied().collect()
-    }
-
-    async fn lose_the_gone(&self, exchange: &mut Exchange, plan: &Plan, age: Duration) {
+    async fn lose_the_gone(
+        &self,
+        exchange: &mut Exchange,
+        plan: &Plan,
+        withdrawn: &[PeerId],
+        known: &mut [bool],
+        age: Duration,
+    ) {
         let channel = &self.channel;
-        let withdrawn = channel.station().withdrawn();
-        let view = channel.swarm.current_view();
-        for (at, member) in plan.members.iter().enumerate() {
-            if member.peer == channel.swarm.me {
-                continue;
-            }
-            if withdrawn.contains(&member.peer) {
-                exchange.lose(at, FaultKind::Left, "").await;
-            } else if view.members.get(&member.peer).is_none_or(|now| is_restarted(now, member.nonce, age)) {
-                exchange.lose(at, FaultKind::Silent, "").await;
-            }
+        let gone: Vec<(usize, FaultKind)> = {
+            let view = channel.swarm.current_view();
+            let mut kind = |at: usize, member: &PlanMember| {
+                if withdrawn.contains(&member.peer) {
+                    return Some(FaultKind::Left);
+                }
+                let gone = match view.members.get(&member.peer) {
+                    Some(now) => {
+                        known[at] = true;
+                        is_restarted(now, member.nonce, age)
+                    }
+                    // A newcomer, of whom the plan says more than has come to us yet, or one whom we lost.
+                    None => known[at] || age > HEARTBEAT * 2,
+                };
+                gone.then_some(FaultKind::Silent)
+            };
+            let others =
+                plan.members.iter().enumerate().filter(|(_, member)| member.peer != channel.swarm.me);
+            others.filter_map(|(at, member)| Some((at, kind(at, member)?))).collect()
+        };
+        for (at, kind) in gone {
+            exchange.lose(at, kind, "").await;
         }
     }
 

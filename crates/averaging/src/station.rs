@@ -4,8 +4,8 @@
 //! silent peers follows the spread of earlier arrivals.
 
 use crate::grid;
-use crate::membership::View;
 use crate::plan::{self, coordinators};
+use crate::view::View;
 use crate::wire::{Plan, Ready, RoundMessage};
 use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -59,10 +59,23 @@ pub(crate) struct Wish {
     pub(crate) group_size_min: usize,
 }
 
+/// The group of a round, in the order in which its members coordinate.
+#[derive(Debug)]
+struct Group {
+    /// Of the view.
+    generation: u64,
+    epoch: Option<u64>,
+    order: Arc<[PeerId]>,
+    /// There are more peers than those of the group.
+    of_many: bool,
+}
+
 #[derive(Debug)]
 struct Current {
     plan: Arc<Plan>,
     hash: PlanHash,
+    /// In which members decide what was agreed.
+    order: Vec<PeerId>,
     /// Names the phase that is under way; the first is named as the plan.
     phase: PlanHash,
     /// What was agreed on in the phases before.
@@ -87,6 +100,7 @@ pub(crate) struct Station {
     /// Of a round.
     phases: usize,
     wish: Option<Wish>,
+    group: Option<Group>,
     left_out: bool,
     skipped: BTreeSet<PeerId>,
     /// Since when the round is ours to coordinate.
@@ -112,6 +126,7 @@ impl Station {
             group_max,
             phases,
             wish: None,
+            group: None,
             left_out: false,
             skipped: BTreeSet::new(),
             coordinating: None,
@@ -166,32 +181,46 @@ impl Station {
         self.next_attempt = (current.plan.epoch, current.plan.attempt.saturating_add(1));
     }
 
-    /// Peers that this round waits for, ourselves included.
-    fn expected(&self, now: Instant, view: &View, wish: &Wish) -> Vec<PeerId> {
+    /// The group of this round. Ranking a large swarm takes time, and this is asked with every message.
+    fn group(&mut self, view: &View, epoch: Option<u64>) -> Arc<[PeerId]> {
+        let known = self.group.as_ref();
+        if let Some(group) = known.filter(|g| g.generation == view.generation && g.epoch == epoch) {
+            return group.order.clone();
+        }
         let alive: Vec<PeerId> = view.members.keys().copied().collect();
-        let round = wish.ready.epoch.unwrap_or(0);
-        let just_ended = self.last_members.1.is_some_and(|end| now < end + Duration::from_millis(2500));
-        grid::group(self.me, &alive, round, self.group_max)
-            .into_iter()
-            .filter(|peer| {
-                let Some(epoch) = wish.ready.epoch else { return true };
-                let caught_up = view.members.get(peer).is_some_and(|m| m.epoch == epoch && m.ready);
-                *peer == self.me || caught_up || (just_ended && self.last_members.0.contains(peer))
-            })
-            .collect()
+        let group = grid::group(self.me, &alive, epoch.unwrap_or(0), self.group_max);
+        let order: Arc<[PeerId]> =
+            coordinators(&self.run, &self.channel, epoch, group.into_iter().chain([self.me])).into();
+        let of_many = order.len() < alive.len();
+        self.group = Some(Group { generation: view.generation, epoch, order: order.clone(), of_many });
+        order
     }
 
-    fn ready_peers(&self, now: Instant, view: &View, wish: &Wish) -> BTreeMap<PeerId, Ready> {
-        let alive: Vec<PeerId> = view.members.keys().copied().collect();
-        let group = grid::group(self.me, &alive, wish.ready.epoch.unwrap_or(0), self.group_max);
-        let fresh = |(peer, (at, ready)): (&PeerId, &(Instant, Ready))| {
-            let fits = ready.epoch == wish.ready.epoch && ready.layout == wish.ready.layout;
-            (fits && *at + READY_AGE_MAX > now && group.binary_search(peer).is_ok())
-                .then(|| (*peer, ready.clone()))
+    /// Whether this round waits for a peer of its group.
+    fn expects(&self, now: Instant, view: &View, epoch: Option<u64>, peer: &PeerId) -> bool {
+        let Some(epoch) = epoch else { return true };
+        let just_ended = || self.last_members.1.is_some_and(|end| now < end + Duration::from_millis(2500));
+        let reports = view.members.get(peer).filter(|member| member.ready);
+        // Who was in the last round is about to come. In a large swarm it was a round of another group, whose end only that
+        // group heard of at once: what we know is from the round before.
+        let of_many = self.group.as_ref().is_some_and(|group| group.of_many);
+        let is_coming = || {
+            self.last_members.0.contains(peer)
+                || (of_many && reports.is_some_and(|m| m.epoch < epoch && epoch - m.epoch <= 2))
         };
-        let mut peers: BTreeMap<PeerId, Ready> = self.ready.iter().filter_map(fresh).collect();
-        peers.insert(self.me, wish.ready.clone());
-        peers
+        *peer == self.me
+            || reports.is_some_and(|member| member.epoch == epoch)
+            || (just_ended() && is_coming())
+    }
+
+    /// What a peer of the group is ready with.
+    fn ready_of<'a>(&'a self, now: Instant, wish: &'a Wish, peer: &PeerId) -> Option<&'a Ready> {
+        if *peer == self.me {
+            return Some(&wish.ready);
+        }
+        let (at, ready) = self.ready.get(peer)?;
+        let fits = ready.epoch == wish.ready.epoch && ready.layout == wish.ready.layout;
+        (fits && *at + READY_AGE_MAX > now).then_some(ready)
     }
 
     /// Look at what is known and act on it.
@@ -203,37 +232,60 @@ impl Station {
             return Gathering::LeftOut;
         }
         let Some(wish) = self.wish.clone() else { return Gathering::LeftOut };
-        let expected = self.expected(now, view, &wish);
-        let ready = self.ready_peers(now, view, &wish);
+        let epoch = wish.ready.epoch;
+        let group = self.group(view, epoch);
+        let counts = |peer: &&PeerId| {
+            self.expects(now, view, epoch, peer) || self.ready_of(now, &wish, peer).is_some()
+        };
         let patience = wish.patience.unwrap_or_else(|| (self.spread * 4).clamp(PATIENCE.start, PATIENCE.end));
         let deadline = wish.started + patience;
-        let all: BTreeSet<PeerId> = expected.iter().copied().chain(ready.keys().copied()).collect();
-        if all.len() == 1 && (wish.group_size_min <= 1 || now >= deadline) {
+        let alone = !group.iter().filter(|peer| **peer != self.me).any(|peer| counts(&peer));
+        if alone && (wish.group_size_min <= 1 || now >= deadline) {
             return Gathering::Alone;
         }
-        let order = coordinators(&self.run, &self.channel, wish.ready.epoch, all.iter().copied());
-        let chosen = order.iter().find(|peer| !self.skipped.contains(peer)).copied().unwrap_or(self.me);
+        let mut candidates = group.iter().filter(|peer| !self.skipped.contains(peer));
+        let chosen = candidates.find(counts).copied().unwrap_or(self.me);
         if chosen == self.me {
-            let since = *self.coordinating.get_or_insert(now);
-            // Having taken over, the others need the time to find that out as well.
-            let deadline = if self.skipped.is_empty() { deadline } else { deadline.max(since + REPEAT * 4) };
-            let complete = expected.iter().all(|peer| ready.contains_key(peer));
-            if ready.len() >= wish.group_size_min.max(2) && (complete || now >= deadline) {
-                return self.begin(now, &wish, &ready, out);
+            return self.coordinate(now, view, &wish, &group, deadline, out);
+        }
+        self.ask(now, chosen, patience, &wish, out)
+    }
+
+    /// It is our turn: begin when everybody is ready, or time is up.
+    fn coordinate(
+        &mut self,
+        now: Instant,
+        view: &View,
+        wish: &Wish,
+        group: &[PeerId],
+        deadline: Instant,
+        out: &mut Out,
+    ) -> Gathering {
+        let since = *self.coordinating.get_or_insert(now);
+        // Having taken over, the others need the time to find that out as well.
+        let deadline = if self.skipped.is_empty() { deadline } else { deadline.max(since + REPEAT * 4) };
+        let epoch = wish.ready.epoch;
+        let mut missing = group
+            .iter()
+            .filter(|peer| self.ready_of(now, wish, peer).is_none() && self.expects(now, view, epoch, peer));
+        let complete = missing.clone().next().is_none();
+        if complete || now >= deadline {
+            let of = |peer: &PeerId| Some((*peer, self.ready_of(now, wish, peer)?.clone()));
+            let ready: BTreeMap<PeerId, Ready> = group.iter().filter_map(of).collect();
+            if ready.len() >= wish.group_size_min.max(2) {
+                return self.begin(now, wish, &ready, out);
             }
             if now >= deadline && ready.len() == 1 && wish.group_size_min <= 1 {
                 return Gathering::Alone;
             }
-            // Those who do not know that it is our turn learn it; those who went on without us say so.
-            let missing = expected.iter().filter(|peer| !ready.contains_key(peer));
-            if now >= since + REPEAT && self.asked.is_none_or(|(_, _, last)| now >= last + REPEAT) {
-                out.extend(missing.map(|peer| (*peer, RoundMessage::Ready(wish.ready.clone()))));
-                self.asked = Some((self.me, now, now));
-            }
-            let again = now + REPEAT;
-            return Gathering::Wait(if now >= deadline { again } else { deadline.min(again) });
         }
-        self.ask(now, chosen, patience, &wish, out)
+        // Those who do not know that it is our turn learn it; those who went on without us say so.
+        if now >= since + REPEAT && self.asked.is_none_or(|(_, _, last)| now >= last + REPEAT) {
+            out.extend(missing.by_ref().map(|peer| (*peer, RoundMessage::Ready(wish.ready.clone()))));
+            self.asked = Some((self.me, now, now));
+        }
+        let again = now + REPEAT;
+        Gathering::Wait(if now >= deadline { again } else { deadline.min(again) })
     }
 
     fn ask(
@@ -288,9 +340,13 @@ impl Station {
                 format!("norm out of proportion to the group's; {} round {:?}", plan.channel, plan.epoch);
             self.faults.push(PeerFault::new(*peer, FaultKind::Implausible, context));
         }
+        let members = plan.members.iter().map(|member| member.peer);
+        let mut order = vec![plan.coordinator];
+        order.extend(coordinators(&self.run, &self.channel, plan.epoch, members));
         self.current = Some(Current {
             plan: plan.clone(),
             hash,
+            order,
             phase: hash,
             earlier: Vec::new(),
             withdrawn: BTreeSet::new(),
@@ -478,7 +534,7 @@ impl Station {
     pub(crate) fn agree(
         &mut self,
         now: Instant,
-        alive: &[PeerId],
+        alive: impl Fn(&PeerId) -> bool,
         patience: Duration,
         out: &mut Out,
     ) -> Option<Agreed> {
@@ -487,23 +543,18 @@ impl Station {
         if current.agreed.is_some() {
             return current.agreed.clone();
         }
-        let lives =
-            |peer: &PeerId| *peer == me || (alive.contains(peer) && !current.withdrawn.contains(peer));
+        let lives = |peer: &PeerId| *peer == me || (alive(peer) && !current.withdrawn.contains(peer));
         let plan = &current.plan;
-        let mut order = vec![plan.coordinator];
-        order.extend(coordinators(&self.run, &self.channel, plan.epoch, plan.members.iter().map(|m| m.peer)));
-        let authority = order.into_iter().find(lives).unwrap_or(me);
-        let others: Vec<PeerId> =
-            plan.members.iter().map(|m| m.peer).filter(|p| *p != me && lives(p)).collect();
+        let authority = current.order.iter().copied().find(lives).unwrap_or(me);
+        let mut others = plan.members.iter().map(|m| m.peer).filter(|p| *p != me && lives(p));
         if current.authority != Some(authority) {
             if current.authority.is_some() || authority != plan.coordinator {
                 // Somebody may not know the plan: its coordinator is gone.
                 let begin = RoundMessage::Begin(Box::new((**plan).clone()));
-                out.extend(others.iter().map(|peer| (*peer, begin.clone())));
-                if authority == me {
-                    out.extend(
-                        others.iter().map(|peer| (*peer, RoundMessage::Query { plan: current.phase })),
-                    );
+                let query = (authority == me).then_some(RoundMessage::Query { plan: current.phase });
+                for peer in others.clone() {
+                    out.push((peer, begin.clone()));
+                    out.extend(query.clone().map(|query| (peer, query)));
                 }
             }
             current.authority = Some(authority);
@@ -517,7 +568,7 @@ impl Station {
             }
             return None;
         }
-        let complete = others.iter().all(|peer| current.done.contains_key(peer));
+        let complete = others.all(|peer| current.done.contains_key(&peer));
         if !complete && now < since + patience {
             return None;
         }

@@ -5,14 +5,16 @@
 
 use crate::invite::Invite;
 use crate::link;
-use crate::membership::{Action, Membership, View};
+use crate::membership::{Action, Audience, Membership};
 use crate::rates::{Downlink, Uplink};
 use crate::router::Router;
+use crate::view::View;
 use crate::wire::{self, Control, Hello, PROTOCOL_VERSION, Progress, Pulse, RoundMessage};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_net::{AcceptError, BufferPool, Env, PeerId, Protocol, Tasks, Transport};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
@@ -139,7 +141,8 @@ pub(crate) struct State {
     down: Downlink,
     beat_due: Option<Instant>,
     last_beat: Instant,
-    view_dirty: bool,
+    /// When the ticker wakes by itself.
+    armed: Instant,
 }
 
 pub(crate) struct Inner {
@@ -152,6 +155,8 @@ pub(crate) struct Inner {
     pub(crate) pool: Arc<BufferPool>,
     state: Mutex<State>,
     view: watch::Sender<View>,
+    /// Counts the changes of the view that matter to rounds.
+    turns: AtomicU64,
     wake: Notify,
     /// A handle that does not keep the tasks alive: they hold `Inner`, the public `Swarm` holds them.
     spawner: mpsc::Sender<BoxFuture<'static, ()>>,
@@ -196,9 +201,10 @@ impl Swarm {
                 down: Downlink::default(),
                 beat_due: None,
                 last_beat: now,
-                view_dirty: true,
+                armed: now,
             }),
             view: watch::Sender::new(View::default()),
+            turns: AtomicU64::new(0),
             wake: Notify::new(),
             pool: Arc::default(),
             spawner,
@@ -244,10 +250,7 @@ impl Swarm {
     pub fn report_now(&self, progress: Progress) {
         let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
         let progress = Progress { app, ..progress };
-        self.inner.with(|state, actions| {
-            state.membership.report(progress, actions);
-            actions.push(Action::Beat);
-        });
+        self.inner.with(|state, actions| state.membership.report_now(progress, actions));
     }
 
     /// The transport below.
@@ -312,7 +315,7 @@ fn start_tasks(
     let ticker = inner.clone();
     tasks.spawn(async move {
         loop {
-            let wakeup = ticker.next_wakeup();
+            let wakeup = ticker.arm();
             tokio::select! {
                 biased;
                 () = tokio::time::sleep_until(wakeup) => ticker.tick(),
@@ -340,40 +343,48 @@ impl Inner {
                 match action {
                     Action::Connect(peer) => connect.push(peer),
                     Action::Ask { of, about } => state.send(of, &Control::Ask(about)),
+                    Action::Greet(peer) => {
+                        let incarnation = state.membership.incarnation();
+                        let (pulse, news) = state.membership.greeting();
+                        state.send(peer, &Control::Beat { incarnation, pulse, news });
+                    }
                     Action::Beat => {
                         let due = now.max(state.last_beat + BEAT_PAUSE);
                         state.beat_due = Some(state.beat_due.map_or(due, |other| other.min(due)));
                     }
-                    Action::Changed => state.view_dirty = true,
                     Action::AddAddresses(peer, addresses) => self.transport.add_addresses(peer, &addresses),
                 }
             }
             if state.beat_due.is_some_and(|due| due <= now) {
                 state.send_beats(now);
             }
+            if state.next_wakeup() < state.armed {
+                self.wake.notify_one();
+            }
         }
         for peer in connect {
             self.connect_soon(peer);
         }
-        self.wake.notify_one();
         self.refresh_view();
     }
 
     fn refresh_view(&self) {
         let handlers: Vec<Arc<dyn ChannelHandler>> = {
             let mut state = self.lock();
-            if !std::mem::take(&mut state.view_dirty) {
+            if !state.membership.has_changes() {
                 return;
             }
-            let view = state.membership.view(self.env.now(), |peer| self.transport.path(peer));
-            let changed = self.view.send_if_modified(|old| {
-                let differs = *old != view;
-                *old = view;
+            let changes = state.membership.take_changes(self.env.now(), |peer| self.transport.path(peer));
+            let mut matters = false;
+            self.view.send_if_modified(|view| {
+                let (differs, of_rounds) = view.apply(changes);
+                matters = of_rounds;
                 differs
             });
-            if !changed {
+            if !matters {
                 return;
             }
+            self.turns.fetch_add(1, Ordering::Relaxed);
             state.channels.retain(|_, handler| handler.strong_count() > 0);
             state.channels.values().filter_map(Weak::upgrade).collect()
         };
@@ -382,10 +393,16 @@ impl Inner {
         }
     }
 
-    fn next_wakeup(&self) -> Instant {
-        let state = self.lock();
-        let wakeup = state.membership.next_wakeup();
-        state.beat_due.map_or(wakeup, |due| due.min(wakeup))
+    /// Another number whenever the view changes in a way that matters to rounds.
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// When to wake; from now on, only an earlier time wakes the ticker.
+    fn arm(&self) -> Instant {
+        let mut state = self.lock();
+        state.armed = state.next_wakeup();
+        state.armed
     }
 
     fn tick(self: &Arc<Self>) {
@@ -453,8 +470,9 @@ impl Inner {
         self.lock().channels.insert(channel.to_owned(), handler);
     }
 
-    pub(crate) fn current_view(&self) -> View {
-        self.view.borrow().clone()
+    /// The view of now; nobody may hold it for long.
+    pub(crate) fn current_view(&self) -> watch::Ref<'_, View> {
+        self.view.borrow()
     }
 
     pub(crate) fn hello(&self) -> Hello {
@@ -565,11 +583,25 @@ impl State {
         if self.membership.is_leaving() {
             return;
         }
-        let (incarnation, pulse, news) = self.membership.next_beat();
+        let (pulse, news, audience) = self.membership.next_beat(self.links.len());
+        self.beat_due = self.membership.has_more_to_tell().then_some(now + BEAT_PAUSE);
+        let incarnation = self.membership.incarnation();
         let frame = wire::encode_control(&Control::Beat { incarnation, pulse, news });
-        for link in self.links.values().filter_map(|links| links.first()) {
-            let _full_or_gone = link.sender.try_send(frame.clone());
+        for (at, (peer, links)) in self.links.iter().enumerate() {
+            let hears = match audience {
+                Audience::Everybody => true,
+                Audience::Round(round) => self.membership.meets(peer, round),
+                Audience::EveryNth { nth, first } => at % nth == first,
+            };
+            if let Some(link) = links.first().filter(|_| hears) {
+                let _full_or_gone = link.sender.try_send(frame.clone());
+            }
         }
+    }
+
+    fn next_wakeup(&self) -> Instant {
+        let wakeup = self.membership.next_wakeup();
+        self.beat_due.map_or(wakeup, |due| due.min(wakeup))
     }
 }
 

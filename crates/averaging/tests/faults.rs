@@ -264,22 +264,30 @@ fn two_channels_share_a_swarm() {
     });
 }
 
+/// What becomes of a frame.
+type Mangle = std::sync::Arc<dyn Fn(Bytes) -> Vec<Bytes> + Send + Sync>;
+
 /// A peer that is honest but for its frames in rounds: from the second one on, each is what `mangle` makes of it.
 struct Mangler {
     below: std::sync::Arc<dyn Transport>,
-    mangle: fn(Bytes) -> Bytes,
+    mangle: Mangle,
 }
 
 impl Mangler {
     fn spoil(&self, stream: Stream) -> Stream {
-        let (peer, protocol, mangle) = (stream.peer(), stream.protocol().clone(), self.mangle);
+        let (peer, protocol, mangle) = (stream.peer(), stream.protocol().clone(), self.mangle.clone());
         if !protocol.as_str().contains("/round/") {
             return stream;
         }
         let (sender, receiver) = stream.split();
-        let sink = futures::sink::unfold((sender, 0), move |(mut sender, sent), frame: Bytes| async move {
-            sender.send(if sent == 0 { frame } else { mangle(frame) }).await?;
-            Ok::<_, StreamError>((sender, sent + 1))
+        let sink = futures::sink::unfold((sender, 0), move |(mut sender, sent), frame: Bytes| {
+            let frames = if sent == 0 { vec![frame] } else { mangle(frame) };
+            async move {
+                for frame in frames {
+                    sender.send(frame).await?;
+                }
+                Ok::<_, StreamError>((sender, sent + 1))
+            }
         });
         let frames = futures::stream::unfold(receiver, |mut receiver| async move {
             let next = receiver.recv().await.transpose()?;
@@ -299,7 +307,7 @@ impl Transport for Mangler {
     fn accept(&self, protocol: Protocol, backlog: usize) -> Result<Incoming, AcceptError> {
         let mut below = self.below.accept(protocol, backlog)?;
         let (sender, receiver) = tokio::sync::mpsc::channel(backlog);
-        let spoiler = Self { below: self.below.clone(), mangle: self.mangle };
+        let spoiler = Self { below: self.below.clone(), mangle: self.mangle.clone() };
         let tasks = Tasks::new();
         tasks.spawn(async move {
             while let Some(stream) = below.next().await {
@@ -330,6 +338,52 @@ impl Transport for Mangler {
     }
 }
 
+/// One more peer, whose frames in rounds are mangled.
+async fn join_mangled(net: &SimNet, all: &mut Vec<Peer>, mangle: Mangle, config: AveragerConfig) -> PeerId {
+    let below = net.add_peer(PeerSpec::default());
+    let (id, env) = (below.local_peer(), below.env());
+    let transport = std::sync::Arc::new(Mangler { below, mangle });
+    let joined = Swarm::join(transport, env, SwarmConfig::new("test", vec![all[0].id])).await;
+    let swarm = joined.expect("its control streams are sound");
+    let averager = Averager::new(&swarm, "grad", config);
+    all.push(Peer { swarm, averager, id });
+    all_see(all, all.len()).await;
+    id
+}
+
+#[test]
+fn replayed_contributions_count_once_or_not_at_all() {
+    run(71, async |net| {
+        let config = config(30_000, Scheme::None);
+        let mut all = peers(&net, 3, PeerSpec::default(), &config).await;
+        let said = std::sync::Mutex::new(Vec::<Bytes>::new());
+        let replays = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counted = replays.clone();
+        let mangle: Mangle = std::sync::Arc::new(move |frame: Bytes| {
+            let mut said = said.lock().unwrap();
+            counted.fetch_add(1 + said.len(), std::sync::atomic::Ordering::Relaxed);
+            let frames = [frame.clone(), frame.clone()].into_iter().chain(said.iter().cloned()).collect();
+            said.push(frame);
+            frames
+        });
+        let replayer = join_mangled(&net, &mut all, mangle, config).await;
+        for epoch in 0..4 {
+            next_epoch(&all, epoch).await;
+            let results = step_all(&all, epoch, 30_000).await;
+            let round = agreed(&results);
+            let faults: Vec<_> = results.iter().flat_map(|result| &result.as_ref().unwrap().faults).collect();
+            assert!(faults.iter().all(|fault| fault.peer == replayer), "epoch {epoch}: {faults:?}");
+            // When chunks are longer or shorter than in an earlier round, what is left of that one does not fit.
+            let (with, without) = (mean(&[0, 1, 2, 3], 30_000), mean(&[0, 1, 2], 30_000));
+            for (at, value) in round.vector.iter().enumerate() {
+                let excluded = !faults.is_empty() && (value - without[at]).abs() < 1e-5;
+                assert!((value - with[at]).abs() < 1e-5 || excluded, "epoch {epoch}, value {at}: {value}");
+            }
+        }
+        assert!(replays.load(std::sync::atomic::Ordering::Relaxed) > 100);
+    });
+}
+
 #[test]
 fn truncated_and_malformed_frames_of_a_member_harm_nobody_and_name_it() {
     let mangles: [fn(Bytes) -> Bytes; 4] = [
@@ -343,14 +397,8 @@ fn truncated_and_malformed_frames_of_a_member_harm_nobody_and_name_it() {
         run(90 + seed as u64, async |net| {
             let config = config(30_000, Scheme::None);
             let mut all = peers(&net, 3, PeerSpec::default(), &config).await;
-            let below = net.add_peer(PeerSpec::default());
-            let (id, env) = (below.local_peer(), below.env());
-            let transport = std::sync::Arc::new(Mangler { below, mangle });
-            let joined = Swarm::join(transport, env, SwarmConfig::new("test", vec![all[0].id])).await;
-            let swarm = joined.expect("its control streams are sound");
-            let averager = Averager::new(&swarm, "grad", config);
-            all.push(Peer { swarm, averager, id });
-            all_see(&all, 4).await;
+            let mangle: Mangle = std::sync::Arc::new(move |frame| vec![mangle(frame)]);
+            let id = join_mangled(&net, &mut all, mangle, config).await;
             let results = step_all(&all, 0, 30_000).await;
             let round = agreed(&results[..3]);
             // Nothing of it is in the mean, or what it said before is, for whole chunks.

@@ -9,6 +9,7 @@ mod reach;
 mod rounds;
 mod scale;
 
+pub use scale::in_groups;
 use std::fmt;
 
 /// One line of the table.
@@ -23,7 +24,7 @@ pub struct Property {
 }
 
 /// What a scenario measured and whether that is good enough, or why it could not be measured.
-type Found = Result<(String, bool), String>;
+pub type Found = Result<(String, bool), String>;
 
 impl Property {
     fn new(target: &'static str, found: Found) -> Self {
