@@ -21,6 +21,8 @@ pub fn openmetrics(status: &Status) -> String {
     if let Some(lineage) = status.lineage {
         let help = "Samples in the history of the parameters";
         text.gauge("potluck_history_samples", help, &labels, lineage.samples);
+        let help = "Averages of the state in the history of the parameters";
+        text.gauge("potluck_history_state_averages", help, &labels, lineage.state_averages);
     }
     text.gauge("potluck_peers", "Live peers, this one included", &labels, status.peers.len());
     text.gauge("potluck_alone", "1 if nobody else is here", &labels, u8::from(status.alone));
