@@ -304,13 +304,8 @@ fn run_text(run: &Run) -> String {
     }
 }
 
-fn text(report: &Report) -> String {
-    let mut out = String::new();
-    // Writing to a string cannot fail.
-    let mut line = |name: &str, text: String| {
-        let _written = writeln!(out, "{name:<13}{text}");
-    };
-    let machine = &report.machine;
+/// What the machine has, a line each.
+fn describe_machine(machine: &Machine, line: &mut impl FnMut(&str, String)) {
     line("processors", machine.processors.to_string());
     let (free, all) = (view::bytes(machine.memory_free_bytes), view::bytes(machine.memory_bytes));
     line("memory", format!("{free} free of {all}"));
@@ -326,6 +321,15 @@ fn text(report: &Report) -> String {
         "clock",
         format!("{} seconds since 1970 (reported only: nothing depends on it)", machine.unix_seconds),
     );
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let mut line = |name: &str, text: String| {
+        let _written = writeln!(out, "{name:<13}{text}");
+    };
+    describe_machine(&report.machine, &mut line);
     if let Some(network) = &report.network {
         for attempt in &network.bootstrap {
             let outcome = match (attempt.ok, attempt.seconds) {
