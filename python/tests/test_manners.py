@@ -92,10 +92,10 @@ def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
     train_together(loopback_dht, [8, 8], 6, delay_state_averaging=False, average_state_every=2)
     said = [record for record in caplog.records if record.name.startswith("potluck")]
     assert not [record.getMessage() for record in said if record.levelno >= logging.WARNING]
-    rounds = [line for record in said if "averaged" in (line := record.getMessage())]
+    rounds = [line for record in said if "average" in (line := record.getMessage())]
     # Six of gradients and three of state, at two peers.
     assert len(rounds) == 18 and all("\n" not in line and len(line) < 120 for line in rounds)
-    others = [record.getMessage() for record in said if "averaged" not in record.getMessage()]
+    others = [record.getMessage() for record in said if "average" not in record.getMessage()]
     assert len(others) <= 6, others
 
 

@@ -132,7 +132,7 @@ impl Native {
             gather_seconds: stats.gather_seconds,
             bytes_sent: stats.bytes_sent,
             bytes_received: stats.bytes_received,
-            bytes_plain,
+            bytes_plain: if outcome.value.unchanged { 0 } else { bytes_plain },
             bytes_encoded: stats.encoded_bytes,
             attempts: outcome.value.attempt + 1,
         };
