@@ -148,5 +148,5 @@ fn advise_large_pages(start: *const u8, length: usize) {
         unsafe { libc::madvise(start.add(skipped).cast_mut().cast(), whole, libc::MADV_HUGEPAGE) };
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = whole;
+    let _no_such_advice_here = whole;
 }

@@ -1,8 +1,8 @@
 //! Finding the peers of a run: those that were named, and those that a directory knows.
 
 use crate::link;
-use crate::swarm::{Inner, JoinError};
-use potluck_net::PeerId;
+use crate::swarm::Inner;
+use potluck_net::{AcceptError, PeerId};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,37 @@ use std::time::Duration;
 const DIRECTORY_PAUSE_FIRST: Duration = Duration::from_secs(1);
 /// Between look-ups and announcements in the directory.
 const DIRECTORY_PERIOD: Duration = Duration::from_secs(20);
+
+/// Why a run could not be joined.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// A peer of the run said no: wrong manifest, version, run or invite. Correct the configuration.
+    #[error("peer {} refused us: {reason}", peer.short())]
+    Refused {
+        /// Who.
+        peer: PeerId,
+        /// The differing fields.
+        reason: String,
+    },
+    /// No bootstrap peer answered; one line for each. Check addresses and firewall, then try again.
+    #[error("no bootstrap peer could be reached:\n{}", attempts.join("\n"))]
+    Unreachable {
+        /// One line per peer.
+        attempts: Vec<String>,
+    },
+    /// This process takes part in the run already.
+    #[error(transparent)]
+    Accept(#[from] AcceptError),
+    /// The configuration is wrong.
+    #[error("{field}: {reason}")]
+    Config {
+        /// Which field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
 
 /// Ask those whom the configuration and the directory name: returns with the first that lets us in, or when there is
 /// nobody in this run to ask.

@@ -34,6 +34,7 @@ mod sum;
 mod swarm;
 mod twin;
 mod view;
+mod vote;
 mod wire;
 
 pub use averager::{

@@ -6,6 +6,7 @@
 use crate::grid;
 use crate::plan::{self, coordinators};
 use crate::view::View;
+use crate::vote::majority;
 use crate::wire::{Plan, Ready, RoundMessage};
 use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -583,24 +584,4 @@ impl Station {
 
 fn verdict(plan: PlanHash, agreed: &Agreed) -> RoundMessage {
     RoundMessage::Verdict { plan, digests: agreed.digests.clone(), holders: agreed.holders.clone() }
-}
-
-/// For each part the digest that most members hold, and one of them; ties go to `me`.
-fn majority(me: PeerId, done: &BTreeMap<PeerId, Vec<[u8; 32]>>) -> Agreed {
-    // Auxiliary members hold no averages and send no digests.
-    let parts = done.values().map(Vec::len).max().unwrap_or(0);
-    let mut agreed = Agreed { digests: Vec::new(), holders: Vec::new() };
-    for part in 0..parts {
-        let mut votes: BTreeMap<[u8; 32], Vec<PeerId>> = BTreeMap::new();
-        for (peer, digests) in done {
-            if let Some(digest) = digests.get(part) {
-                votes.entry(*digest).or_default().push(*peer);
-            }
-        }
-        let best = votes.into_iter().max_by_key(|(_, peers)| (peers.len(), peers.contains(&me)));
-        let (digest, peers) = best.expect("whoever has the longest list voted for every part");
-        agreed.digests.push(digest);
-        agreed.holders.push(if peers.contains(&me) { me } else { peers[0] });
-    }
-    agreed
 }

@@ -3,6 +3,7 @@
 //! Every event is handled synchronously under one short lock by the sans-I/O [`Membership`]; tasks only move frames and
 //! wait for time.
 
+pub use crate::finding::JoinError;
 use crate::invite::Invite;
 use crate::link;
 use crate::membership::{Action, Audience, Membership};
@@ -12,7 +13,7 @@ use crate::view::View;
 use crate::wire::{self, Control, Hello, PROTOCOL_VERSION, Progress, Pulse, RoundMessage};
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use potluck_net::{AcceptError, BufferPool, Env, PeerId, Protocol, Tasks, Transport};
+use potluck_net::{BufferPool, Env, PeerId, Protocol, Tasks, Transport};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -80,37 +81,6 @@ impl SwarmConfig {
             join_timeout: Duration::from_secs(15),
         }
     }
-}
-
-/// Why a run could not be joined.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum JoinError {
-    /// A peer of the run said no: wrong manifest, version, run or invite. Correct the configuration.
-    #[error("peer {} refused us: {reason}", peer.short())]
-    Refused {
-        /// Who.
-        peer: PeerId,
-        /// The differing fields.
-        reason: String,
-    },
-    /// No bootstrap peer answered; one line for each. Check addresses and firewall, then try again.
-    #[error("no bootstrap peer could be reached:\n{}", attempts.join("\n"))]
-    Unreachable {
-        /// One line per peer.
-        attempts: Vec<String>,
-    },
-    /// This process takes part in the run already.
-    #[error(transparent)]
-    Accept(#[from] AcceptError),
-    /// The configuration is wrong.
-    #[error("{field}: {reason}")]
-    Config {
-        /// Which field.
-        field: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
 }
 
 /// Receives what concerns one channel.
