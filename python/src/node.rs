@@ -100,7 +100,7 @@ impl Node {
         Ok((connected, lines))
     }
 
-    /// Keep a value; how many nodes hold it now.
+    /// Keep a value; how many nodes hold it now. Waits for an initial peer, for a few seconds.
     fn store(
         &self,
         py: Python<'_>,
@@ -112,6 +112,8 @@ impl Node {
         let lifetime = Duration::try_from_secs_f64(seconds).unwrap_or_default();
         let dht = self.dht()?;
         runtime::wait(py, async {
+            // What is stored before an initial peer has answered is kept by nobody but us.
+            dht.wait_joined(JOIN_LIMIT).await;
             let stored = dht.store(&key, subkey.as_deref(), Bytes::from(value), lifetime).await.value;
             match stored.problem {
                 Some(problem) => Err(Error::Value(problem.to_string())),

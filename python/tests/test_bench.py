@@ -87,4 +87,4 @@ def test_every_worker_still_runs(tmp_path: Path) -> None:
     for name in names:
         assert suites[name]["rows"]
         for row in suites[name]["rows"]:
-            assert row["potluck"] is not None and row["potluck"] > 0, (name, row)
+            assert row["potluck"] is not None and row["potluck"] > 0, (name, row["note"])

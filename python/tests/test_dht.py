@@ -43,6 +43,13 @@ def eventually(check: Callable[[], Any], seconds: float = 20) -> Any:
         time.sleep(0.05)
 
 
+def test_what_is_stored_before_the_dht_has_joined_is_with_others_at_once(peer: Callable[..., DHT]) -> None:
+    one = peer()
+    two = peer(one, await_ready=False)
+    assert two.store("early", 1, get_dht_time() + 60)
+    assert one.get("early", latest=True).value == 1
+
+
 def test_records_with_and_without_subkeys(peer: Callable[..., DHT]) -> None:
     one = peer()
     two = peer(one)

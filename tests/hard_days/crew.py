@@ -105,6 +105,11 @@ class Running:
         self.order("status")
         return self.wait("status", since=before)["status"]
 
+    def credit(self, peer):
+        """Samples of a peer in finished rounds, as this one sees them; None if it does not see the peer."""
+        entries = (entry for entry in self.status()["peers"] if entry["peer"] == peer)
+        return next((entry["contributed"] for entry in entries), None)
+
     def signal(self, number):
         """Send a signal."""
         self.killed = self.killed or number == signal.SIGKILL
@@ -193,9 +198,13 @@ class Crew:
                 raise HardDay(f"{what}: not in {seconds:.0f} s; epochs {epochs}; see {self.folder}")
             time.sleep(0.05)
 
+    def arrive(self, peers, seconds=PATIENCE):
+        """Wait until these peers hold still at the last epoch; nobody has left yet."""
+        self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
+
     def finish(self, peers, seconds=PATIENCE):
         """Wait until these peers hold still at the last epoch with equal weights, let them leave; what they ended with."""
-        self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
+        self.arrive(peers, seconds)
         try:
             self.wait("equal weights", lambda: len({peer.last("arrived")["hash"] for peer in peers}) == 1, 30)
         except HardDay:

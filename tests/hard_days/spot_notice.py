@@ -10,11 +10,6 @@ TRAINING = {"epochs": 60, "target": 512}
 GRACE = 30.0
 
 
-def contributed(status, peer):
-    """Samples of a peer in finished rounds, as another sees them."""
-    return next((entry["contributed"] for entry in status["peers"] if entry["peer"] == peer), None)
-
-
 def play(crew):
     """Two stay, one goes and comes back elsewhere."""
     _, token = crew.node("node", crew.lab.public("node"))
@@ -36,8 +31,8 @@ def play(crew):
     )
     me = spot.said("ready")[0]["peer"]
     stay[0].wait("epoch", lambda line: line["epoch"] >= 5 and line["peers"] >= 3)
-    crew.wait("its first samples", lambda: (contributed(stay[0].status(), me) or 0) > 0)
-    before = contributed(stay[0].status(), me)
+    crew.wait("its first samples", lambda: (stay[0].credit(me) or 0) > 0)
+    before = stay[0].credit(me)
     began = time.monotonic()
     spot.signal(signal.SIGTERM)
     code = spot.end(GRACE + 10)
@@ -61,8 +56,9 @@ def play(crew):
     crew.check("the same peer", back.said("ready")[0]["peer"][-8:], back.said("ready")[0]["peer"] == me)
     joined = back.wait("epoch", lambda line: line["epoch"] > at)
     stay[0].wait("epoch", lambda line: line["epoch"] > joined["epoch"] and line["peers"] == 3)
+    crew.arrive([*stay, back])
+    after = stay[0].credit(me)
     ends = crew.finish([*stay, back])
-    after = contributed(ends[0]["status"], me)
     crew.check(
         "credit goes on", f"{before} samples before, {after} at the end", before and after and after > before
     )
