@@ -50,6 +50,9 @@ class Peer:
 
     def round(self) -> dict:
         """One step of the averager as users call it; `transfer` is the part after the group has been found."""
+        if hasattr(self.averager, "accumulate_grads_"):
+            # What was not accumulated has no weight.
+            self.averager.accumulate_grads_(batch_size=1)
         with common.Meter() as meter:
             ok, transfer = (hivemind_round if self.given.system == "hivemind" else potluck_round)(self)
         return {

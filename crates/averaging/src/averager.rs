@@ -119,6 +119,9 @@ pub struct RoundStats {
     pub encoded_bytes: u64,
     /// Parts that we took over from lost reducers.
     pub parts_reassigned: u32,
+    /// Values beyond the range of the compression that we clamped to its end: of our contribution as it was sent, and
+    /// of the averages that we made.
+    pub saturated: u64,
 }
 
 /// A finished round.

@@ -11,6 +11,7 @@ use crate::wire::{AVERAGE_HEAD_BYTES, PairFrame, Plan};
 use bytes::Bytes;
 use potluck_net::{FaultKind, PeerFault, PeerId, Tasks};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, mpsc};
 
@@ -53,6 +54,8 @@ pub(crate) struct Shared {
     pub(crate) me: usize,
     board: Mutex<Board>,
     pub(crate) wake: Vec<Notify>,
+    /// Values that we encoded and that the scheme had to clamp.
+    pub(crate) saturated: AtomicU64,
 }
 
 impl Shared {
@@ -135,6 +138,7 @@ impl Exchange {
             vector,
             me,
             wake: (0..members).map(|_| Notify::new()).collect(),
+            saturated: AtomicU64::new(0),
         });
         let heaviest = plan.members.iter().map(|m| m.weight).fold(0.0, f64::max);
         let (sender, events) = mpsc::channel(EVENTS);

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use potluck_compression::Scratch;
 use potluck_net::{FrameReceiver, FrameSender, Stream};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -284,8 +285,10 @@ async fn write(shared: &Arc<Shared>, member: usize, sender: &mut FrameSender) {
                     let mut frame = source.swarm.pool.take(head.len() + of.encoded_bytes());
                     frame.extend_from_slice(&head);
                     // A value that the scheme cannot express becomes an empty frame: the reducer excludes and names us.
-                    let _unsendable =
-                        of.scheme.encode(&source.vector[of.range.clone()], &mut frame, &mut memory);
+                    let values = &source.vector[of.range.clone()];
+                    if let Ok(report) = of.scheme.encode(values, &mut frame, &mut memory) {
+                        source.saturated.fetch_add(report.saturated as u64, Ordering::Relaxed);
+                    }
                     (source.swarm.pool.bytes(frame), memory)
                 };
                 let (frame, memory) = shared.swarm.env.offload(encode).await;

@@ -15,6 +15,7 @@ use crate::wire::{Plan, PlanMember};
 use potluck_compression::TensorInfo;
 use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -198,6 +199,7 @@ impl Averager {
         stats.agree_seconds += (env.now() - finished_at).as_secs_f64();
         stats.encoded_bytes += exchange.shared.layout.encoded_bytes() as u64;
         stats.parts_reassigned += exchange.reassigned;
+        stats.saturated += exchange.shared.saturated.load(Ordering::Relaxed);
         let board = exchange.shared.board();
         stats.bytes_sent += board.traffic.sent;
         stats.bytes_received += board.traffic.received;

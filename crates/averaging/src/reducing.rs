@@ -7,6 +7,7 @@ use crate::reducer::{Next, Reducer};
 use crate::store::Average;
 use crate::sum::{ChunkSum, Refusal, Term};
 use crate::wire::average_head;
+use std::sync::atomic::Ordering;
 
 /// A part that we reduce.
 pub(crate) struct Reducing {
@@ -73,8 +74,8 @@ impl Job {
             let head = |mask| average_head(self.part as u16, self.generation, number, mask);
             let mut frame = pool.take(head(0).len() + chunk.encoded_bytes());
             frame.extend_from_slice(&head(0));
-            let mask = self.sum.finish(chunk, &mut frame);
-            let average = mask.map(|mask| {
+            let average = self.sum.finish(chunk, &mut frame).map(|(mask, saturated)| {
+                shared.saturated.fetch_add(saturated as u64, Ordering::Relaxed);
                 frame[..head(mask).len()].copy_from_slice(&head(mask));
                 Average::open(pool.bytes(frame), mask, chunk, &mut self.vector)
             });

@@ -69,14 +69,15 @@ impl ChunkSum {
         }
     }
 
-    /// Append the encoded mean to `out`, which holds the frame's head already: the senders that are in it. Ready for the
-    /// next chunk. `None` if the mean cannot be encoded.
-    pub(crate) fn finish(&mut self, chunk: &Chunk, out: &mut Vec<u8>) -> Option<u64> {
+    /// Append the encoded mean to `out`, which holds the frame's head already: the senders that are in it, and how many
+    /// values were clamped. Ready for the next chunk. `None` if the mean cannot be encoded.
+    pub(crate) fn finish(&mut self, chunk: &Chunk, out: &mut Vec<u8>) -> Option<(u64, usize)> {
         self.begin(chunk);
         let (weight, mask) = (std::mem::take(&mut self.weight), std::mem::take(&mut self.mask));
         let factor = if weight > 0.0 { (1.0 / weight) as f32 } else { 1.0 };
         // Finite terms can still add up to infinity, which some schemes cannot express: it is clamped.
-        chunk.scheme.encode_scaled(&self.sum, factor, out, &mut self.scratch).ok().map(|_| mask)
+        let report = chunk.scheme.encode_scaled(&self.sum, factor, out, &mut self.scratch).ok()?;
+        Some((mask, report.saturated + report.clamped))
     }
 }
 
@@ -113,7 +114,7 @@ mod tests {
 
     fn finish(sum: &mut ChunkSum) -> (u64, Vec<f32>) {
         let mut out = vec![9];
-        let mask = sum.finish(&chunk(), &mut out).unwrap();
+        let (mask, _) = sum.finish(&chunk(), &mut out).unwrap();
         let mut values = vec![0.0; LEN];
         Scheme::None.decode(&out[1..], &mut values).unwrap();
         assert_eq!(out[0], 9, "the frame's head stays");

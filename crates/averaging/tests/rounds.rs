@@ -138,6 +138,20 @@ fn equal_vectors_are_not_sent_and_one_bit_of_difference_is() {
 }
 
 #[test]
+fn values_beyond_the_range_of_the_compression_are_counted() {
+    run(14, async |net| {
+        let peers = peers(&net, 2, PeerSpec::default(), &config(1000, Scheme::Float16)).await;
+        let steps = peers.iter().map(|peer| peer.averager.step(request(0, vec![1e5; 1000], 1.0)));
+        for result in futures::future::join_all(steps).await {
+            let round = result.unwrap().value;
+            assert_eq!(round.vector, [65504.0; 1000]);
+            // The half that this peer sent, and the half that it averaged.
+            assert_eq!(round.stats.saturated, 1000);
+        }
+    });
+}
+
+#[test]
 fn auxiliary_and_dial_out_peers_are_full_members() {
     run(12, async |net| {
         let config = config(100_000, Scheme::Float16);

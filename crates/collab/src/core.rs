@@ -2,6 +2,7 @@
 
 use crate::dialect::{PeerView, Report, RoundResult};
 use crate::factors::Factors;
+use crate::nearing::Nearing;
 use crate::past::Past;
 use crate::policy::diloco::Outer;
 use crate::policy::{self, Background, Situation, Step};
@@ -70,6 +71,7 @@ pub(crate) struct Core {
     contributed: u64,
     loss: Option<f32>,
     peers: BTreeMap<PeerId, PeerView>,
+    nearing: Nearing,
     was_in_company: bool,
     /// Whose identity more than one machine uses.
     twice: BTreeSet<PeerId>,
@@ -115,6 +117,7 @@ impl Core {
             contributed: 0,
             loss: None,
             peers: BTreeMap::new(),
+            nearing: Nearing::default(),
             was_in_company: false,
             twice: BTreeSet::new(),
             rounds: 0,
@@ -210,6 +213,12 @@ impl Core {
             background_due: self.lineage.epoch > self.background_epoch,
         };
         policy::next(self.config.policy, &situation)
+    }
+
+    /// Whether the others must know of our samples before the next heartbeat.
+    pub(crate) fn is_news(&mut self, now: Instant) -> bool {
+        let (views, target) = (self.views(), self.config.target_batch_size);
+        self.nearing.must_tell(now, self.lineage.epoch, target, &self.own, &views)
     }
 
     /// By drift: ask for an average of the state when the sketches of this epoch are too far apart.

@@ -101,6 +101,8 @@ pub struct RoundStats {
     pub bytes_encoded: u64,
     /// How many times the round was tried.
     pub attempts: u32,
+    /// Values beyond the range of the compression that this peer clamped to its end, in what it sent and averaged.
+    pub saturated: u64,
 }
 
 /// A round that gave no average: the vector comes back, with the reasons.

@@ -1,7 +1,7 @@
 //! What happened, one line each: for logs and for whoever subscribes. Bounded: a slow reader misses the oldest.
 
 use crate::status::RoundStatus;
-use crate::{Channel, Lineage};
+use crate::{Channel, Lineage, RoundStats};
 use potluck_net::{PeerFault, PeerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -80,6 +80,9 @@ pub enum Event {
     Left,
 }
 
+/// One value in so many that the compression had to clamp is worth a word: heavy tails lose a few under 8 bit.
+const SATURATED_WORTH_SAYING: u64 = 1000;
+
 impl Event {
     /// Whether somebody should do something about it.
     pub fn is_warning(&self) -> bool {
@@ -100,7 +103,7 @@ impl fmt::Display for Event {
             ),
             Self::Round(round) => write!(
                 f,
-                "epoch {}: averaged {} with {}, {}{}{}",
+                "epoch {}: averaged {} with {}, {}{}{}{}",
                 round.epoch,
                 channel(round.channel),
                 peers(round.members.len()),
@@ -110,6 +113,7 @@ impl fmt::Display for Event {
                     Channel::State => String::new(),
                 },
                 seconds(round.stats.seconds),
+                saturated(&round.stats),
                 faults(&round.faults)
             ),
             Self::RoundFailed { epoch, channel: what, reason, faults: who } => write!(
@@ -169,6 +173,15 @@ fn faults(faults: &[PeerFault]) -> String {
     format!("; lost on the way: {}", lines.join(", "))
 }
 
+fn saturated(stats: &RoundStats) -> String {
+    let values = stats.bytes_plain / 4;
+    match stats.saturated {
+        0 => String::new(),
+        few if few * SATURATED_WORTH_SAYING < values => String::new(),
+        many => format!("; {many} values were beyond the range of the compression and were clamped to it"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,5 +201,13 @@ mod tests {
         assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
         let text = event.to_string();
         assert!(text.contains(&peer.short()) && text.lines().count() == 1, "{text}");
+    }
+    #[test]
+    fn a_round_says_how_much_the_compression_clamped_if_it_was_more_than_a_few() {
+        let text =
+            |count| saturated(&RoundStats { saturated: count, bytes_plain: 40_000, ..RoundStats::default() });
+        assert_eq!(text(0), "");
+        assert_eq!(text(9), "");
+        assert!(text(10).contains("10 values"), "{}", text(10));
     }
 }

@@ -40,6 +40,7 @@ mod keeper;
 mod lineage;
 mod manifest;
 mod native;
+mod nearing;
 mod past;
 mod policy;
 mod progress;

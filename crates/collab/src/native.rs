@@ -135,6 +135,7 @@ impl Native {
             bytes_plain: if outcome.value.unchanged { 0 } else { bytes_plain },
             bytes_encoded: stats.encoded_bytes,
             attempts: outcome.value.attempt + 1,
+            saturated: stats.saturated,
         };
         let of_one_history =
             outcome.value.members.iter().all(|member| member.gathered.starts_with(&call.lineage));

@@ -1,6 +1,6 @@
 //! Sans-I/O. How far the epoch is, by the plain sum over live peers, and whether this peer has fallen behind.
 //!
-//! Nothing is extrapolated: a peer that is gone counts nothing, and a live one what it last said.
+//! Nothing is extrapolated here: a peer that is gone counts nothing, and a live one what it last said.
 
 use crate::Lineage;
 use crate::dialect::PeerView;

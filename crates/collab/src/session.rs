@@ -286,8 +286,9 @@ impl Inner {
         self.look(&mut core);
         let epoch = core.lineage.epoch;
         let step = core.next(now, |channel| self.dialect.round_open(channel, epoch));
+        let urgent = core.is_news(now) || matches!(step, Step::Average | Step::AverageState);
         drop(core);
-        self.tell(matches!(step, Step::Average | Step::AverageState));
+        self.tell(urgent);
         step
     }
 

@@ -61,6 +61,8 @@ fn of_the_last_round(text: &mut Text, labels: &str, status: &Status) {
     text.gauge("potluck_round_weight", "Weight of all its members together", labels, round.weight_total);
     text.gauge("potluck_round_faults", "Peers at fault in it", labels, round.faults.len());
     text.gauge("potluck_round_attempts", "How many times it was tried", labels, stats.attempts);
+    let clamped = "Values that its compression could not express and this peer clamped";
+    text.gauge("potluck_round_saturated_values", clamped, labels, stats.saturated);
     let (sent, received) = (stats.bytes_sent, stats.bytes_received);
     text.gauge("potluck_round_sent_bytes", "Sent by this peer in it", labels, sent);
     text.gauge("potluck_round_received_bytes", "Received by this peer in it", labels, received);
@@ -98,7 +100,7 @@ fn of_each_peer(text: &mut Text, labels: &str, status: &Status) {
 }
 
 /// What a name may end in.
-const UNITS: [&str; 5] = ["bytes", "samples_per_second", "samples", "seconds", "ratio"];
+const UNITS: [&str; 6] = ["bytes", "values", "samples_per_second", "samples", "seconds", "ratio"];
 
 #[derive(Default)]
 struct Text(String);
