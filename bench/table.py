@@ -20,6 +20,12 @@ class Row:
     # More figures of the same measurement, for results.json.
     details: dict = field(default_factory=dict)
 
+    def because(self, reason: str) -> "Row":
+        """Why the target is missed, if it is: the note says so."""
+        if self.holds is False and self.potluck is not None:
+            self.note = f"missed: {reason}" + (f"; {self.note}" if self.note else "")
+        return self
+
     def json(self) -> dict:
         """As plain data."""
         return asdict(self)

@@ -7,6 +7,8 @@ from network import Links, missing
 from table import Row, failed, share
 
 MEGABYTES, DOWN = 400, 400
+WHOLE = "what comes after the last byte is in the time: 400 MB are put together, copied into tensors and offered to others"
+SHARED = WHOLE + "; and three senders fill one queue"
 
 
 def state(quick: bool) -> Iterator[Row]:
@@ -33,7 +35,7 @@ def state(quick: bool) -> Iterator[Row]:
             note=f"{found['potluck']:.1f} / {found.get('hivemind', 0):.1f} s of load_state_from_peers() at {DOWN} Mbit/s down, donors "
             f"{up:.0f} up; the state's own bytes, of which headers leave room for 95 %" + why.get("hivemind", ""),
             details={"seconds": found},
-        )  # fmt: skip
+        ).because(SHARED if donors > 1 else WHOLE)  # fmt: skip
 
 
 def _download(system: str, donors: int, up: float, size: int) -> float:

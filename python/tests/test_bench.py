@@ -68,6 +68,8 @@ def test_a_figure_that_is_missing_is_missed_and_one_of_the_other_system_gives_no
     assert table.share("a", "b", 0.89, 0.9).holds is False
     assert table.share("a", "b", 1.01, at_most=1.02).holds is True
     assert table.share("a", "b", None, 0.9).holds is False
+    assert table.share("a", "b", 0.89, 0.9, note="measured").because("slow").note == "missed: slow; measured"
+    assert table.share("a", "b", 0.91, 0.9, note="measured").because("slow").note == "measured"
     lines = table.text([table.faster("a", "what", 2.0, 4.0, "hivemind", 4)]).splitlines()
     assert lines[2].split() == ["a", "what", "2", "s", "4", "(hivemind)", "2", ">=", "4x", "NO"]
 

@@ -1,14 +1,15 @@
 //! The newcomer's side: agree on one snapshot, then fetch its chunks from everybody who has them.
 
 use crate::exchange::{CHUNK_COST, DownloadError, Inner};
-use crate::wire::{Index, Request, decode_bits};
+use crate::wire::{Index, Request};
+use crate::work::{Donor, REFRESH, WINDOW_MAX, Work};
 use crate::{CHUNK_BYTES, Snapshot};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, rpc};
 use rand::seq::SliceRandom;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -18,19 +19,10 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Once somebody has offered a state, the others get as long again, and at least this: one who died a moment ago, and
 /// whom nobody misses yet, never answers.
 const OFFERS_PAUSE: Duration = Duration::from_millis(300);
-/// Chunks that are asked of one donor at the same time, at most: enough to fill a link of 100 ms at 100 MB/s.
-const WINDOW_MAX: usize = 12;
-/// A donor starts with this window: twenty newcomers at once must not ask it for everything twice over.
-const WINDOW_START: usize = 2;
-/// A chunk that takes less than this opens the donor's window by one; one that takes more than `SLOW` halves it.
-const FAST: Duration = Duration::from_millis(400);
-const SLOW: Duration = Duration::from_millis(1500);
 /// Slowest donor that is still worth waiting for, in bytes per second.
 const RATE_MIN: f64 = 50_000.0;
-/// How often joiners are asked which chunks they have got meanwhile.
-const REFRESH: Duration = Duration::from_millis(500);
 /// A donor that failed this often in a row is given up for this download.
-const FAILURES_MAX: u32 = 3;
+pub(crate) const FAILURES_MAX: u32 = 3;
 
 pub(crate) struct Download {
     inner: Arc<Inner>,
@@ -38,17 +30,6 @@ pub(crate) struct Download {
     start: Instant,
     deadline: Instant,
     faults: Vec<PeerFault>,
-}
-
-/// What a donor has and how it does.
-struct Donor {
-    peer: PeerId,
-    has: Vec<bool>,
-    in_flight: usize,
-    window: usize,
-    failures: u32,
-    asking: bool,
-    asked: Instant,
 }
 
 enum Done {
@@ -153,22 +134,21 @@ impl Download {
             (0..held.len()).filter(|chunk| !held.get(*chunk).copied().unwrap_or(false)).collect();
         // Everybody starts elsewhere, so that joiners soon have chunks that other joiners lack.
         missing.shuffle(&mut self.inner.env.fork_rng());
-        let mut wanted: BTreeSet<usize> = missing.iter().copied().collect();
-        let mut donors: Vec<Donor> = self.peers.iter().map(|peer| Donor::new(*peer, now)).collect();
-        let mut faults = Vec::new();
+        let mut work = Work::new(missing, self.peers.iter().map(|peer| Donor::new(*peer, now)).collect());
         let why = {
             let this = &*self;
             let mut running = FuturesUnordered::new();
             loop {
                 let now = this.inner.env.now();
-                for donor in donors.iter_mut().filter(|donor| donor.is_due(now)) {
+                for donor in work.donors.iter_mut().filter(|donor| donor.is_due(now)) {
                     (donor.asking, donor.asked) = (true, now);
-                    let peer = donor.peer;
+                    let peer = donor.peer();
                     running.push(futures::future::Either::Left(async move {
                         Done::Have { peer, result: this.ask(peer, Request::Have { root }, ASK_TIMEOUT).await }
                     }));
                 }
-                for (peer, chunk) in assign(&mut donors, &mut missing) {
+                work.ask_others_too(now);
+                for (peer, chunk) in work.assign(now) {
                     let limit =
                         ASK_TIMEOUT + Duration::from_secs_f64(WINDOW_MAX as f64 * CHUNK_COST / RATE_MIN);
                     running.push(futures::future::Either::Right(async move {
@@ -178,18 +158,16 @@ impl Download {
                         Done::Chunk { peer, index: chunk, took: this.inner.env.now() - now, result }
                     }));
                 }
-                if wanted.is_empty() {
+                if work.wanted.is_empty() {
                     break "finished";
                 }
-                if donors.iter().all(|donor| donor.failures >= FAILURES_MAX) {
+                if work.donors.iter().all(|donor| donor.failures >= FAILURES_MAX) {
                     break "every donor was lost";
                 }
                 let wake = (now + REFRESH).min(this.deadline);
                 tokio::select! {
                     biased;
-                    Some(done) = running.next() => {
-                        this.take(done, index, root, &mut donors, &mut missing, &mut wanted, &mut faults).await;
-                    }
+                    Some(done) = running.next() => this.take(done, index, root, &mut work).await,
                     () = tokio::time::sleep_until(wake) => {
                         if this.inner.env.now() >= this.deadline {
                             break "time was up";
@@ -198,65 +176,27 @@ impl Download {
                 }
             }
         };
-        self.faults.extend(faults);
+        self.faults.extend(work.end(self.inner.env.now()));
         why
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the loop's own state, split so that the loop stays readable"
-    )]
-    async fn take(
-        &self,
-        done: Done,
-        index: &Index,
-        root: [u8; 32],
-        donors: &mut [Donor],
-        missing: &mut Vec<usize>,
-        wanted: &mut BTreeSet<usize>,
-        faults: &mut Vec<PeerFault>,
-    ) {
-        let (Done::Chunk { peer, .. } | Done::Have { peer, .. }) = &done;
-        let Some(donor) = donors.iter_mut().find(|donor| donor.peer == *peer) else { return };
-        match done {
-            Done::Have { result: Ok(bits), .. } => {
-                donor.asking = false;
-                if let Some(has) = decode_bits(&bits, index.hashes.len()) {
-                    donor.has = has;
-                    donor.failures = 0;
-                }
+    async fn take(&self, done: Done, index: &Index, root: [u8; 32], work: &mut Work) {
+        let (peer, chunk, took, result) = match done {
+            Done::Have { peer, result } => return work.listed(peer, index, result),
+            Done::Chunk { peer, index, took, result } => (peer, index, took, result),
+        };
+        work.landed(peer, chunk);
+        // Somebody else was faster.
+        if result.is_ok() && !work.wanted.contains(&chunk) {
+            return;
+        }
+        let expected = index.hashes.get(chunk).copied().unwrap_or_default();
+        match self.checked(peer, chunk, expected, result).await {
+            Ok(bytes) => {
+                work.got(peer, chunk, bytes.len(), took);
+                self.inner.store().insert(&root, chunk, bytes, self.inner.env.now());
             }
-            // "I do not have that snapshot": no fault, it may get it later.
-            Done::Have { result: Err(fault), .. } => {
-                donor.asking = false;
-                if fault.kind != FaultKind::Refused {
-                    donor.fail(fault, faults);
-                }
-            }
-            Done::Chunk { index: chunk, took, result, .. } => {
-                donor.in_flight = donor.in_flight.saturating_sub(1);
-                donor.pace(took);
-                let expected = index.hashes.get(chunk).copied().unwrap_or_default();
-                match self.checked(donor.peer, chunk, expected, result).await {
-                    Ok(bytes) => {
-                        donor.failures = 0;
-                        wanted.remove(&chunk);
-                        self.inner.store().insert(&root, chunk, bytes, self.inner.env.now());
-                    }
-                    Err(fault) => {
-                        missing.push(chunk);
-                        if fault.kind == FaultKind::Mismatch {
-                            donor.failures = FAILURES_MAX;
-                            faults.push(fault);
-                        } else if fault.kind != FaultKind::Refused {
-                            donor.fail(fault, faults);
-                        } else {
-                            // Busy, or it has let the snapshot go: ask what it has before asking for more.
-                            donor.has.clear();
-                        }
-                    }
-                }
-            }
+            Err(fault) => work.failed(chunk, took, fault),
         }
     }
 
@@ -275,64 +215,6 @@ impl Download {
         }
         let context = format!("state chunk {chunk}: {} bytes do not match the agreed hash", bytes.len());
         Err(PeerFault::new(peer, FaultKind::Mismatch, context))
-    }
-}
-
-impl Donor {
-    fn new(peer: PeerId, now: Instant) -> Self {
-        Self {
-            peer,
-            has: Vec::new(),
-            in_flight: 0,
-            window: WINDOW_START,
-            failures: 0,
-            asking: false,
-            asked: now - REFRESH,
-        }
-    }
-
-    /// Let the window follow what this donor has to give.
-    fn pace(&mut self, took: Duration) {
-        if took < FAST {
-            self.window = (self.window + 1).min(WINDOW_MAX);
-        } else if took > SLOW {
-            self.window = (self.window / 2).max(1);
-        }
-    }
-
-    /// Whether everything can be had here: such a donor is asked last, for what nobody else has.
-    fn is_complete(&self) -> bool {
-        !self.has.is_empty() && self.has.iter().all(|has| *has)
-    }
-
-    /// Whether to ask what it has: not while everything is there anyway, and never twice at a time.
-    fn is_due(&self, now: Instant) -> bool {
-        !self.asking && !self.is_complete() && self.failures < FAILURES_MAX && now >= self.asked + REFRESH
-    }
-
-    /// One fault is reported per donor and download: the first says what happened.
-    fn fail(&mut self, fault: PeerFault, faults: &mut Vec<PeerFault>) {
-        self.failures += 1;
-        if self.failures == FAILURES_MAX {
-            faults.push(fault);
-        }
-    }
-}
-
-/// Give each donor with room the next missing chunk that it has: other newcomers first, then the least busy donor.
-fn assign(donors: &mut [Donor], missing: &mut Vec<usize>) -> Vec<(PeerId, usize)> {
-    let mut given = Vec::new();
-    loop {
-        let room = |donor: &&mut Donor| donor.in_flight < donor.window && donor.failures < FAILURES_MAX;
-        let mut order: Vec<&mut Donor> = donors.iter_mut().filter(room).collect();
-        order.sort_by_key(|donor| (donor.is_complete(), donor.in_flight, donor.peer));
-        let found = order.into_iter().find_map(|donor| {
-            let place = missing.iter().rposition(|chunk| donor.has.get(*chunk).copied().unwrap_or(false))?;
-            Some((donor, place))
-        });
-        let Some((donor, place)) = found else { return given };
-        donor.in_flight += 1;
-        given.push((donor.peer, missing.remove(place)));
     }
 }
 

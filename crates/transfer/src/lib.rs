@@ -14,6 +14,7 @@ pub mod fuzz;
 mod snapshot;
 mod store;
 mod wire;
+mod work;
 
 pub use exchange::{DownloadError, Exchange};
 pub use snapshot::Snapshot;

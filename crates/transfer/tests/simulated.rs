@@ -168,3 +168,40 @@ fn nobody_waits_for_a_donor_that_never_answers() {
         assert!(took < Duration::from_millis(1500), "{took:?}");
     });
 }
+
+#[test]
+fn a_donor_that_freezes_half_way_is_named_and_what_it_owed_comes_from_another() {
+    run(8, |net| async move {
+        let donors: Vec<_> = (0..2).map(|_| peer(&net, 4.0)).collect();
+        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 40)));
+        let from: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        let (_, newcomer) = peer(&net, 100.0);
+        let begun = net.elapsed();
+        let freeze = async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            net.vanish(from[0]);
+        };
+        let (outcome, ()) = tokio::join!(newcomer.download(&from, 0, TIMEOUT), freeze);
+        let outcome = outcome.unwrap();
+        assert_eq!(outcome.value, *snapshot(9, 40));
+        // The other donor alone has work for some 9 s after the freeze.
+        let took = net.elapsed() - begun;
+        assert!(took < Duration::from_secs(18), "{took:?}");
+        let named: Vec<_> = outcome.faults.iter().map(|fault| (fault.peer, fault.kind)).collect();
+        assert_eq!(named, [(from[0], FaultKind::Silent)]);
+    });
+}
+
+#[test]
+fn a_slow_swarm_is_not_asked_for_everything_twice() {
+    run(9, |net| async move {
+        let donors: Vec<_> = (0..2).map(|_| peer(&net, 0.1)).collect();
+        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 8)));
+        let from: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        let (transport, newcomer) = peer(&net, 100.0);
+        let outcome = newcomer.download(&from, 0, TIMEOUT).await.unwrap();
+        assert!(outcome.faults.is_empty(), "{:?}", outcome.faults);
+        let received = net.traffic(transport.local_peer()).down_bytes;
+        assert!(received < 9 * CHUNK_BYTES as u64, "{received}");
+    });
+}
