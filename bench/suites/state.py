@@ -7,7 +7,7 @@ from network import Links, missing
 from table import Row, failed, share
 
 MEGABYTES, DOWN = 400, 400
-WHOLE = "what comes after the last byte is in the time: 400 MB are put together, copied into tensors and offered to others"
+WHOLE = "about a second, whatever the size, is not the transfer's: donors and their offers, and what follows the last byte"
 SHARED = WHOLE + "; and three senders fill one queue"
 
 
