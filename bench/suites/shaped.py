@@ -10,9 +10,7 @@ from table import Row, failed, faster, share
 # Mbit/s both ways, milliseconds one way, values: so that the bytes alone take about a second.
 LINKS = [(20, 0, 1_000_000), (100, 0, 4_000_000), (100, 50, 4_000_000), (1000, 0, 20_000_000)]
 
-SLOW_START = (
-    "TCP starts anew after each pause between rounds, and needs some 6 round trips until it fills such a link"
-)
+SLOW_START = "probably TCP, which starts anew after each pause between rounds and needs some 6 round trips until it fills such a link"
 
 
 def shaped(quick: bool) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from table import Row, failed, share
 
 MEGABYTES, DOWN = 400, 400
 WHOLE = "about a second, whatever the size, is not the transfer's: donors and their offers, and what follows the last byte"
-SHARED = WHOLE + "; and three senders fill one queue"
+SHARED = WHOLE + "; and with three donors as much again, not looked into"
 
 
 def state(quick: bool) -> Iterator[Row]:

@@ -29,6 +29,21 @@ fn peer(net: &SimNet, megabytes_per_second: f64) -> (Arc<SimTransport>, Exchange
     (transport, exchange)
 }
 
+/// So many peers of this speed that offer a state of so many chunks, epoch 9; and their names.
+fn donors(
+    net: &SimNet,
+    count: usize,
+    megabytes_per_second: f64,
+    chunks: usize,
+) -> (Vec<Exchange>, Vec<PeerId>) {
+    let one = |_| {
+        let (transport, exchange) = peer(net, megabytes_per_second);
+        exchange.publish(snapshot(9, chunks));
+        (exchange, transport.local_peer())
+    };
+    (0..count).map(one).unzip()
+}
+
 #[test]
 fn a_newcomer_gets_the_newest_state_and_nothing_older_than_asked() {
     run(1, |net| async move {
@@ -64,9 +79,7 @@ fn the_state_of_a_closed_run_is_for_its_members() {
 #[test]
 fn three_donors_are_faster_than_one_and_a_killed_one_is_named() {
     run(2, |net| async move {
-        let donors: Vec<_> = (0..3).map(|_| peer(&net, 4.0)).collect();
-        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 40)));
-        let ids: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        let (_donors, ids) = donors(&net, 3, 4.0, 40);
         let (_, one) = peer(&net, 100.0);
         let (_, three) = peer(&net, 100.0);
         let start = tokio::time::Instant::now();
@@ -172,13 +185,15 @@ fn nobody_waits_for_a_donor_that_never_answers() {
 #[test]
 fn a_donor_that_freezes_half_way_is_named_and_what_it_owed_comes_from_another() {
     run(8, |net| async move {
-        let donors: Vec<_> = (0..2).map(|_| peer(&net, 4.0)).collect();
-        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 40)));
-        let from: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
-        let (_, newcomer) = peer(&net, 100.0);
+        let (_donors, from) = donors(&net, 2, 4.0, 40);
+        let (transport, newcomer) = peer(&net, 100.0);
         let begun = net.elapsed();
         let freeze = async {
-            tokio::time::sleep(Duration::from_secs(2)).await;
+            let me = transport.local_peer();
+            while net.traffic(me).down_bytes < 10 * CHUNK_BYTES as u64 {
+                // Virtual time: a step of the simulator, no wait.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             net.vanish(from[0]);
         };
         let (outcome, ()) = tokio::join!(newcomer.download(&from, 0, TIMEOUT), freeze);
@@ -195,9 +210,7 @@ fn a_donor_that_freezes_half_way_is_named_and_what_it_owed_comes_from_another() 
 #[test]
 fn a_slow_swarm_is_not_asked_for_everything_twice() {
     run(9, |net| async move {
-        let donors: Vec<_> = (0..2).map(|_| peer(&net, 0.1)).collect();
-        donors.iter().for_each(|(_, exchange)| exchange.publish(snapshot(9, 8)));
-        let from: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        let (_donors, from) = donors(&net, 2, 0.1, 8);
         let (transport, newcomer) = peer(&net, 100.0);
         let outcome = newcomer.download(&from, 0, TIMEOUT).await.unwrap();
         assert!(outcome.faults.is_empty(), "{:?}", outcome.faults);
