@@ -217,8 +217,7 @@ impl Core {
 
     /// Whether the others must know of our samples before the next heartbeat.
     pub(crate) fn is_news(&mut self, now: Instant) -> bool {
-        let (views, target) = (self.views(), self.config.target_batch_size);
-        self.nearing.must_tell(now, self.lineage.epoch, target, &self.own, &views)
+        self.nearing.must_tell(now, self.lineage.epoch, self.config.target_batch_size, &self.own, &self.peers)
     }
 
     /// By drift: ask for an average of the state when the sketches of this epoch are too far apart.

@@ -36,16 +36,16 @@ impl Nearing {
         epoch: u64,
         target: u64,
         own: &Own,
-        peers: &[PeerView],
+        peers: &BTreeMap<PeerId, PeerView>,
     ) -> bool {
         self.hear(now, peers);
-        let known = progress::sum(epoch, own, peers).samples;
+        let known = progress::sum(epoch, own, peers.values()).samples;
         let recently = self.told.is_some_and(|told| now < told + PAUSE);
         if peers.is_empty() || known >= target || recently {
             return false;
         }
         let coming = f64::from(own.samples_per_second) * MARGIN.as_secs_f64();
-        let unheard = peers.iter().filter(|peer| peer.epoch == epoch).map(|peer| self.unheard(now, peer));
+        let unheard = peers.values().filter(|peer| peer.epoch == epoch).map(|peer| self.unheard(now, peer));
         let is_near = known as f64 + coming + unheard.sum::<f64>() >= target as f64;
         if is_near {
             self.told = Some(now);
@@ -53,8 +53,8 @@ impl Nearing {
         is_near
     }
 
-    fn hear(&mut self, now: Instant, peers: &[PeerView]) {
-        for peer in peers {
+    fn hear(&mut self, now: Instant, peers: &BTreeMap<PeerId, PeerView>) {
+        for peer in peers.values() {
             let PeerView { epoch, samples, .. } = *peer;
             let heard = self.heard.entry(peer.peer).or_insert(Heard { epoch, samples, at: now });
             if (heard.epoch, heard.samples) != (epoch, samples) {
@@ -62,7 +62,7 @@ impl Nearing {
             }
         }
         if self.heard.len() > peers.len() {
-            self.heard.retain(|peer, _| peers.iter().any(|view| view.peer == *peer));
+            self.heard.retain(|peer, _| peers.contains_key(peer));
         }
     }
 
@@ -78,16 +78,18 @@ impl Nearing {
 mod tests {
     use super::*;
 
-    fn peer(seed: u8, samples: u64) -> PeerView {
-        PeerView {
-            peer: PeerId::from_ed25519(&[seed; 32]),
+    fn beside(seed: u8, samples: u64) -> BTreeMap<PeerId, PeerView> {
+        let peer = PeerId::from_ed25519(&[seed; 32]);
+        let view = PeerView {
+            peer,
             epoch: 3,
             samples,
             samples_per_second: 100.0,
             path: None,
             auxiliary: false,
             note: bytes::Bytes::new(),
-        }
+        };
+        BTreeMap::from([(peer, view)])
     }
 
     fn own(samples: u64) -> Own {
@@ -98,7 +100,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn samples_are_told_at_once_when_the_target_may_be_in_and_not_before() {
-        let (mut nearing, peers) = (Nearing::default(), [peer(1, 40)]);
+        let (mut nearing, peers) = (Nearing::default(), beside(1, 40));
         let mut told = Vec::new();
         for step in 0..100 {
             if nearing.must_tell(Instant::now(), 3, 120, &own(20), &peers) {
@@ -113,17 +115,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_is_told_what_all_know_or_what_concerns_nobody() {
         let mut nearing = Nearing::default();
-        assert!(!nearing.must_tell(Instant::now(), 3, 60, &own(20), &[peer(1, 40)]), "the target is in");
-        assert!(!nearing.must_tell(Instant::now(), 3, 60, &own(59), &[]), "nobody is here");
+        assert!(!nearing.must_tell(Instant::now(), 3, 60, &own(20), &beside(1, 40)), "the target is in");
+        assert!(!nearing.must_tell(Instant::now(), 3, 60, &own(59), &BTreeMap::new()), "nobody is here");
         assert!(
-            !nearing.must_tell(Instant::now(), 2, 60, &own(20), &[peer(1, 40)]),
+            !nearing.must_tell(Instant::now(), 2, 60, &own(20), &beside(1, 40)),
             "another epoch's samples"
         );
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_stands_still_does_not_bring_the_target_nearer_for_ever() {
-        let (mut nearing, peers) = (Nearing::default(), [peer(1, 40)]);
+        let (mut nearing, peers) = (Nearing::default(), beside(1, 40));
         for _ in 0..100 {
             assert!(!nearing.must_tell(Instant::now(), 3, 180, &own(20), &peers));
             tokio::time::advance(Duration::from_millis(100)).await;

@@ -88,10 +88,10 @@ pub(crate) struct Swarm {
     pub(crate) peers: usize,
 }
 
-pub(crate) fn sum(epoch: u64, own: &Own, peers: &[PeerView]) -> Swarm {
-    let mut swarm =
-        Swarm { samples: own.samples, samples_per_second: own.samples_per_second, peers: peers.len() + 1 };
+pub(crate) fn sum<'a>(epoch: u64, own: &Own, peers: impl IntoIterator<Item = &'a PeerView>) -> Swarm {
+    let mut swarm = Swarm { samples: own.samples, samples_per_second: own.samples_per_second, peers: 1 };
     for peer in peers {
+        swarm.peers += 1;
         if peer.epoch == epoch {
             swarm.samples = swarm.samples.saturating_add(peer.samples);
         }
