@@ -27,6 +27,9 @@ use std::time::Duration;
 /// Streams of both sides on one connection. Above it the muxer gives up the whole connection, hence the margin over
 /// what [`crate::shared`] lets one side open.
 const STREAMS_PER_CONNECTION_MAX: usize = 4096;
+/// Inbound streams of one QUIC connection; more wait to be opened, so that the margin over what one side opens may be
+/// small. It has to be: QUIC reserves room for each of them when it dials, whether somebody answers or not.
+const QUIC_STREAMS_MAX: u32 = 1536;
 /// Inbound streams of one connection under negotiation.
 const NEGOTIATING_MAX: usize = 1024;
 /// A TCP connection has this long to come about.
@@ -149,7 +152,7 @@ fn either(first: Boxed<Output>, second: Boxed<Output>) -> Boxed<Output> {
 
 fn quic_config(keypair: &Keypair) -> quic::Config {
     let mut config = quic::Config::new(keypair);
-    config.max_concurrent_stream_limit = STREAMS_PER_CONNECTION_MAX as u32;
+    config.max_concurrent_stream_limit = QUIC_STREAMS_MAX;
     config.max_stream_data = QUIC_STREAM_WINDOW_BYTES;
     config.max_connection_data = QUIC_CONNECTION_WINDOW_BYTES;
     config

@@ -33,9 +33,15 @@ impl Drop for Lent {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         let mut shelf = self.pool.shelf();
-        if shelf.bytes + buffer.capacity() <= shelf.bytes_max {
-            shelf.bytes += buffer.capacity();
-            shelf.free.push(buffer);
+        if buffer.capacity() > shelf.bytes_max {
+            return;
+        }
+        shelf.bytes += buffer.capacity();
+        shelf.free.push(buffer);
+        // The newest has the length that is in use now: groups change, and pieces with them.
+        while shelf.bytes > shelf.bytes_max {
+            let oldest = shelf.free.remove(0);
+            shelf.bytes -= oldest.capacity();
         }
     }
 }
@@ -75,7 +81,7 @@ impl BufferPool {
             drop(shelf);
             return Vec::with_capacity(len);
         };
-        let buffer = shelf.free.swap_remove(at);
+        let buffer = shelf.free.remove(at);
         shelf.bytes -= buffer.capacity();
         buffer
     }
@@ -116,5 +122,17 @@ mod tests {
         drop(lent);
         let shelf = pool.shelf();
         assert_eq!((shelf.free.len(), shelf.bytes), (2, 2000));
+    }
+
+    #[test]
+    fn buffers_of_a_length_that_is_no_longer_used_make_room() {
+        let pool = Arc::new(BufferPool::default());
+        pool.keep(2500);
+        let old: Vec<Bytes> = (0..20).map(|_| pool.bytes(Vec::with_capacity(100))).collect();
+        drop(old);
+        let new: Vec<Bytes> = (0..2).map(|_| pool.bytes(Vec::with_capacity(1000))).collect();
+        drop(new);
+        let capacities: Vec<usize> = pool.shelf().free.iter().map(Vec::capacity).collect();
+        assert_eq!(capacities, [100, 100, 100, 100, 100, 1000, 1000]);
     }
 }

@@ -131,7 +131,7 @@ impl Exchange {
     /// Offer this snapshot to newcomers instead of the one before. Returns at once: nothing is copied, and hashing
     /// waits until somebody asks.
     pub fn publish(&self, snapshot: Arc<Snapshot>) {
-        self.inner.store().publish(snapshot);
+        self.inner.store().publish(snapshot, self.inner.env.now());
     }
 
     /// Bytes of the snapshots held here, shared with whoever published them.

@@ -31,9 +31,10 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Offer this snapshot from now on.
-    pub(crate) fn publish(&mut self, snapshot: Arc<Snapshot>) {
+    /// Offer this snapshot from now on. The one before becomes an older one: it stays only for who downloads it.
+    pub(crate) fn publish(&mut self, snapshot: Arc<Snapshot>, now: Instant) {
         self.pending = Some(snapshot);
+        self.forget(now);
     }
 
     /// The snapshot that has to be hashed before anything newer can be offered.
@@ -109,18 +110,21 @@ impl Store {
     /// Bytes of the buffers that are held here, shared ones included.
     pub(crate) fn bytes(&self) -> u64 {
         let chunks = self.held.values().flat_map(|held| held.chunks.iter().flatten());
-        chunks.map(|chunk| chunk.len() as u64).sum()
+        let pending = self.pending.iter().flat_map(|snapshot| snapshot.blobs.values());
+        chunks.chain(pending).map(|bytes| bytes.len() as u64).sum()
     }
 
-    /// Let older snapshots go that nobody asks for any more.
+    /// Let older snapshots go that nobody asks for any more. What is published and not hashed yet is the newest.
     fn forget(&mut self, now: Instant) {
-        let newest = self.newest;
+        let newest = if self.pending.is_some() { None } else { self.newest };
         self.held.retain(|root, held| Some(*root) == newest || now.duration_since(held.asked) < KEPT_IDLE);
-        while self.held.len() > KEPT_MAX + 1 {
-            let older = self.held.iter().filter(|(root, _)| Some(**root) != newest);
-            let Some(root) = older.min_by_key(|(_, held)| held.asked).map(|(root, _)| *root) else { return };
-            self.held.remove(&root);
+        let older = self.held.iter().filter(|(root, _)| Some(**root) != newest);
+        let mut asked: Vec<(Instant, [u8; 32])> = older.map(|(root, held)| (held.asked, *root)).collect();
+        asked.sort_unstable();
+        for (_, root) in asked.iter().rev().skip(KEPT_MAX) {
+            self.held.remove(root);
         }
+        self.newest = self.newest.filter(|root| self.held.contains_key(root));
     }
 }
 

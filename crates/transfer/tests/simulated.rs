@@ -60,6 +60,25 @@ fn a_newcomer_gets_the_newest_state_and_nothing_older_than_asked() {
     });
 }
 
+/// A peer whose newcomers have gone holds its own state and no more, whatever came and went: also when nobody asks again.
+#[test]
+fn older_states_are_let_go_when_nobody_asks_for_them_any_more() {
+    run(8, |net| async move {
+        let (donor, offering) = peer(&net, 10.0);
+        let from = [donor.local_peer()];
+        for epoch in 1..=5 {
+            offering.publish(snapshot(epoch, 2));
+            let (_, newcomer) = peer(&net, 10.0);
+            assert_eq!(newcomer.download(&from, epoch, TIMEOUT).await.unwrap().value, *snapshot(epoch, 2));
+        }
+        let one: u64 = snapshot(6, 2).blobs.values().map(|blob| blob.len() as u64).sum();
+        assert_eq!(offering.bytes(), 3 * one, "at most two older ones beside the newest");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        offering.publish(snapshot(6, 2));
+        assert_eq!(offering.bytes(), one, "nobody asked for the older ones for a minute");
+    });
+}
+
 #[test]
 fn the_state_of_a_closed_run_is_for_its_members() {
     run(7, |net| async move {
