@@ -57,11 +57,11 @@ oldest-lightning: wheel  ## Lightning's tests with the oldest Lightning that is 
 
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
+	cargo clippy --locked --release --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --all-features
 	tools/ensure-cargo nextest 0.9.148
-	cargo nextest run --locked --workspace --all-features
-	cargo test --locked --workspace --all-features --doc
+	cargo nextest run --locked --release --workspace --all-features
+	cargo test --locked --release --workspace --all-features --doc
 	tools/ensure-cargo deny 0.20.2
 	cargo deny --locked check bans licenses sources
 	tools/check-advisories

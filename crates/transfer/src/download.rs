@@ -72,6 +72,7 @@ impl Download {
             });
         };
         let snapshot = self.inner.env.offload(move || assemble(index, &chunks)).await;
+        self.inner.store().joined(&root, &snapshot);
         Ok(Outcome { value: snapshot, faults: self.faults })
     }
 

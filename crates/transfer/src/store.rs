@@ -107,11 +107,18 @@ impl Store {
         chunks
     }
 
+    /// A finished download was put together: its pieces are served from there, and are not held a second time.
+    pub(crate) fn joined(&mut self, root: &[u8; 32], snapshot: &Snapshot) {
+        if let Some(held) = self.held.get_mut(root) {
+            held.chunks = chunks_of(snapshot).map(Some).collect();
+        }
+    }
+
     /// Bytes of the buffers that are held here, shared ones included.
     pub(crate) fn bytes(&self) -> u64 {
         let chunks = self.held.values().flat_map(|held| held.chunks.iter().flatten());
-        let pending = self.pending.iter().flat_map(|snapshot| snapshot.blobs.values());
-        chunks.chain(pending).map(|bytes| bytes.len() as u64).sum()
+        let pending = self.pending.as_ref().map_or(0, |snapshot| snapshot.bytes());
+        chunks.map(|chunk| chunk.len() as u64).sum::<u64>() + pending
     }
 
     /// Let older snapshots go that nobody asks for any more. What is published and not hashed yet is the newest.
@@ -144,5 +151,30 @@ pub(crate) fn index_of(snapshot: &Snapshot) -> Index {
         meta: snapshot.meta.clone(),
         blobs: snapshot.blobs.iter().map(|(name, blob)| (name.clone(), blob.len() as u64)).collect(),
         hashes: chunks_of(snapshot).map(|chunk| *blake3::hash(&chunk).as_bytes()).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_finished_download_is_held_once() {
+        let weights: Bytes = (0..3 * CHUNK_BYTES - 9).map(|at| at as u8).collect();
+        let source = Snapshot { blobs: BTreeMap::from([("w".to_owned(), weights)]), ..Snapshot::default() };
+        let (index, now) = (index_of(&source), Instant::now());
+        let mut store = Store::default();
+        let root = store.begin(&index, now);
+        for (at, chunk) in chunks_of(&source).enumerate() {
+            store.insert(&root, at, Bytes::copy_from_slice(&chunk), now);
+        }
+        let chunks = store.complete(&root, now).unwrap();
+        let joined = Bytes::from(chunks.concat());
+        let snapshot =
+            Snapshot { blobs: BTreeMap::from([("w".to_owned(), joined.clone())]), ..Snapshot::default() };
+        store.joined(&root, &snapshot);
+        let served: Vec<Bytes> = (0..3).map(|at| store.chunk(&root, at, now).unwrap()).collect();
+        assert_eq!(served.concat(), joined);
+        assert_eq!(served[2].as_ptr(), joined[2 * CHUNK_BYTES..].as_ptr());
     }
 }
