@@ -4,6 +4,9 @@
 use bytes::Bytes;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// What nobody needed while so many times the bytes that may be kept were taken is given back.
+const TRIM_AFTER: usize = 4;
+
 /// Buffers that nobody uses at the moment, up to a number of bytes; none before [`BufferPool::keep`] says how many.
 #[derive(Debug, Default)]
 pub struct BufferPool {
@@ -15,6 +18,24 @@ struct Shelf {
     free: Vec<Vec<u8>>,
     bytes: usize,
     bytes_max: usize,
+    /// Bytes taken since the last trim, and the fewest buffers that lay here meanwhile.
+    taken: usize,
+    idle: usize,
+}
+
+impl Shelf {
+    /// The oldest buffers, if they have only lain here for long: a burst is over, or the peers of it have left.
+    fn trim(&mut self, taken: usize) -> Vec<Vec<u8>> {
+        self.taken = self.taken.saturating_add(taken);
+        self.idle = self.idle.min(self.free.len());
+        if self.taken < self.bytes_max.saturating_mul(TRIM_AFTER) {
+            return Vec::new();
+        }
+        let idle: Vec<Vec<u8>> = self.free.drain(..self.idle).collect();
+        self.bytes -= idle.iter().map(Vec::capacity).sum::<usize>();
+        (self.taken, self.idle) = (0, self.free.len());
+        idle
+    }
 }
 
 /// A buffer on loan.
@@ -77,13 +98,13 @@ impl BufferPool {
         // large: it would be missed where it is needed.
         let fits = |buffer: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&buffer.capacity());
         let fits = shelf.free.iter().rposition(fits);
-        let Some(at) = fits else {
-            drop(shelf);
-            return Vec::with_capacity(len);
-        };
-        let buffer = shelf.free.remove(at);
-        shelf.bytes -= buffer.capacity();
-        buffer
+        let found = fits.map(|at| shelf.free.remove(at));
+        shelf.bytes -= found.as_ref().map_or(0, Vec::capacity);
+        let idle = shelf.trim(len);
+        // Memory is given back and got without the lock.
+        drop(shelf);
+        drop(idle);
+        found.unwrap_or_else(|| Vec::with_capacity(len))
     }
 
     /// Share a buffer; it comes back when the last user has dropped it.
@@ -120,6 +141,20 @@ mod tests {
         pool.keep(2500);
         let lent: Vec<Bytes> = (0..5).map(|_| pool.bytes(Vec::with_capacity(1000))).collect();
         drop(lent);
+        let shelf = pool.shelf();
+        assert_eq!((shelf.free.len(), shelf.bytes), (2, 2000));
+    }
+
+    #[test]
+    fn what_a_burst_needed_is_given_back_when_it_is_over() {
+        let pool = Arc::new(BufferPool::default());
+        pool.keep(100_000);
+        let burst: Vec<Bytes> = (0..50).map(|_| pool.bytes(pool.take(1000))).collect();
+        drop(burst);
+        for _ in 0..1000 {
+            let both = (pool.bytes(pool.take(1000)), pool.bytes(pool.take(1000)));
+            drop(both);
+        }
         let shelf = pool.shelf();
         assert_eq!((shelf.free.len(), shelf.bytes), (2, 2000));
     }
