@@ -152,6 +152,8 @@ impl Swarm {
         let round_streams = transport.accept(crate::router::protocol(&config.run), BACKLOG)?;
         let pulse = Pulse {
             process: env.random_u64() as u32 | 1,
+            // Zero is what nobody has said yet: a hello before the first heartbeat counts as well.
+            sequence: 1,
             client: config.client_mode,
             auxiliary: config.auxiliary,
             progress: config.progress.clone(),

@@ -1,6 +1,6 @@
 //! Membership on the simulated network: joining, losing, refusing and healing.
 
-use potluck_averaging::{JoinError, Swarm, SwarmConfig};
+use potluck_averaging::{JoinError, Progress, Swarm, SwarmConfig};
 use potluck_net::{PeerId, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, run};
 use std::sync::Arc;
@@ -92,6 +92,22 @@ fn a_partition_heals_to_one_view() {
         all_see(&swarms, 2).await;
         drop(split);
         all_see(&swarms, 4).await;
+    });
+}
+
+#[test]
+fn whoever_joins_knows_at_once_how_far_the_others_are() {
+    run(14, async |net| {
+        let near = PeerSpec { latency: Duration::from_millis(1), ..PeerSpec::default() };
+        let (first, second) = (net.add_peer(near.clone()), net.add_peer(near));
+        let host = Swarm::join(first.clone(), first.env(), SwarmConfig::new("test", Vec::new())).await.unwrap();
+        // The newcomer is here before the first heartbeat.
+        host.report(Progress { epoch: 7, samples: 3, ..Progress::default() });
+        let config = SwarmConfig::new("test", vec![host.local_peer()]);
+        let newcomer = Swarm::join(second.clone(), second.env(), config).await.unwrap();
+        let view = newcomer.view();
+        let seen = view.members.get(&host.local_peer()).unwrap();
+        assert_eq!((seen.epoch, seen.samples), (7, 3));
     });
 }
 
