@@ -19,6 +19,9 @@ from potluck.compression import (
     TensorRole,
 )
 
+# What arrives: plain bytes where they were decoded, else the memory in which they came.
+Bytes = bytes | _core.Blob
+
 SCALARS = (bool, int, float, str, type(None))
 
 
@@ -88,7 +91,7 @@ def encode_blobs(
     return {ENCODED: json.dumps(encoded)}
 
 
-def plain_blobs(meta: Mapping[str, str], blobs: Mapping[str, bytes]) -> Mapping[str, bytes]:
+def plain_blobs(meta: Mapping[str, str], blobs: Mapping[str, Bytes]) -> Mapping[str, Bytes]:
     """The blobs with compressed ones decoded."""
     if ENCODED not in meta:
         return blobs
@@ -155,7 +158,7 @@ class StateCodec:
         return meta, blobs
 
     @torch.no_grad()
-    def restore(self, meta: Mapping[str, str], blobs: Mapping[str, bytes]) -> None:
+    def restore(self, meta: Mapping[str, str], blobs: Mapping[str, Bytes]) -> None:
         """Replace everything, or nothing: all of it is checked before the first change.
 
         Raises ``ValueError`` if the state does not fit this model or optimizer.
@@ -181,7 +184,7 @@ class StateCodec:
             received = {k: decode_value(v) for k, v in _parse(meta, "scheduler", dict).items()}
             self.scheduler.load_state_dict({**self.scheduler.state_dict(), **received})
 
-    def _optimizer_state(self, described: Any, blobs: Mapping[str, bytes]) -> dict[int, dict[str, Any]]:
+    def _optimizer_state(self, described: Any, blobs: Mapping[str, Bytes]) -> dict[int, dict[str, Any]]:
         count = sum(len(group["params"]) for group in self.optimizer.param_groups)
         state: dict[int, dict[str, Any]] = {}
         for index, entries in described.items():
@@ -195,21 +198,32 @@ class StateCodec:
                 dtype, shape = getattr(torch, str(facts["dtype"]), None), list(map(int, facts["shape"]))
                 if not isinstance(dtype, torch.dtype):
                     raise ValueError(f"{name}: unknown element type {facts['dtype']!r}")
-                state[int(index)][name] = tensor_of(blobs, f"opt.{index}.{name}", dtype, shape)
+                # The optimizer writes to it.
+                value = tensor_of(blobs, f"opt.{index}.{name}", dtype, shape)
+                state[int(index)][name] = value.clone()
         return state
 
 
 def tensor_of(
-    blobs: Mapping[str, bytes], name: str, dtype: torch.dtype, shape: Sequence[int]
+    blobs: Mapping[str, Bytes], name: str, dtype: torch.dtype, shape: Sequence[int]
 ) -> torch.Tensor:
-    """A copy of a blob as a tensor; its length must fit."""
+    """A blob as a tensor that is only to be read: it may lie on the memory that others are served from.
+
+    Raises ``ValueError`` if the length of the blob does not fit.
+    """
     blob, size = blobs.get(name), math.prod(shape) * dtype.itemsize
     if blob is None or len(blob) != size:
         found = "nothing" if blob is None else f"{len(blob)} bytes"
         raise ValueError(f"{name}: expected {size} bytes for {tuple(shape)} of {dtype}, found {found}")
     if size == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(bytearray(blob), dtype=dtype).reshape(tuple(shape))
+    if isinstance(blob, bytes):
+        flat = torch.frombuffer(bytearray(blob), dtype=dtype)
+    else:
+        values = torch.from_dlpack(blob)
+        # A blob that came in one piece begins wherever it lay in its message.
+        flat = (values.clone() if values.data_ptr() % dtype.itemsize else values).view(dtype)
+    return flat.reshape(tuple(shape))
 
 
 def _describe(item: tuple[str, torch.Tensor]) -> tuple[str, CompressionInfo]:

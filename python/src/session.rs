@@ -1,5 +1,6 @@
 //! One peer's part in a run, as Python drives it: vectors in and out, states in and out, status as JSON.
 
+use crate::blob::Blob;
 use crate::buffer::{FlatBuffer, Shelf};
 use crate::dlpack::Borrowed;
 use crate::error::Error;
@@ -13,7 +14,7 @@ use potluck_collab::{
 use potluck_dashboard::Dashboard;
 use potluck_net::Outcome;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::PyDict;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -255,7 +256,7 @@ impl Session {
         let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
         let dict = PyDict::new(py);
         for (name, blob) in blobs {
-            dict.set_item(name, PyBytes::new(py, &blob))?;
+            dict.set_item(name, Blob(blob))?;
         }
         Ok(Some((epoch, meta, dict)))
     }

@@ -288,6 +288,31 @@ def test_a_newcomer_loads_everything(local_dht: Callable[[], DHT]) -> None:
             assert opt.tracker.global_progress.num_peers >= 1
 
 
+def test_what_was_downloaded_is_served_on_as_it_came(
+    local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer's tensors are its own: it goes on training while others download from it."""
+    make, late = OPTIMIZERS["Adam"], make_model(5)
+    common: dict[str, Any] = {"run_id": "r", "target_batch_size": 8, "batch_size_per_step": 8}
+    model = make_model(0)
+    with potluck.Optimizer(dht=local_dht(), optimizer=make(model.parameters()), **common) as opt:
+        backward(model, *batches(1, 8)[0])
+        opt.step()
+        with potluck.Optimizer(dht=local_dht(), optimizer=make(late.parameters()), **common) as newcomer:
+            came: dict[str, Any] = {}
+            restore = newcomer._codec.restore
+            taking = lambda meta, blobs: (came.update(blobs), restore(meta, blobs))  # noqa: E731
+            monkeypatch.setattr(newcomer._codec, "restore", taking)
+            newcomer.load_state_from_peers()
+            before = {name: bytes(blob) for name, blob in came.items()}
+            assert any(name.startswith("opt.") for name in before)
+            with torch.no_grad():
+                for parameter in late.parameters():
+                    for tensor in (parameter, *newcomer.state[parameter].values()):
+                        tensor.add_(1)
+            assert {name: bytes(blob) for name, blob in came.items()} == before
+
+
 def test_a_checkpoint_resumes_and_does_not_break_torch(local_dht: Callable[[], DHT]) -> None:
     model, resumed, reference = make_model(), make_model(3), make_model()
     data = batches(8, 8)

@@ -378,7 +378,11 @@ class DecentralizedAverager:
             return None
         _, meta, blobs = loaded
         blobs = plain_blobs(meta, blobs)
-        tensors = [tensor_of(blobs, f"tensor.{i:06}", t.dtype, t.shape) for i, t in enumerate(self._tensors)]
+        names = [f"tensor.{i:06}" for i in range(len(self._tensors))]
+        tensors = [
+            tensor_of(blobs, name, t.dtype, t.shape).clone()
+            for name, t in zip(names, self._tensors, strict=True)
+        ]
         with torch.no_grad(), self.get_tensors() as mine:
             for tensor, value in zip(mine, tensors, strict=True):
                 tensor.copy_(value)

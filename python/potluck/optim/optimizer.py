@@ -504,7 +504,10 @@ class Optimizer(OptimizerFacts):
     def _hear_of_others(self) -> None:
         """Who joins by somebody's address is hardly alone, and hears of the others within moments."""
         until = time.monotonic() + _HEARING_SECONDS
-        while self.dht.initial_peers and len(self.status()["peers"]) < 2 and time.monotonic() < until:
+        # A step looks who is here; the status alone may be a second old.
+        while self.dht.initial_peers and self._session.step(0) != "load_state" and time.monotonic() < until:
+            if len(self.status()["peers"]) > 1:
+                return
             self._session.changed(0.1)
 
     def _load_state(self) -> bool:
