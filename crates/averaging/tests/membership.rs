@@ -100,7 +100,8 @@ fn whoever_joins_knows_at_once_how_far_the_others_are() {
     run(14, async |net| {
         let near = PeerSpec { latency: Duration::from_millis(1), ..PeerSpec::default() };
         let (first, second) = (net.add_peer(near.clone()), net.add_peer(near));
-        let host = Swarm::join(first.clone(), first.env(), SwarmConfig::new("test", Vec::new())).await.unwrap();
+        let host =
+            Swarm::join(first.clone(), first.env(), SwarmConfig::new("test", Vec::new())).await.unwrap();
         // The newcomer is here before the first heartbeat.
         host.report(Progress { epoch: 7, samples: 3, ..Progress::default() });
         let config = SwarmConfig::new("test", vec![host.local_peer()]);
