@@ -1,9 +1,16 @@
-//! Run-time choice of instruction set. Every kernel is written once, as plain loops without reassociation or fused
-//! multiply-add, and compiled once per [`Level`]; so the fast paths give the same bytes as the portable one by
-//! construction. The only hand-written vector instructions are the half-precision conversions.
+//! Run-time choice of instruction set. Every kernel is written once, without reassociation or fused multiply-add, and
+//! compiled once per [`Level`]; so the fast paths give the same bytes as the portable one by construction. Most are plain
+//! loops. Written in vector instructions are the half-precision conversions, and the sixteen lanes of PowerSGD.
 //!
 //! On aarch64 NEON is part of the baseline: there the portable level *is* the NEON level.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m256, __m512, _mm_stream_ps, _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps,
+    _mm256_loadu_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_storeu_ps, _mm256_stream_ps, _mm512_add_ps,
+    _mm512_castps512_ps256, _mm512_extractf32x8_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_ps,
+    _mm512_storeu_ps, _mm512_stream_ps,
+};
 use std::cell::Cell;
 use std::sync::OnceLock;
 
@@ -72,15 +79,28 @@ fn level() -> Level {
 
 /// Operations that plain loops cannot express well, per instruction set.
 pub(crate) trait Isa: Copy {
+    /// Sixteen floats, in registers. Loops over more than one array of them are written with these: the compiler makes
+    /// scalars of some, and which ones changes from release to release.
+    type Lanes: Copy;
     /// Round to the nearest half, ties to even; NaN stays NaN (quiet, payload truncated); too large becomes infinity.
     fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8];
     /// Widen exactly; a signalling NaN becomes quiet.
     fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8];
-    /// Copy to memory that is not read again soon: around the caches where there are instructions for it, so that the
-    /// lines are not fetched only to be overwritten. The slices have equal lengths.
+    /// Load sixteen floats.
+    fn load(self, line: &[f32; 16]) -> Self::Lanes;
+    /// Store them.
+    fn store(self, line: &mut [f32; 16], lanes: Self::Lanes);
+    /// Sixteen times the same.
+    fn splat(self, value: f32) -> Self::Lanes;
+    /// Lane by lane.
+    fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// Lane by lane.
+    fn multiply(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// Store to a cache line that is not read again soon: around the caches where there are instructions for it, so that
+    /// it is not fetched only to be overwritten.
     #[inline(always)]
-    fn stream(self, to: &mut [f32], from: &[f32]) {
-        to.copy_from_slice(from);
+    fn stream(self, line: &mut [f32; 16], lanes: Self::Lanes) {
+        self.store(line, lanes);
     }
     /// Ask for the cache line of `values[at]` ahead of its use. A hint: `at` may be past the end.
     #[inline(always)]
@@ -95,6 +115,27 @@ pub(crate) trait Isa: Copy {
 pub(crate) struct Portable;
 
 impl Isa for Portable {
+    type Lanes = [f32; 16];
+    #[inline(always)]
+    fn load(self, line: &[f32; 16]) -> [f32; 16] {
+        *line
+    }
+    #[inline(always)]
+    fn store(self, line: &mut [f32; 16], lanes: [f32; 16]) {
+        *line = lanes;
+    }
+    #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 16] {
+        [value; 16]
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+    #[inline(always)]
+    fn multiply(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| a[lane] * b[lane])
+    }
     #[inline(always)]
     fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8] {
         values.map(crate::half_float::to_half)
@@ -138,22 +179,54 @@ impl Isa for F16c {
         }
         values
     }
+    type Lanes = [__m256; 2];
     #[inline(always)]
-    fn stream(self, to: &mut [f32], from: &[f32]) {
-        use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps};
-        assert_eq!(to.len(), from.len());
-        // 16 bytes at a time: 32 have measured a quarter slower.
-        let head = to.as_ptr().align_offset(16).min(to.len());
-        let (to_head, to) = to.split_at_mut(head);
-        let (from_head, from) = from.split_at(head);
-        to_head.copy_from_slice(from_head);
-        let ((to, to_tail), (from, from_tail)) = (to.as_chunks_mut::<4>(), from.as_chunks::<4>());
-        for (to, from) in to.iter_mut().zip(from) {
-            // SAFETY: SSE is part of x86-64. The load is the unaligned form; the store writes the 16 bytes of `to`,
-            // which are aligned: `head` skipped what was not, and each group is 16 bytes.
-            unsafe { _mm_stream_ps(to.as_mut_ptr(), _mm_loadu_ps(from.as_ptr())) };
+    fn load(self, line: &[f32; 16]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX. The unaligned loads read the two halves of `line`.
+        unsafe { [_mm256_loadu_ps(line.as_ptr()), _mm256_loadu_ps(line[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn store(self, line: &mut [f32; 16], [low, high]: [__m256; 2]) {
+        // SAFETY: `self` proves AVX. The unaligned stores write the two halves of `line`.
+        unsafe {
+            _mm256_storeu_ps(line.as_mut_ptr(), low);
+            _mm256_storeu_ps(line[8..].as_mut_ptr(), high);
         }
-        to_tail.copy_from_slice(from_tail);
+    }
+    #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn multiply(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn stream(self, line: &mut [f32; 16], lanes: [__m256; 2]) {
+        let address = line.as_ptr().addr();
+        let [low, high] = line.as_chunks_mut::<8>().0 else { return };
+        for (to, half) in [low, high].into_iter().zip(lanes) {
+            // SAFETY: `self` proves AVX. The stores write the 32 bytes of `to`: the first at once, which is for
+            // addresses that are a multiple of 32 only; the second 16 at a time, for multiples of 16; the third
+            // wherever that is.
+            unsafe {
+                if address.is_multiple_of(32) {
+                    _mm256_stream_ps(to.as_mut_ptr(), half);
+                } else if address.is_multiple_of(16) {
+                    _mm_stream_ps(to.as_mut_ptr(), _mm256_castps256_ps128(half));
+                    _mm_stream_ps(to[4..].as_mut_ptr(), _mm256_extractf128_ps::<1>(half));
+                } else {
+                    _mm256_storeu_ps(to.as_mut_ptr(), half);
+                }
+            }
+        }
     }
     #[inline(always)]
     fn prefetch(self, values: &[f32], at: usize) {
@@ -168,6 +241,68 @@ impl Isa for F16c {
     }
 }
 
+/// Proof that AVX-512 F, BW, DQ and VL are present as well.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(F16c);
+
+#[cfg(target_arch = "x86_64")]
+impl Isa for Avx512 {
+    type Lanes = __m512;
+    #[inline(always)]
+    fn narrow_halves(self, values: &[f32; 8]) -> [u16; 8] {
+        self.0.narrow_halves(values)
+    }
+    #[inline(always)]
+    fn widen_halves(self, halves: &[u16; 8]) -> [f32; 8] {
+        self.0.widen_halves(halves)
+    }
+    #[inline(always)]
+    fn load(self, line: &[f32; 16]) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F. The unaligned load reads the 16 floats of `line`.
+        unsafe { _mm512_loadu_ps(line.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, line: &mut [f32; 16], lanes: __m512) {
+        // SAFETY: `self` proves AVX-512 F. The unaligned store writes the 16 floats of `line`.
+        unsafe { _mm512_storeu_ps(line.as_mut_ptr(), lanes) }
+    }
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn multiply(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn stream(self, line: &mut [f32; 16], lanes: __m512) {
+        if line.as_ptr().addr().is_multiple_of(64) {
+            // SAFETY: `self` proves AVX-512 F. The store writes the 64 bytes of `line`, whose address is a multiple of 64.
+            unsafe { _mm512_stream_ps(line.as_mut_ptr(), lanes) };
+        } else {
+            // SAFETY: `self` proves AVX-512 DQ.
+            let halves = unsafe { [_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes)] };
+            self.0.stream(line, halves);
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, values: &[f32], at: usize) {
+        self.0.prefetch(values, at);
+    }
+    #[inline(always)]
+    fn stream_end(self) {
+        self.0.stream_end();
+    }
+}
+
 /// A loop to be compiled once per level. `run` must be `#[inline(always)]`, or it keeps the baseline instructions.
 pub(crate) trait Kernel {
     type Output;
@@ -176,7 +311,7 @@ pub(crate) trait Kernel {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{F16c, Kernel};
+    use super::{Avx512, F16c, Kernel};
 
     #[target_feature(enable = "avx2,f16c")]
     pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
@@ -185,7 +320,7 @@ mod x86 {
 
     #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
     pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-        kernel.run(F16c(()))
+        kernel.run(Avx512(F16c(())))
     }
 }
 

@@ -72,18 +72,19 @@ proptest! {
 
 #[test]
 fn matrices_that_are_written_around_the_caches_have_the_same_bits() {
-    // Above the threshold, with rows of every alignment.
-    let (rows, columns) = (2047, 2053);
-    let grads = [random(rows * columns, 5), random(rows * columns, 6)];
-    let run = || {
-        let mut state = LowRank::new(rows, columns, 5, 1, 0).unwrap();
-        round(&mut state, &grads[0]);
-        state.commit().unwrap();
-        let out = round(&mut state, &grads[1]);
-        (out, state.export_memory(), state.export_q())
-    };
-    let portable = with_level(Level::Portable, run);
-    assert!(run() == portable && with_level(Level::Avx2, run) == portable);
+    // Above the threshold; rows of every alignment, of none but that of lines, and in between; ranks of two groups and of one.
+    for (rows, columns, rank) in [(2047, 2053, 5), (2048, 2064, 4), (2049, 2052, 3), (2047, 2053, 2)] {
+        let grads = [random(rows * columns, 5), random(rows * columns, 6)];
+        let run = || {
+            let mut state = LowRank::new(rows, columns, rank, 1, 0).unwrap();
+            round(&mut state, &grads[0]);
+            state.commit().unwrap();
+            let out = round(&mut state.clone(), &grads[1]);
+            (out, state.export_memory(), state.export_q())
+        };
+        let portable = with_level(Level::Portable, run);
+        assert!(run() == portable && with_level(Level::Avx2, run) == portable, "{rows} x {columns}");
+    }
 }
 
 #[test]

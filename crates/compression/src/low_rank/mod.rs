@@ -6,7 +6,9 @@
 //! averaged the same factors hold the same bits (a general matrix library picks its order, and FMA, by CPU). The factors
 //! are so thin that the products run at memory speed anyway.
 
+mod aligned;
 mod kernels;
+mod lines;
 mod orthogonalize;
 mod state;
 

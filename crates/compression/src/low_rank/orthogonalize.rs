@@ -1,7 +1,8 @@
 //! Gram-Schmidt on the columns of a thin matrix.
 
-use super::kernels::{dot, subtract_scaled};
 use crate::simd::{self, Isa, Kernel};
+
+const LANES: usize = 8;
 
 /// Make the `rank` columns of `matrix` (row-major, `rows x rank`) orthonormal, in order: divide each by its norm (at
 /// least 1e-8) and subtract its projection from the columns after it. hivemind's algorithm and arithmetic.
@@ -68,5 +69,32 @@ impl Kernel for GramSchmidt<'_> {
             }
             rest = after;
         }
+    }
+}
+
+/// Sum of products in eight lanes, then the tail in order.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let (a_groups, a_rest) = a.as_chunks::<LANES>();
+    let (b_groups, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_groups.iter().zip(b_groups) {
+        for lane in 0..LANES {
+            lanes[lane] += x[lane] * y[lane];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = lanes;
+    let mut sum = ((a + e) + (c + g)) + ((b + f) + (d + h));
+    for (x, y) in a_rest.iter().zip(b_rest) {
+        sum += x * y;
+    }
+    sum
+}
+
+/// `target -= factor * source`
+#[inline(always)]
+fn subtract_scaled(target: &mut [f32], factor: f32, source: &[f32]) {
+    for (value, other) in target.iter_mut().zip(source) {
+        *value -= factor * other;
     }
 }

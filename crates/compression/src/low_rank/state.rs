@@ -1,6 +1,8 @@
 //! One tensor's PowerSGD state: the warm-started Q, the error memory, and the round in flight.
 
+use super::aligned::Aligned;
 use super::kernels::{Correction, Project, ProjectBack, Reconstruct, Settle};
+use super::lines::{GROUP, Line, Packed, pack_rows, unpack_rows};
 use super::orthogonalize::{from_columns, orthogonalize_columns, to_columns};
 use crate::{first_non_finite, simd};
 
@@ -54,6 +56,19 @@ enum Stage {
     Finished,
 }
 
+/// A matrix as the product of two thin factors.
+#[derive(Clone, Debug, Default)]
+struct Approximation {
+    p: Vec<[f32; GROUP]>,
+    q: Packed,
+}
+
+impl Approximation {
+    fn correction(&self) -> Correction<'_> {
+        Correction { p: &self.p, q: &self.q }
+    }
+}
+
 /// Low-rank compression of one tensor, in two phases with a commit. Factors cross this interface row-major, as hivemind
 /// sends them: P as `rows x rank`, Q as `columns x rank`.
 ///
@@ -80,19 +95,25 @@ pub struct LowRank {
     rank: usize,
     /// Warm start of the next round, by column.
     q: Vec<f32>,
-    /// Error memory plus the last committed gradient; minus `correction`, it is the error memory.
-    base: Vec<f32>,
-    /// Factors (by column) of the last committed approximation. Taking them out of `base` is left to the next `begin`,
-    /// which reads `base` anyway: so a commit is free, and can be refused until the last moment.
-    correction: Option<(Vec<f32>, Vec<f32>)>,
+    /// Error memory plus the last committed gradient; minus `sent`, it is the error memory.
+    base: Aligned,
+    /// The last committed approximation. Taking it out of `base` is left to the next `begin`, which reads `base` anyway:
+    /// so a commit is free, and can be refused until the last moment.
+    sent: Option<Approximation>,
     /// Memory plus gradient of the round in flight.
-    work: Vec<f32>,
+    work: Aligned,
     /// Factors of the round in flight, by column.
     round_p: Vec<f32>,
     round_q: Vec<f32>,
     /// What was last handed out, row-major.
     exchange: Vec<f32>,
-    /// One column of zeros.
+    /// Factors as the passes over the matrix read them.
+    round: Approximation,
+    /// `q` as they read it.
+    start: Packed,
+    /// Of `begin`, kept for the next.
+    sums: Vec<[Line; GROUP]>,
+    /// One row of zeros.
     zeros: Vec<f32>,
     stage: Stage,
 }
@@ -126,12 +147,15 @@ impl LowRank {
             columns,
             rank,
             q,
-            base: vec![0.0; numel],
-            correction: None,
-            work: Vec::new(),
+            base: Aligned::zeros(numel),
+            sent: None,
+            work: Aligned::default(),
             round_p: Vec::new(),
             round_q: Vec::new(),
             exchange: Vec::new(),
+            round: Approximation::default(),
+            start: Packed::default(),
+            sums: Vec::new(),
             zeros: vec![0.0; columns],
             stage: Stage::Idle,
         })
@@ -150,28 +174,29 @@ impl LowRank {
     pub fn begin(&mut self, grad: &[f32]) -> Result<&[f32], LowRankError> {
         check_length("grad", self.base.len(), grad)?;
         self.stage = Stage::Idle;
-        self.work.resize(self.base.len(), 0.0);
-        self.round_p.resize(self.rows * self.rank, 0.0);
+        if self.work.is_empty() {
+            self.work = Aligned::zeros(self.base.len());
+        }
+        self.start.pack(&self.q, self.columns);
+        self.round.p.resize(self.rows * self.start.groups(), [0.0; GROUP]);
         simd::dispatch(Project {
             base: &self.base,
-            correction: self.correction.as_ref().map(|(p, q)| Correction { p, q }),
+            sent: self.sent.as_ref().map(Approximation::correction),
             grad,
-            q: &self.q,
-            columns: self.columns,
-            zeros: &self.zeros,
-            rank: self.rank,
+            q: &self.start,
+            sums: &mut self.sums,
             work: &mut self.work,
-            p: &mut self.round_p,
+            p: &mut self.round.p,
         });
+        self.exchange.resize(self.rows * self.rank, 0.0);
+        unpack_rows(&self.round.p, self.rank, &mut self.exchange);
         // A value that is not finite makes its row's products so, unless the columns of Q are zero there: look then.
         let q_is_dense = self.q.chunks_exact(self.columns).any(|column| !column.contains(&0.0));
-        if !q_is_dense || first_non_finite(&self.round_p).is_some() {
+        if !q_is_dense || first_non_finite(&self.exchange).is_some() {
             check_finite("grad", grad)?;
             check_finite("memory + grad", &self.work)?;
-            check_finite("P", &self.round_p)?;
+            check_finite("P", &self.exchange)?;
         }
-        self.exchange.resize(self.round_p.len(), 0.0);
-        from_columns(&self.round_p, self.rank, &mut self.exchange);
         self.stage = Stage::ProjectedP;
         Ok(&self.exchange)
     }
@@ -191,15 +216,16 @@ impl LowRank {
         orthogonalize_columns(&mut self.round_p, self.rank);
         orthogonalize_columns(&mut self.round_p, self.rank);
         check_finite("P", &self.round_p)?;
-        self.round_q.resize(self.columns * self.rank, 0.0);
+        pack_rows(&self.round_p, self.rank, &mut self.round.p);
+        self.round.q.resize(self.columns, self.rank);
         simd::dispatch(ProjectBack {
             work: &self.work,
-            p: &self.round_p,
-            columns: self.columns,
+            p: &self.round.p,
+            q: &mut self.round.q,
             zeros: &self.zeros,
-            rank: self.rank,
-            q: &mut self.round_q,
         });
+        self.round_q.resize(self.columns * self.rank, 0.0);
+        self.round.q.unpack(&mut self.round_q);
         check_finite("Q", &self.round_q)?;
         self.exchange.resize(self.round_q.len(), 0.0);
         from_columns(&self.round_q, self.rank, &mut self.exchange);
@@ -219,14 +245,8 @@ impl LowRank {
         check_length("out", self.base.len(), out)?;
         check_finite("Q", averaged_q)?;
         to_columns(averaged_q, self.rank, &mut self.round_q);
-        simd::dispatch(Reconstruct {
-            p: &self.round_p,
-            q: &self.round_q,
-            columns: self.columns,
-            zeros: &self.zeros,
-            rank: self.rank,
-            out,
-        });
+        self.round.q.pack(&self.round_q, self.columns);
+        simd::dispatch(Reconstruct { p: &self.round.p, q: &self.round.q, out });
         self.stage = Stage::Finished;
         Ok(())
     }
@@ -241,9 +261,7 @@ impl LowRank {
         }
         self.keep_q();
         std::mem::swap(&mut self.base, &mut self.work);
-        let (p, q) = self.correction.get_or_insert_default();
-        std::mem::swap(p, &mut self.round_p);
-        std::mem::swap(q, &mut self.round_q);
+        std::mem::swap(self.sent.get_or_insert_default(), &mut self.round);
         self.stage = Stage::Idle;
         Ok(())
     }
@@ -313,15 +331,10 @@ impl LowRank {
     /// The error memory: what all committed approximations lost so far. For checkpoints.
     #[must_use]
     pub fn export_memory(&self) -> Vec<f32> {
-        let mut memory = vec![0.0; self.base.len()];
-        simd::dispatch(Settle {
-            base: &self.base,
-            correction: self.correction.as_ref().map(|(p, q)| Correction { p, q }),
-            columns: self.columns,
-            zeros: &self.zeros,
-            rank: self.rank,
-            memory: &mut memory,
-        });
+        let mut memory = self.base.to_vec();
+        if let Some(sent) = &self.sent {
+            simd::dispatch(Settle { correction: sent.correction(), memory: &mut memory });
+        }
         memory
     }
 
@@ -333,7 +346,7 @@ impl LowRank {
         check_length("memory", self.base.len(), memory)?;
         check_finite("memory", memory)?;
         self.abort();
-        self.correction = None;
+        self.sent = None;
         self.base.copy_from_slice(memory);
         Ok(())
     }
