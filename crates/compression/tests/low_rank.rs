@@ -71,6 +71,10 @@ proptest! {
 }
 
 #[test]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    ignore = "only x86-64 has such instructions; minutes under emulation"
+)]
 fn matrices_that_are_written_around_the_caches_have_the_same_bits() {
     // Above the threshold; rows of every alignment, of none but that of lines, and in between; ranks of two groups and of one.
     for (rows, columns, rank) in [(2047, 2053, 5), (2048, 2064, 4), (2049, 2052, 3), (2047, 2053, 2)] {
