@@ -28,6 +28,7 @@ SHOWN = "Number(document.getElementById('{}').textContent)"
 FOCUSED = (
     "document.activeElement.id || document.activeElement.className || document.activeElement.textContent"
 )
+LEFT = "[...document.querySelectorAll('#board tr.left')].map(row => [...row.cells].map(td => td.textContent))"
 TAB = 9
 # What the page makes of the figures in STATUS.
 TILES = {
@@ -41,7 +42,7 @@ TILES = {
 }
 ROUND = {
     "epoch": "39",
-    "averaged": "gradients",
+    "averaged": "nothing: all had the same state already",
     "members": "2",
     "samples": "509.5",
     "took": "1.75 s",
@@ -49,7 +50,7 @@ ROUND = {
     "received": "811.0 kB",
 }
 TOTAL = {
-    "rounds": "38",
+    "rounds": "38 (13 had nothing to average)",
     "failed": "6",
     "faults": "8 malformed, 9 silent",
     "sent": "27.1 MB",
@@ -165,7 +166,10 @@ def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
         third.kill()
         browser.until(f"{SHOWN.format('peers')} === 2")
         browser.until(f"document.getElementById('events').innerText.includes('{ids[2][-6:]} is gone')")
-        browser.until("document.querySelectorAll('#board tr').length === 2")
+        browser.until("document.querySelectorAll('#board tr:not(.left)').length === 2")
+        gave = browser.value(LEFT)
+        assert [row[1] for row in gave] == [ids[2][-6:]] and int(gave[0][2]) > 0, gave
+        assert gave[0][7] == "left"
 
         browser.look(390, 844, "dark")
         no_wider_than_the_screen(browser)
@@ -174,6 +178,7 @@ def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
 
         second.kill()
         browser.until("!document.getElementById('alert').hidden")
+        assert {row[1] for row in browser.value(LEFT)} == {peer[-6:] for peer in ids[1:]}
         alert = browser.value("document.getElementById('alert').textContent")
         assert "training alone" in alert, alert
         no_wider_than_the_screen(browser)
@@ -218,7 +223,7 @@ def test_every_figure_of_the_page_is_that_of_the_status(tmp_path: Path, inside: 
         with Chromium(tmp_path / "profile") as browser:
             browser.look(390, 844, "light")
             browser.open(url)
-            browser.until("document.querySelectorAll('#board tr').length === 3")
+            browser.until("document.querySelectorAll('#board tr').length === 4")
             assert {
                 name: browser.value(f"document.getElementById('{name}').textContent") for name in TILES
             } == TILES
@@ -233,6 +238,7 @@ def test_every_figure_of_the_page_is_that_of_the_status(tmp_path: Path, inside: 
                 ["1", own, "5203", "44 %", "40.5", "42", "2.625", "\u2013"],
                 ["2", names[1], "4801", "31 %", "31.3", "43", "2.875", "direct"],
                 ["3", names[2], "1999", "25 %", "22", "40", "3.125", "hole-punched"],
+                ["\u2013", status["left"][0]["peer"][-6:], "777", "\u2013", "\u2013", "33", "\u2013", "left"],
             ]
             swarm = browser.value("document.getElementById('swarm').getAttribute('aria-label')")
             assert swarm == f"2 other peers: {names[1]} direct, {names[2]} hole-punched"

@@ -466,10 +466,7 @@ fn name_missing(plan: &Plan, contributors: u64, faults: &mut Vec<PeerFault>) {
     for (at, member) in plan.members.iter().enumerate() {
         let missing = member.weight > 0.0 && contributors & (1 << at) == 0;
         if missing && !faults.iter().any(|fault| fault.peer == member.peer) {
-            let context = format!(
-                "not in all parts of {} round {:?}; their reducers know why",
-                plan.channel, plan.epoch
-            );
+            let context = format!("not in all parts of {}; their reducers know why", plan.round());
             faults.push(PeerFault::new(member.peer, FaultKind::Missing, context));
         }
     }

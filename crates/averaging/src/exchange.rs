@@ -486,7 +486,7 @@ impl Exchange {
 
     pub(crate) fn exclude(&mut self, part: usize, sender: usize, kind: FaultKind, reason: &str) {
         let plan = &self.shared.plan;
-        let context = format!("{} round {:?}, part {part}: {reason}", plan.channel, plan.epoch);
+        let context = format!("{}, part {part}: {reason}", plan.round());
         self.faults.push(PeerFault::new(self.shared.peer(sender), kind, context));
         for reducing in self.reducers.values_mut() {
             reducing.order.exclude(sender);
@@ -504,8 +504,7 @@ impl Exchange {
         let peer = self.shared.peer(member);
         if kind != FaultKind::Left || !self.is_complete() {
             let plan = &self.shared.plan;
-            let context =
-                format!("lost in {} round {:?}, attempt {}{reason}", plan.channel, plan.epoch, plan.attempt);
+            let context = format!("lost in {}, attempt {}{reason}", plan.round(), plan.attempt + 1);
             self.faults.push(PeerFault::new(peer, kind, context));
         }
         self.inlets[member] = None;

@@ -47,4 +47,4 @@ pub use plan::GROUP_MAX;
 pub use spans::{Chunk, Layout};
 pub use swarm::{Directory, JoinError, Manifest, Swarm, SwarmConfig};
 pub use view::{Member, View};
-pub use wire::{APP_BYTES_MAX, GATHER_BYTES_MAX, Progress};
+pub use wire::{APP_BYTES_MAX, GATHER_BYTES_MAX, PROTOCOL_VERSION, Progress};

@@ -105,6 +105,14 @@ impl Plan {
         *blake3::hash(&bytes).as_bytes()
     }
 
+    /// Its round, for people.
+    pub(crate) fn round(&self) -> String {
+        match self.epoch {
+            Some(epoch) => format!("the {} round of epoch {epoch}", self.channel),
+            None => format!("a {} round", self.channel),
+        }
+    }
+
     /// Position of a member.
     pub(crate) fn index_of(&self, peer: PeerId) -> Option<usize> {
         self.members.iter().position(|member| member.peer == peer)

@@ -337,8 +337,7 @@ impl Station {
     fn accept(&mut self, plan: Arc<Plan>) -> Gathering {
         let hash = plan.hash();
         for peer in &plan.implausible {
-            let context =
-                format!("norm out of proportion to the group's; {} round {:?}", plan.channel, plan.epoch);
+            let context = format!("norm out of proportion to the group's; {}", plan.round());
             self.faults.push(PeerFault::new(*peer, FaultKind::Implausible, context));
         }
         let members = plan.members.iter().map(|member| member.peer);

@@ -1,6 +1,6 @@
 //! A status as text: the same lines for a pipe, a file and the terminal view.
 
-use potluck_collab::{PeerStatus, Status};
+use potluck_collab::{LeftPeer, PeerStatus, Status};
 use potluck_net::Path;
 use std::fmt::Write;
 
@@ -35,18 +35,30 @@ pub(crate) fn headline(status: &Status) -> String {
     line(match &status.last_round {
         None => "round    none yet".to_owned(),
         Some(round) => format!(
-            "round    of epoch {}: {} members in {}, {} sent, {} received{}",
+            "round    of epoch {}: {} members in {}, {} sent, {} received{}{}",
             round.epoch,
             round.members.len(),
             seconds(round.stats.seconds),
             bytes(round.stats.bytes_sent),
             bytes(round.stats.bytes_received),
+            if round.unchanged {
+                "\n         nothing to average: all had the same state already"
+            } else {
+                ""
+            },
             round.faults.iter().map(|fault| format!("\n         {fault}")).collect::<String>()
         ),
     });
     let faults: Vec<String> = status.faults.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
     let faults = if faults.is_empty() { "none".to_owned() } else { faults.join(", ") };
-    line(format!("rounds   {} done, {} failed; faults: {faults}", status.rounds, status.rounds_failed));
+    let unchanged = match status.rounds_unchanged {
+        0 => String::new(),
+        count => format!(" ({count} had nothing to average)"),
+    };
+    line(format!(
+        "rounds   {} done{unchanged}, {} failed; faults: {faults}",
+        status.rounds, status.rounds_failed
+    ));
     line(format!(
         "traffic  {} sent, {} received, compressed {:.1} times",
         bytes(status.bytes_sent),
@@ -68,7 +80,10 @@ pub(crate) fn headline(status: &Status) -> String {
 pub(crate) const COLUMNS: [&str; 9] =
     ["rank", "peer", "epoch", "samples", "share", "samples/s", "contributed", "path", "loss"];
 
-/// One line for each peer, whoever gave most first.
+/// Those who have left, in a table for people.
+const LEFT_MAX: usize = 10;
+
+/// One line for each peer, whoever gave most first; then for those who have left.
 pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
     let mut peers: Vec<&PeerStatus> = status.peers.iter().collect();
     peers.sort_by_key(|peer| (peer.auxiliary, std::cmp::Reverse(peer.contributed), peer.peer));
@@ -92,7 +107,15 @@ pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
             peer.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
         ]
     };
-    peers.into_iter().enumerate().map(row).collect()
+    let here = peers.into_iter().enumerate().map(row);
+    here.chain(status.left.iter().take(LEFT_MAX).map(left)).collect()
+}
+
+/// Whoever is here no more has given what it gave all the same.
+fn left(peer: &LeftPeer) -> [String; 9] {
+    let (name, epoch, contributed) =
+        (peer.peer.short(), peer.epoch.to_string(), peer.contributed.to_string());
+    ["-", &name, &epoch, "-", "-", "-", &contributed, "left", "-"].map(str::to_owned)
 }
 
 fn table(status: &Status) -> String {
@@ -108,6 +131,9 @@ fn table(status: &Status) -> String {
         let _written = writeln!(out, "{}", cells.join("  ").trim_end());
     }
     out.push_str("* answered; paths are as it sees them\n");
+    if let Some(more) = status.left.len().checked_sub(LEFT_MAX).filter(|more| *more > 0) {
+        let _written = writeln!(out, "and {more} more who have left; --json lists them");
+    }
     out
 }
 
@@ -167,9 +193,18 @@ mod tests {
             loss: None,
         };
         let peers = vec![peer(1, 5, false), peer(2, 90, true), peer(3, 7, false)];
-        let rows = rows(&Status { peers, ..Status::default() });
+        let left = |seed: u8| LeftPeer {
+            peer: potluck_net::PeerId::from_ed25519(&[seed; 32]),
+            epoch: 1,
+            contributed: 100 - u64::from(seed),
+        };
+        let left: Vec<LeftPeer> = (10..22).map(left).collect();
+        let status = Status { peers, left, ..Status::default() };
+        let rows = rows(&status);
         let ranks: Vec<(&str, &str)> = rows.iter().map(|row| (row[0].as_str(), row[6].as_str())).collect();
-        assert_eq!(ranks, [("1", "7"), ("2", "5"), ("-", "90")]);
+        assert_eq!(ranks[..4], [("1", "7"), ("2", "5"), ("-", "90"), ("-", "90")]);
+        assert_eq!((rows.len(), rows[3][7].as_str(), rows[12][6].as_str()), (13, "left", "81"));
+        assert!(text(&status).ends_with("and 2 more who have left; --json lists them\n"));
         assert_eq!((rows[0][7].as_str(), rows[1][7].as_str()), ("relayed", "-"));
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::dialect::{PeerView, Report, RoundResult};
 use crate::factors::Factors;
+use crate::gone::{self, Gone};
 use crate::nearing::Nearing;
 use crate::past::Past;
 use crate::policy::diloco::Outer;
@@ -71,12 +72,14 @@ pub(crate) struct Core {
     contributed: u64,
     loss: Option<f32>,
     peers: BTreeMap<PeerId, PeerView>,
+    gone: Gone,
     nearing: Nearing,
     was_in_company: bool,
     /// Whose identity more than one machine uses.
     twice: BTreeSet<PeerId>,
     pub(crate) rounds: u64,
     pub(crate) rounds_failed: u64,
+    rounds_unchanged: u64,
     faults: BTreeMap<String, u64>,
     last_round: Option<RoundStatus>,
     bytes_plain: u64,
@@ -117,11 +120,13 @@ impl Core {
             contributed: 0,
             loss: None,
             peers: BTreeMap::new(),
+            gone: Gone::default(),
             nearing: Nearing::default(),
             was_in_company: false,
             twice: BTreeSet::new(),
             rounds: 0,
             rounds_failed: 0,
+            rounds_unchanged: 0,
             faults: BTreeMap::new(),
             last_round: None,
             bytes_plain: 0,
@@ -134,10 +139,19 @@ impl Core {
     pub(crate) fn see(&mut self, peers: Vec<PeerView>, twice: BTreeSet<PeerId>, events: &mut Vec<Event>) {
         let seen: BTreeMap<PeerId, PeerView> = peers.into_iter().map(|view| (view.peer, view)).collect();
         let count = seen.len() + 1;
-        for peer in seen.keys().filter(|peer| !self.peers.contains_key(peer)) {
-            events.push(Event::Joined { peer: *peer, peers: count });
+        for (peer, view) in &seen {
+            let Some(before) = self.peers.get(peer) else {
+                self.gone.came(*peer, gone::told(&view.note));
+                events.push(Event::Joined { peer: *peer, peers: count });
+                continue;
+            };
+            if before.note != view.note {
+                let (then, now) = (gone::told(&before.note), gone::told(&view.note));
+                self.gone.changed(*peer, before.epoch, then, now);
+            }
         }
-        for peer in self.peers.keys().filter(|peer| !seen.contains_key(peer)) {
+        for (peer, view) in self.peers.iter().filter(|(peer, _)| !seen.contains_key(peer)) {
+            self.gone.lost(*peer, view.epoch, gone::told(&view.note));
             events.push(Event::Lost { peer: *peer, peers: count });
         }
         // A keeper or a helper computes nothing: with only them, this peer trains alone.
@@ -292,7 +306,11 @@ impl Core {
             stats: result.stats,
             faults: faults.to_vec(),
         };
-        self.last_round = Some(round.clone());
+        self.rounds_unchanged += u64::from(result.unchanged);
+        // Where nothing was to be done, the round before says more.
+        if !result.unchanged || !faults.is_empty() || self.last_round.is_none() {
+            self.last_round = Some(round.clone());
+        }
         Event::Round(round)
     }
 
@@ -529,6 +547,15 @@ impl Core {
         self.behind.suspect();
     }
 
+    /// Bytes of memory by purpose: what is held here beside the snapshots.
+    pub(crate) fn memory(&self) -> impl Iterator<Item = (String, u64)> + use<> {
+        let bytes = |values: Option<&Vec<f32>>| values.map_or(0, |values| 4 * values.len() as u64);
+        let agreed = bytes(self.agreed.as_ref()) + bytes(self.agreed_next.as_ref());
+        let held =
+            [("agreed", agreed), ("velocity", bytes(self.outer.as_ref().map(|outer| &outer.velocity)))];
+        held.into_iter().filter(|(_, bytes)| *bytes > 0).map(|(purpose, bytes)| (purpose.to_owned(), bytes))
+    }
+
     pub(crate) fn status(&self) -> Status {
         let views = self.views();
         let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
@@ -556,7 +583,10 @@ impl Core {
                 samples_per_second: view.samples_per_second,
                 path: view.path,
                 share: share(counted),
-                contributed: note.as_ref().map_or(0, |note| note.contributed),
+                contributed: self
+                    .gone
+                    .earlier(&view.peer)
+                    .saturating_add(note.as_ref().map_or(0, |note| note.contributed)),
                 auxiliary: view.auxiliary,
                 loss: note.and_then(|note| note.loss),
             }
@@ -570,10 +600,12 @@ impl Core {
             samples_per_second: swarm.samples_per_second,
             eta_seconds: progress::eta_seconds(&swarm, self.config.target_batch_size),
             peers: std::iter::once(me).chain(others).collect(),
+            left: self.gone.left(|peer| self.peers.contains_key(peer)),
             alone: views.iter().all(|view| view.auxiliary),
             last_round: self.last_round.clone(),
             rounds: self.rounds,
             rounds_failed: self.rounds_failed,
+            rounds_unchanged: self.rounds_unchanged,
             faults: self.faults.clone(),
             lineage: Some(self.lineage),
             compression_ratio: match self.bytes_encoded {

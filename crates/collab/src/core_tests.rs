@@ -64,3 +64,40 @@ async fn whoever_loaded_a_state_just_before_it_was_averaged_loads_it_again_and_n
     other.see(vec![view(1, before)], BTreeSet::new(), &mut Vec::new());
     assert_eq!(other.winner(Instant::now()), None);
 }
+
+#[test]
+fn what_a_peer_gave_is_shown_when_it_is_gone_and_when_it_has_begun_anew() {
+    let mut core = in_company();
+    let peer = PeerId::from_ed25519(&[2; 32]);
+    let mut see = |contributed: Option<u64>| {
+        let lineage = core.lineage;
+        let told = contributed.map(|contributed| {
+            let note =
+                Note { lineage, contributed, loss: None, state_due: None, sketch: None, waiting: None };
+            PeerView { note: note.encode(), ..view(2, lineage) }
+        });
+        core.see(told.into_iter().collect(), BTreeSet::new(), &mut Vec::new());
+        let Status { peers, left, .. } = core.status();
+        (peers.get(1).map(|here| here.contributed), left.first().map(|left| (left.peer, left.contributed)))
+    };
+    assert_eq!(see(Some(40)), (Some(40), None));
+    assert_eq!(see(None), (None, Some((peer, 40))));
+    assert_eq!(see(Some(0)), (Some(40), None), "restarted");
+    assert_eq!(see(Some(8)), (Some(48), None));
+    assert_eq!(see(Some(2)), (Some(50), None), "restarted, and nobody had missed it");
+    assert_eq!(see(None), (None, Some((peer, 50))));
+    assert_eq!(see(Some(2)), (Some(50), None), "only its network was away");
+}
+
+#[test]
+fn memory_is_that_of_the_vectors_which_the_policy_keeps() {
+    let mut config = SessionConfig::new("run", TARGET, Vec::new());
+    config.policy = PolicyKind::DiLoCo { inner_steps: 4, outer_lr: 0.7, outer_momentum: 0.9 };
+    let start = Lineage::genesis("run", &[0; 32]);
+    let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7);
+    assert_eq!(core.memory().count(), 0);
+    core.agree(vec![1.0; 10]);
+    assert_eq!(core.memory().collect::<Vec<_>>(), [("agreed".to_owned(), 40)]);
+    core.agree(vec![0.5; 10]);
+    assert_eq!(core.memory().collect::<Vec<_>>(), [("agreed".to_owned(), 40), ("velocity".to_owned(), 40)]);
+}

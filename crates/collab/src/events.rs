@@ -95,10 +95,10 @@ impl fmt::Display for Event {
         match self {
             Self::Round(round) if round.unchanged => write!(
                 f,
-                "epoch {}: {} peers have the same state, nothing to average, {:.2} s{}",
+                "epoch {}: {} peers have the same state, nothing to average, {}{}",
                 round.epoch,
                 round.members.len(),
-                round.stats.seconds,
+                seconds(round.stats.seconds),
                 faults(&round.faults)
             ),
             Self::Round(round) => write!(

@@ -327,7 +327,7 @@ impl Inner {
         let status = Status {
             bytes_sent: traffic.bytes_sent,
             bytes_received: traffic.bytes_received,
-            memory: self.dialect.memory(),
+            memory: self.dialect.memory().into_iter().chain(core.memory()).collect(),
             ..core.status()
         };
         drop(core);

@@ -24,12 +24,18 @@ pub struct Status {
     pub eta_seconds: Option<f32>,
     /// Everybody who is alive, this peer first.
     pub peers: Vec<PeerStatus>,
+    /// Those who gave samples and are here no more, as far as this peer has seen them; whoever gave most first.
+    #[serde(default)]
+    pub left: Vec<LeftPeer>,
     /// Nobody else is here.
     pub alone: bool,
-    /// The last round, if there was one.
+    /// The last round, if there was one; one in which there was nothing to average only if there was no other.
     pub last_round: Option<RoundStatus>,
     /// Rounds with an average.
     pub rounds: u64,
+    /// Of these: all members had the same state already, and nothing was sent.
+    #[serde(default)]
+    pub rounds_unchanged: u64,
     /// Rounds that ended without one while others were here.
     pub rounds_failed: u64,
     /// Faults of peers by kind.
@@ -65,12 +71,23 @@ pub struct PeerStatus {
     pub path: Option<Path>,
     /// Its part of this epoch's samples, 0 to 1.
     pub share: f32,
-    /// Samples that it put into finished rounds since it joined.
+    /// Samples that it put into finished rounds: since it joined, and of its sessions before what this peer has seen.
     pub contributed: u64,
     /// It computes no gradients.
     pub auxiliary: bool,
     /// The last loss that it reported.
     pub loss: Option<f32>,
+}
+
+/// One peer that has left or died.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeftPeer {
+    /// Who.
+    pub peer: PeerId,
+    /// The epoch it worked on when it was seen last.
+    pub epoch: u64,
+    /// Samples that it put into finished rounds.
+    pub contributed: u64,
 }
 
 /// One finished round.

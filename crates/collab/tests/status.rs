@@ -2,12 +2,15 @@
 //! by the simulated network itself.
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
+use bytes::Bytes;
 use potluck_collab::{
-    Policy, Scheme, Session, SessionConfig, Snapshot, Status, Step, TensorInfo, TensorRole,
+    Channel, LeftPeer, Policy, Scheme, Session, SessionConfig, Snapshot, StateEvery, Status, Step,
+    TensorInfo, TensorRole,
 };
 use potluck_net::{PeerId, Tasks, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, Verdict, run};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -27,7 +30,35 @@ struct Count {
     rounds_failed: u64,
     faults: BTreeMap<String, u64>,
     loss: f32,
+    /// The last round: its length, when its first chunk left or came, and bytes of all rounds before it.
     last_seconds: f64,
+    gather_seconds: f64,
+    before_last: (u64, u64),
+    /// Bytes of this program's states that somebody still holds.
+    held: Arc<AtomicU64>,
+}
+
+/// A part of a state that tells how long it is held.
+struct Counted(Vec<u8>, Arc<AtomicU64>);
+
+impl Counted {
+    fn state(bytes: usize, held: &Arc<AtomicU64>) -> Snapshot {
+        held.fetch_add(bytes as u64, Ordering::Relaxed);
+        let blob = Bytes::from_owner(Self(vec![7; bytes], held.clone()));
+        Snapshot { blobs: BTreeMap::from([("param".to_owned(), blob)]), ..Snapshot::default() }
+    }
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.1.fetch_sub(self.0.len() as u64, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -38,6 +69,15 @@ struct Book {
     /// Bytes of frames of rounds, by sender and by receiver.
     sent: BTreeMap<PeerId, u64>,
     received: BTreeMap<PeerId, u64>,
+    /// When the first chunk of a round left a peer, since the peer forgot it.
+    first_chunk: BTreeMap<PeerId, Instant>,
+}
+
+impl Book {
+    fn traffic(&self, peer: PeerId) -> (u64, u64) {
+        let of = |bytes: &BTreeMap<PeerId, u64>| bytes.get(&peer).copied().unwrap_or(0);
+        (of(&self.sent), of(&self.received))
+    }
 }
 
 type Ledger = Arc<Mutex<Book>>;
@@ -67,6 +107,10 @@ async fn train(id: PeerId, session: Session, batch: u64, ledger: Ledger) {
         change(ledger.lock().unwrap().counts.entry(id).or_default());
     };
     let mut samples = 0;
+    // The state grows, so that states of different epochs are told apart.
+    let held = Arc::new(AtomicU64::new(0));
+    let state = |epoch: u64| Some(Counted::state(100_000 + 1000 * epoch as usize, &held));
+    count(&mut |count| count.held = held.clone());
     while session.epoch() < EPOCHS {
         match session.step(std::mem::take(&mut samples)) {
             Step::Accumulate => {
@@ -80,9 +124,14 @@ async fn train(id: PeerId, session: Session, batch: u64, ledger: Ledger) {
                 let (epoch, begun) = (session.epoch(), Instant::now());
                 let weight = ledger.lock().unwrap().counts[&id].samples;
                 *ledger.lock().unwrap().brought.entry(epoch).or_default() += weight;
+                let before_last = ledger.lock().unwrap().traffic(id);
+                ledger.lock().unwrap().first_chunk.remove(&id);
                 let outcome = session.average_gradients(vec![0.25; VALUES], weight as f64).await;
-                session.epoch_done(Some(Snapshot::default()));
+                session.epoch_done(state(epoch));
+                let first_chunk = ledger.lock().unwrap().first_chunk.get(&id).copied();
                 count(&mut |count| {
+                    count.before_last = before_last;
+                    count.gather_seconds = first_chunk.map_or(0.0, |at| (at - begun).as_secs_f64());
                     count.rounds += u64::from(!outcome.value.alone);
                     count.rounds_failed += u64::from(outcome.value.alone);
                     count.contributed += std::mem::take(&mut count.samples);
@@ -127,6 +176,9 @@ fn every_number_of_a_healthy_run_is_what_the_programs_and_the_network_counted() 
                 let mut book = book.lock().unwrap();
                 *book.sent.entry(frame.from).or_default() += frame.bytes as u64;
                 *book.received.entry(frame.to).or_default() += frame.bytes as u64;
+                if frame.bytes > 10_000 {
+                    book.first_chunk.entry(frame.from).or_insert_with(Instant::now);
+                }
             }
             Verdict::Pass
         });
@@ -145,6 +197,10 @@ fn every_number_of_a_healthy_run_is_what_the_programs_and_the_network_counted() 
             check_run(&status, &book, peer.id);
             check_peers(&status, &book, &peers);
             check_traffic(&status, &book, peer.id);
+            let held = book.counts[&peer.id].held.load(Ordering::Relaxed);
+            // Nobody has downloaded anything, so only the newest state is kept.
+            assert_eq!(held, 100_000 + 1000 * (EPOCHS - 1));
+            assert_eq!(status.memory, BTreeMap::from([("snapshot".to_owned(), held)]));
         }
     });
 }
@@ -153,6 +209,7 @@ fn check_run(status: &Status, book: &Book, me: PeerId) {
     let own = &book.counts[&me];
     assert_eq!((status.epoch, status.target_batch_size, status.alone), (EPOCHS, TARGET, false));
     assert_eq!((status.rounds, status.rounds_failed), (own.rounds, own.rounds_failed));
+    assert_eq!(status.rounds_unchanged, 0, "there is no state to be averaged");
     assert_eq!((own.rounds, own.rounds_failed), (EPOCHS, 0), "the run was healthy");
     assert_eq!(status.faults, own.faults);
     let samples: u64 = book.counts.values().map(|count| count.samples).sum();
@@ -169,6 +226,16 @@ fn check_run(status: &Status, book: &Book, me: PeerId) {
     members.sort_unstable();
     assert_eq!((members, round.faults.len()), (all, 0));
     near(round.stats.seconds, own.last_seconds, 0.05, "seconds of the last round");
+    let gather = (round.stats.gather_seconds, own.gather_seconds);
+    assert!(
+        (gather.0 - gather.1).abs() < 0.05 && gather.0 < round.stats.seconds,
+        "until it was gathered: {gather:?}"
+    );
+    assert_eq!((round.stats.attempts, round.stats.saturated, round.unchanged), (1, 0, false));
+    let (all, before) = (book.traffic(me), own.before_last);
+    near(round.stats.bytes_sent as f64, (all.0 - before.0) as f64, 0.02, "bytes sent in the last round");
+    near(round.stats.bytes_received as f64, (all.1 - before.1) as f64, 0.02, "bytes received in it");
+    assert_eq!(status.left, []);
 }
 
 fn check_peers(status: &Status, book: &Book, peers: &[Peer]) {
@@ -215,6 +282,8 @@ fn failures_are_counted_as_the_programs_met_them() {
         while peers[0].session.epoch() < 1 || peers[0].session.status().borrow().samples < TARGET - 12 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        let first_epoch = ledger.lock().unwrap().counts[&peers[2].id].contributed;
+        assert!(first_epoch > 0);
         let _stuck = net.set_rule({
             let dead = peers[2].id;
             move |frame| {
@@ -227,6 +296,7 @@ fn failures_are_counted_as_the_programs_met_them() {
         });
         tokio::time::sleep(Duration::from_secs(4)).await;
         let dead = peers.pop().unwrap();
+        let dead_id = dead.id;
         net.crash(dead.id);
         drop(dead);
         while peers.iter().any(|peer| peer.session.epoch() < EPOCHS) {
@@ -239,8 +309,87 @@ fn failures_are_counted_as_the_programs_met_them() {
             assert_eq!((status.rounds, status.rounds_failed), (counted.rounds, counted.rounds_failed));
             assert_eq!(status.faults, counted.faults);
             assert_eq!(status.peers.len(), 2, "the dead are not counted");
+            // What it gave before the round that failed is in the parameters.
+            let gave = LeftPeer { peer: dead_id, epoch: 1, contributed: first_epoch };
+            assert_eq!(status.left, [gave]);
+            let live: u64 = status.peers.iter().map(|peer| peer.contributed).sum();
+            let contributed = |id: &PeerId| book.counts[id].contributed;
+            assert_eq!(live, peers.iter().map(|peer| contributed(&peer.id)).sum::<u64>());
         }
         let faults: u64 = book.counts.values().flat_map(|count| count.faults.values()).sum();
         assert!(faults > 0, "nobody met the fault, so nothing was compared");
     });
+}
+
+/// Two peers that average gradients and, after each epoch, their state, which is `state` at this one; until a round of
+/// the state was shown.
+async fn average_both(session: Session, gradient: Vec<f32>, state: f32) -> Status {
+    let mut samples = 0;
+    loop {
+        match session.step(std::mem::take(&mut samples)) {
+            Step::Accumulate => {
+                tokio::time::sleep(STEP).await;
+                samples = 20;
+            }
+            Step::Average => {
+                let averaged = session.average_gradients(gradient.clone(), 20.0).await.value;
+                assert!(!averaged.alone);
+                let huge = gradient.iter().filter(|value| value.abs() > 65504.0).count() as u64;
+                session.epoch_done(Some(Snapshot::default()));
+                let shown = session.status().borrow().last_round.clone().unwrap();
+                assert_eq!(shown.stats.saturated, huge, "values that float16 does not have");
+            }
+            Step::AverageState => {
+                let averaged = session.average_state(vec![state; 500]).await;
+                assert_eq!(averaged.faults, []);
+                session.publish(Snapshot::default());
+                // Shown with the next look.
+                session.step(0);
+                return session.status().borrow().clone();
+            }
+            step => panic!("nobody is ahead: {step:?}"),
+        }
+    }
+}
+
+#[test]
+fn values_that_are_clamped_and_states_that_are_equal_are_shown_as_the_programs_gave_them() {
+    for (seed, states) in [(13, [0.5, 0.5]), (14, [0.5, 0.75])] {
+        run(seed, async move |net| {
+            let mut gradient = vec![0.25; 1000];
+            [3, 400, 420, 800, 999].iter().for_each(|&at: &usize| gradient[at] = 1e6);
+            let mut sessions: Vec<Session> = Vec::new();
+            for _ in states {
+                let transport = net.add_peer(PeerSpec::default());
+                let env = transport.env();
+                let mut config = SessionConfig::new(
+                    "run",
+                    TARGET,
+                    vec![TensorInfo::vector("w", 1000, TensorRole::Gradient)],
+                );
+                config.grad_compression = Policy::Fixed(Scheme::Float16);
+                config.average_state_every = StateEvery::Epochs(1);
+                config.state_tensors = vec![TensorInfo::vector("w", 500, TensorRole::Parameter)];
+                config.bootstrap = sessions.iter().map(Session::local_peer).collect();
+                let session = Session::join(transport, env, config).await.unwrap();
+                session.publish(Snapshot::default());
+                sessions.push(session);
+            }
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let [one, two] =
+                [0, 1].map(|at| average_both(sessions[at].clone(), gradient.clone(), states[at]));
+            let (one, two) = futures::join!(one, two);
+            for status in [one, two] {
+                let equal = states[0] == states[1];
+                assert_eq!((status.rounds, status.rounds_unchanged), (2, u64::from(equal)));
+                // Shown is the round that did something.
+                let round = status.last_round.clone().unwrap();
+                let did = if equal { (Channel::Gradients, 4000) } else { (Channel::State, 2000) };
+                assert_eq!((round.channel, round.stats.bytes_plain), did, "{round:?}");
+                // What was agreed on is the start of the next movement; where all are equal it need not be kept.
+                let kept = (!equal).then_some(2000);
+                assert_eq!(status.memory.get("agreed").copied(), kept, "{:?}", status.memory);
+            }
+        });
+    }
 }

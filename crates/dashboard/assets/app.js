@@ -16,7 +16,7 @@ function bytes(value) {
 const rounded = (value, digits = 3) => value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toString();
 
 /** A time for people: nobody waits for a digit of a second. */
-function left(seconds) {
+function remaining(seconds) {
   if (seconds < 1) return "under 1 s";
   if (seconds < 100) return `about ${Math.round(seconds)} s`;
   return seconds < 6000 ? `about ${Math.round(seconds / 60)} min` : `about ${rounded(seconds / 3600, 2)} h`;
@@ -38,7 +38,7 @@ function board(status) {
   const peers = status.peers, centre = viewer(status);
   const mark = peer => peer !== centre ? "" : peer.is_me ? "this peer" : "asked";
   const sorted = [...peers].sort((a, b) => b.contributed - a.contributed || (a.peer < b.peer ? -1 : 1));
-  $("board").replaceChildren(...sorted.map((peer, index) => {
+  const here = sorted.map((peer, index) => {
     const row = document.createElement("tr");
     if (peer.is_me) row.className = "me";
     cell(row, index + 1);
@@ -55,12 +55,21 @@ function board(status) {
     cell(row, rounded(peer.loss, 4));
     cell(row, peer === centre ? "–" : (peer.path ?? "not connected").replace("_", "-"));
     return row;
-  }));
+  });
+  $("board").replaceChildren(...here, ...status.left.map(left));
+}
+
+/** Whoever is here no more has given what it gave all the same. */
+function left(peer) {
+  const row = document.createElement("tr");
+  row.className = "left";
+  for (const text of ["–", peer.peer.slice(-6), peer.contributed, "–", "–", peer.epoch, "–", "left"]) cell(row, text);
+  return row;
 }
 
 function round(found) {
   const rows = found === null ? [["", "no round yet"]] : [
-    ["epoch", found.epoch], ["averaged", found.channel], ["members", found.members.length],
+    ["epoch", found.epoch], ["averaged", found.unchanged ? "nothing: all had the same state already" : found.channel], ["members", found.members.length],
     // The weight of a state is a matter of the policy, and no number of samples.
     ...(found.channel === "gradients" ? [["samples", rounded(found.weight_total, 6)]] : []), ["took", took(found.seconds)],
     ["sent", bytes(found.bytes_sent)], ["received", bytes(found.bytes_received)],
@@ -72,7 +81,8 @@ function round(found) {
 function total(status) {
   const named = (entries, show) => Object.entries(entries).map(([name, value]) => `${show(value)} ${name}`).join(", ");
   list($("total"), [
-    ["rounds", status.rounds], ["failed", status.rounds_failed],
+    ["rounds", status.rounds + (status.rounds_unchanged ? ` (${status.rounds_unchanged} had nothing to average)` : "")],
+    ["failed", status.rounds_failed],
     ["faults", named(status.faults, String) || "none"],
     ["sent", bytes(status.bytes_sent)], ["received", bytes(status.bytes_received)],
     ["samples", status.lineage ? status.lineage.samples : "–"],
@@ -101,7 +111,7 @@ function show(status) {
   $("ratio").textContent = `${rounded(status.compression_ratio)} : 1`;
   const target = Math.max(status.target_batch_size, 1);
   $("progress").value = Math.min(1, status.samples / target);
-  const eta = status.eta_seconds === null ? "" : `, ${left(status.eta_seconds)} left`;
+  const eta = status.eta_seconds === null ? "" : `, ${remaining(status.eta_seconds)} left`;
   $("progress-text").textContent = `${status.samples} of ${status.target_batch_size} samples${eta}`;
   $("alert").hidden = !status.alone;
   const who = viewer(status)?.is_me === false ? "One peer is training alone" : "You are training alone";
@@ -127,8 +137,10 @@ function well(event) {
     $("events").prepend(calm.item);
   }
   calm.count++;
+  // One with nothing to average says less than the one before it.
+  if (!event.what.unchanged || !calm.text) calm.text = event.text;
   const before = calm.count === 1 ? "" : ` (and ${calm.count - 1} more since epoch ${calm.first}, none with a fault)`;
-  calm.item.textContent = event.text + before;
+  calm.item.textContent = calm.text + before;
   return true;
 }
 

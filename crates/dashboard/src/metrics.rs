@@ -27,6 +27,8 @@ pub fn openmetrics(status: &Status) -> String {
     text.gauge("potluck_peers", "Live peers, this one included", &labels, status.peers.len());
     text.gauge("potluck_alone", "1 if nobody else is here", &labels, u8::from(status.alone));
     text.counter("potluck_rounds", "Rounds that gave an average", &labels, status.rounds);
+    let unchanged = "Of these, rounds in which all had the same state already";
+    text.counter("potluck_rounds_unchanged", unchanged, &labels, status.rounds_unchanged);
     let failed = status.rounds_failed;
     text.counter("potluck_rounds_failed", "Rounds that gave none while others were here", &labels, failed);
     text.counter("potluck_sent_bytes", "Bytes sent since the start", &labels, status.bytes_sent);
@@ -60,6 +62,8 @@ fn of_the_last_round(text: &mut Text, labels: &str, status: &Status) {
     text.gauge("potluck_round_members", "Members of the last round", labels, round.members.len());
     text.gauge("potluck_round_weight", "Weight of all its members together", labels, round.weight_total);
     text.gauge("potluck_round_faults", "Peers at fault in it", labels, round.faults.len());
+    let same = "1 if all its members had the same state already";
+    text.gauge("potluck_round_unchanged", same, labels, u8::from(round.unchanged));
     text.gauge("potluck_round_attempts", "How many times it was tried", labels, stats.attempts);
     let clamped = "Values that its compression could not express and this peer clamped";
     text.gauge("potluck_round_saturated_values", clamped, labels, stats.saturated);
@@ -71,10 +75,18 @@ fn of_the_last_round(text: &mut Text, labels: &str, status: &Status) {
 /// One family a figure, one sample a peer.
 fn of_each_peer(text: &mut Text, labels: &str, status: &Status) {
     type Figure = fn(&PeerStatus) -> Option<f64>;
-    let figures: [(&str, &str, Figure); 6] = [
-        ("contributed_samples", "Samples that a live peer put into finished rounds", |peer| {
-            Some(peer.contributed as f64)
-        }),
+    let name = "potluck_peer_contributed_samples";
+    text.head(name, "gauge", "Samples that a peer put into finished rounds, also of those who have left");
+    let here = status.peers.iter().map(|peer| (peer.peer, peer.contributed));
+    for (peer, samples) in here.chain(status.left.iter().map(|peer| (peer.peer, peer.contributed))) {
+        text.sample(name, &format!("{labels},peer=\"{peer}\""), samples);
+    }
+    let name = "potluck_left_peer_epoch";
+    text.head(name, "gauge", "The epoch that a peer worked on when it was seen last");
+    for peer in &status.left {
+        text.sample(name, &format!("{labels},peer=\"{}\"", peer.peer), peer.epoch);
+    }
+    let figures: [(&str, &str, Figure); 5] = [
         ("epoch", "The epoch that a live peer works on", |peer| Some(peer.epoch as f64)),
         ("epoch_samples", "Its samples of that epoch", |peer| Some(peer.samples as f64)),
         ("share_ratio", "Its part of this epoch's samples", |peer| Some(f64::from(peer.share))),
@@ -171,7 +183,9 @@ mod tests {
             let near = |shown: &&f64| (**shown - value).abs() <= 1e-6 * value.abs();
             assert!(shown.iter().any(|shown| near(&shown)), "{name} = {value} is not in\n{text}");
         }
-        assert!(text.contains("path=\"hole_punched\"} 1\n"), "{text}");
+        for set in ["path=\"hole_punched\"} 1\n", "potluck_round_unchanged{run=\"whole\"} 1\n"] {
+            assert!(text.contains(set), "{text}");
+        }
     }
 
     #[test]
