@@ -24,6 +24,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Clock ticks per second in /proc: fixed by Linux for user space.
 const TICKS_PER_SECOND: f64 = 100.0;
 
+pub(crate) const HELP: &str = "Example:\n  potluck bench net > net.json";
+
 #[derive(ClapArgs)]
 pub(crate) struct Args {
     /// MB to send per measurement

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 
 pub(crate) const HELP: &str = "Needs no GPU and no model: memory for three states, and disk for --keep of them. Nobody waits for \
 it. Restart it with the same --dir and it goes on with what is there; without a TOKEN it starts the run anew from its \
@@ -27,6 +28,9 @@ const LOOK_LIMIT: Duration = Duration::from_secs(20);
 const FETCH_LIMIT: Duration = Duration::from_secs(600);
 /// How often it looks even if nothing seems to change.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Downloads that fail are worth a word when they have failed for so long: a state is told of a moment before it is
+/// offered, and a peer may leave while it gives. After that, a word each time so much has passed.
+const TROUBLE_AFTER: Duration = Duration::from_secs(30);
 /// After news, so that a burst of them is one look.
 const NEWS_PAUSE: Duration = Duration::from_millis(100);
 
@@ -148,6 +152,7 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
     let mut newest = held.map(|held| held.snapshot.epoch);
     let mut saved = newest;
     let mut company = false;
+    let mut trouble = Trouble::default();
     loop {
         let trainers = keeper.trainers();
         if company && trainers.is_empty() {
@@ -174,11 +179,44 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
                         }
                     }
                 }
-                Err(error) => eprintln!("potluck: {error}"),
+                Err(error) => {
+                    if let Some(since) = trouble.is_worth_a_word(Instant::now()) {
+                        let seconds = since.as_secs();
+                        eprintln!(
+                            "potluck: no state has come for {seconds} s, it is tried on: {}",
+                            error.reason
+                        );
+                        eprintln!("hint: {FETCH_HINT}");
+                    }
+                }
             }
+        } else {
+            trouble = Trouble::default();
         }
         let _news_or_time = tokio::time::timeout(LOOK_EVERY, keeper.changed()).await;
         tokio::time::sleep(NEWS_PAUSE).await;
+    }
+}
+
+const FETCH_HINT: &str =
+    "the older states here are safe; what has arrived is kept, so a slow link needs only time";
+
+/// Downloads that fail one after the other.
+#[derive(Default)]
+struct Trouble {
+    since: Option<Instant>,
+    said: Option<Instant>,
+}
+
+impl Trouble {
+    /// Another one has failed. For how long they have, if it is time to say so.
+    fn is_worth_a_word(&mut self, now: Instant) -> Option<Duration> {
+        let since = *self.since.get_or_insert(now);
+        if now < self.said.unwrap_or(since) + TROUBLE_AFTER {
+            return None;
+        }
+        self.said = Some(now);
+        Some(now - since)
     }
 }
 
@@ -194,6 +232,9 @@ async fn first_sight(
             Err(error) if error.to_string().contains("is closed") => return Err(error),
             Err(error) if !std::mem::replace(&mut told, true) => {
                 eprintln!("potluck: {error}; waiting for the first peer");
+                if let Some(hint) = crate::failure::hint(&error) {
+                    eprintln!("hint: {hint}");
+                }
             }
             Err(_) => {}
         }
@@ -230,4 +271,22 @@ fn print_token(visit: &Visit) -> Result<String> {
     println!("keeping {:?} as peer {}", token.run_id, visit.transport.local_peer());
     println!("token {token}");
     Ok(token.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_download_that_fails_is_no_news_until_it_has_failed_for_a_while() {
+        let (mut trouble, begun) = (Trouble::default(), Instant::now());
+        let said: Vec<u64> = (0..100)
+            .filter(|&at| trouble.is_worth_a_word(begun + Duration::from_secs(at)).is_some())
+            .collect();
+        assert_eq!(said, [30, 60, 90]);
+        let mut trouble = Trouble::default();
+        assert_eq!(trouble.is_worth_a_word(begun), None);
+        let long = Duration::from_secs(600);
+        assert_eq!(trouble.is_worth_a_word(begun + long), Some(long), "one attempt may take that long");
+    }
 }

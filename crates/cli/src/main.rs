@@ -30,18 +30,21 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// What every command's exit code means, in `--help` and the man page.
-const EXIT_CODES: &str = "Exit codes: 0 it worked; 1 it did not, and the last lines on stderr say why and what to do; \
+/// What every command's exit code means, in `--help` and the man page, and how to begin.
+const HELP: &str = "Exit codes: 0 it worked; 1 it did not, and the last lines on stderr say why and what to do; \
      2 the command line is wrong. `potluck doctor` has its own, see `potluck doctor --help`.\n\n\
      POTLUCK_LOG says what is logged to stderr: off, error, warn, info, debug, trace, or parts such as \
-     warn,potluck::net=debug [default: error,potluck=warn].";
+     warn,potluck::net=debug [default: error,potluck=warn].\n\n\
+     Examples:\n  potluck node --run my-run          # prints a token\n  \
+     potluck doctor potluck1…           # what this machine will be in that run\n  \
+     potluck status my-run";
 
 #[derive(Parser)]
 #[command(
     name = "potluck",
     version,
     about = "Train one neural network on whatever machines turn up",
-    after_help = EXIT_CODES
+    after_help = HELP
 )]
 struct Cli {
     #[command(subcommand)]
@@ -81,12 +84,12 @@ enum Command {
     #[command(after_help = sim::HELP)]
     Sim(sim::Args),
     /// Measure
-    #[command(subcommand)]
+    #[command(subcommand, after_help = bench::HELP)]
     Bench(BenchCommand),
     /// Connect to a peer by its id and say how: direct, hole-punched or relayed
     #[command(after_help = probe::HELP)]
     Probe(probe::Args),
-    /// Print the version and what it speaks
+    /// Print the version and that of the protocol: peers of one run must have the same
     #[command(after_help = "Example:\n  potluck version --json")]
     Version(manual::VersionArgs),
     /// Print the completions of a shell
@@ -100,7 +103,7 @@ enum Command {
 #[derive(Subcommand)]
 enum BenchCommand {
     /// The network: MB/s and processor seconds per GB between two processes, as JSON
-    #[command(after_help = "Example:\n  potluck bench net > net.json")]
+    #[command(after_help = bench::HELP)]
     Net(bench::Args),
     /// One end of `bench net`; started by it
     #[command(hide = true)]
@@ -189,7 +192,7 @@ mod tests {
         let mut command = Cli::command();
         command.clone().debug_assert();
         command.build();
-        for sub in command.get_subcommands().filter(|sub| !["help", "bench"].contains(&sub.get_name())) {
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
             let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
             let example = format!("  potluck {}", sub.get_name());
             assert!(help.contains("Example") && help.contains(&example), "{}: {help}", sub.get_name());

@@ -4,6 +4,7 @@ use crate::Cli;
 use anyhow::{Context, Result};
 use clap::{Args as ClapArgs, CommandFactory};
 use clap_complete::Shell;
+use potluck_collab::PROTOCOL_VERSION;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -37,9 +38,15 @@ pub(crate) fn version(args: &VersionArgs) -> Result<()> {
     let version = env!("CARGO_PKG_VERSION");
     let (system, processor) = (std::env::consts::OS, std::env::consts::ARCH);
     if args.json {
-        println!("{}", serde_json::json!({"version": version, "system": system, "processor": processor}));
+        let facts = serde_json::json!({
+            "version": version,
+            "protocol": PROTOCOL_VERSION,
+            "system": system,
+            "processor": processor,
+        });
+        println!("{facts}");
     } else {
-        println!("potluck {version} ({system}, {processor})");
+        println!("potluck {version} (protocol {PROTOCOL_VERSION}, {system}, {processor})");
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use potluck_dht::{Dht, DhtConfig};
-use potluck_net::{Env, Tasks, Token, Transport};
+use potluck_net::{EVERY_RUN, Env, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport, identity_file};
 use serde::Serialize;
 use std::io::Write;
@@ -44,8 +44,8 @@ pub(crate) struct Args {
     /// Carry connections for peers that cannot be dialed
     #[arg(long)]
     relay: bool,
-    /// Name of the run that the token is for
-    #[arg(long, default_value = "potluck")]
+    /// Name of the run that the token is for; without it, the token is for every run
+    #[arg(long, default_value = EVERY_RUN)]
     run: String,
     /// Join through this token; its run is then the node's run
     #[arg(long)]

@@ -149,9 +149,7 @@ struct Figures {
 impl Figures {
     fn of(plan: &Plan, outcome: &Outcome) -> Self {
         let rounds = &outcome.rounds;
-        let mean = |figure: &dyn Fn(&Round) -> f64| {
-            rounds.iter().map(figure).sum::<f64>() / rounds.len().max(1) as f64
-        };
+        let mean = |figure: &dyn Fn(&Round) -> f64| mean(rounds.iter().map(figure));
         let seconds = || rounds.iter().map(|round| round.seconds);
         let epochs = outcome.epochs.max(1) as f64;
         let each = epochs * plan.peers as f64;
@@ -167,7 +165,7 @@ impl Figures {
             epoch_seconds: outcome.seconds / epochs,
             epoch_bytes_up: outcome.up_bytes as f64 / each,
             epoch_bytes_down: outcome.down_bytes as f64 / each,
-            state_load_seconds: outcome.loads.iter().sum::<f64>() / outcome.loads.len().max(1) as f64,
+            state_load_seconds: self::mean(outcome.loads.iter().copied()),
             state_bytes: plan.state_bytes as f64,
         }
     }
@@ -194,6 +192,13 @@ impl Figures {
             state_bytes: at(|it| it.state_bytes),
         }
     }
+}
+
+/// The mean; 0 of nothing.
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1) as f64;
+    // The sum of nothing would be -0.
+    values.fold(0.0, |sum, value| sum + value) / count
 }
 
 /// Simulate and tell.

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
 use potluck_collab::{Directory, Sight};
 use potluck_dht::{Dht, DhtConfig, rendezvous};
-use potluck_net::{Env, Identity, PeerFault, PeerId, Token, Transport};
+use potluck_net::{EVERY_RUN, Env, Identity, PeerFault, PeerId, Token, Transport};
 use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport, Stage};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -169,7 +169,12 @@ impl Visit {
             .collect();
         let message =
             format!("the network answers, but nobody there trains the run {:?}:{lines}", self.token.run_id);
-        let hint = "is a training program running with this token? A new one is found within some seconds";
+        let hint = if self.token.run_id == EVERY_RUN {
+            "this is the token of a node that was started without --run: training programs join through it, but it \
+             names no run to look at. Start the node with --run and the run_id of the training program"
+        } else {
+            "is a training program running with this token? A new one is found within some seconds"
+        };
         Failure::new(message, hint).into()
     }
 

@@ -5,7 +5,8 @@ mod support;
 use potluck_collab::Invite;
 use potluck_net::{PeerId, Token};
 use std::os::unix::fs::PermissionsExt;
-use support::{golden, potluck, run, stderr, stdout, text};
+use std::path::Path;
+use support::{golden, potluck, run, stderr, stdout, text, without_machine};
 
 fn token(addresses: &[&str]) -> String {
     let bootstrap = addresses.iter().map(|&address| address.to_owned()).collect();
@@ -55,21 +56,60 @@ fn version_as_text_and_json() {
 #[test]
 fn completions_and_manual_pages_name_every_command() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
-        let output = run(&["completions", shell]);
-        assert!(output.status.success());
-        assert!(stdout(&output).contains("doctor") && stdout(&output).contains("keeper"), "{shell}");
+        golden(&format!("completions-{shell}"), &run(&["completions", shell]), &[], false);
     }
-    golden("completions-fish", &run(&["completions", "fish"]), &[], false);
     golden("man", &run(&["man"]), &[], false);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
     let unwritable = run(&["man", "--dir", text(&file.join("man1"))]);
     golden("man-unwritable", &unwritable, &[(text(dir.path()), "DIR")], false);
-    assert!(run(&["man", "--dir", text(dir.path())]).status.success());
-    for page in ["potluck.1", "potluck-doctor.1", "potluck-keeper.1", "potluck-bench-net.1"] {
-        let page = std::fs::read_to_string(dir.path().join(page)).unwrap();
-        assert!(page.contains(".TH"), "{page}");
+    let pages = dir.path().join("man1");
+    let mut written = run(&["man", "--dir", text(&pages)]);
+    assert_eq!(stdout(&written), "");
+    let mut files: Vec<_> = std::fs::read_dir(&pages).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        written.stdout.extend(format!("=== {name}\n{}", std::fs::read_to_string(&file).unwrap()).bytes());
+    }
+    golden("man-dir", &written, &[], false);
+}
+
+/// Commands, and those below them, as the help of each lists them.
+fn commands_below(above: &[&str], found: &mut Vec<String>) {
+    let help = stdout(&run(&[above, &["--help"]].concat()));
+    let Some((_, list)) = help.split_once("Commands:\n") else {
+        found.push(above.join("-"));
+        return;
+    };
+    for line in list.lines().take_while(|line| !line.is_empty()) {
+        let name = line.split_whitespace().next().expect("a line of the list has a name");
+        if name != "help" {
+            commands_below(&[above, &[name]].concat(), found);
+        }
+    }
+}
+
+#[test]
+fn every_command_has_a_golden_file_of_its_help_and_of_what_it_prints() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files: Vec<(String, String)> = files
+        .map(|path| {
+            (path.file_stem().unwrap().to_string_lossy().into_owned(), std::fs::read_to_string(path).unwrap())
+        })
+        .collect();
+    let mut commands = Vec::new();
+    commands_below(&[], &mut commands);
+    assert!(commands.len() > 14 && commands.contains(&"bench-net".to_owned()), "{commands:?}");
+    for command in commands {
+        let help = format!("help-{command}");
+        assert!(files.iter().any(|(name, _)| *name == help), "no {help}");
+        let of_command = |name: &str| name == command || name.starts_with(&format!("{command}-"));
+        let worked =
+            files.iter().any(|(name, text)| of_command(name) && text.starts_with("exit 0\n--- stdout\n"));
+        assert!(worked, "no golden file of a {command} that worked");
     }
 }
 
@@ -190,6 +230,8 @@ fn the_doctor_without_a_token_looks_at_the_machine() {
         said.lines().map_while(|line| line.split(' ').next().filter(|name| !name.is_empty())).collect();
     assert_eq!(names, ["processors", "memory", "disk", "gpus", "clock"], "{said}");
     assert!(said.contains("Give the token of a run to see what this machine will be in it."), "{said}");
+    let output = without_machine(potluck(&["doctor"]).output().unwrap());
+    golden("doctor-machine", &output, &[], false);
     let output = potluck(&["doctor", "--json"]).output().unwrap();
     let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
     assert!(report["machine"]["processors"].as_u64().unwrap() > 0);

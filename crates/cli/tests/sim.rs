@@ -18,6 +18,7 @@ fn figure(report: &serde_json::Value, name: &str) -> f64 {
 #[test]
 fn the_whole_output() {
     golden("sim", &run(&SMALL), &[], true);
+    golden("sim-json", &run(&[&SMALL[..], &["--json"]].concat()), &[], true);
     golden("sim-churn", &run(&[&SMALL[..], &["--churn", "0.3", "--rounds", "6"]].concat()), &[], true);
     golden("sim-bad-compression", &run(&["sim", "--compression", "zip"]), &[], false);
     golden("sim-bad-churn", &run(&["sim", "--churn", "2"]), &[], false);

@@ -7,16 +7,10 @@ mod support;
 use potluck_net::{Identity, PeerId, Token};
 use std::path::Path;
 use std::process::{Output, Stdio};
-use support::{LOOPBACK, Running, Trainer, checkpoints, golden, node, potluck, stopped, text};
-
-/// Without the lines that say what this machine is like.
-fn without_machine(mut output: Output) -> Output {
-    let said = support::stdout(&output);
-    let of_machine = ["processors", "memory", "disk", "gpus", "clock", "advice       less than"];
-    let kept = said.lines().filter(|line| !of_machine.iter().any(|start| line.starts_with(start)));
-    output.stdout = kept.map(|line| format!("{line}\n")).collect::<String>().into_bytes();
-    output
-}
+use support::{
+    LOOPBACK, Running, Trainer, checkpoints, golden, node, potluck, stopped, text, until, without_machine,
+    without_repeats,
+};
 
 #[test]
 fn nodes_and_relays_say_who_they_are_and_stop_politely() {
@@ -28,7 +22,13 @@ fn nodes_and_relays_say_who_they_are_and_stop_politely() {
     }
     golden("node-json", &stopped(2, &[&["node", "--json"][..], &common].concat()), &[], false);
     let first = Running::start(potluck(&[&["node"][..], &common].concat()));
-    first.line("token");
+    let token = first.line("token");
+    let second = dir.path().join("second");
+    let join =
+        ["node", "--identity", text(&second), "--no-port-mapping", "--listen", LOOPBACK, "--join", &token];
+    golden("node-joined", &until("joined", &join), &[], false);
+    // Its token lets every program in and names no run to look at.
+    golden("status-every-run", &potluck(&["status", &token, "--limit", "1"]).output().unwrap(), &[], false);
     let here = [(text(dir.path()), "DIR")];
     golden(
         "node-same-identity",
@@ -154,11 +154,9 @@ async fn doctor_monitor_and_keeper_in_a_run() {
         golden("monitor", &stopped(4, &["monitor", &code, "--dashboard", "127.0.0.1:0"]), &[], false);
         watched(Path::new(&here), &code);
         let never = ["--every", "1000", "--no-port-mapping", "--listen", LOOPBACK, "--dir", &kept];
-        let keeper = stopped(6, &[&["keeper", &code][..], &never].concat());
-        let first =
-            support::stdout(&keeper).lines().take(2).map(|line| format!("{line}\n")).collect::<String>();
-        // When the first state is saved is up to the run.
-        golden("keeper", &Output { stdout: first.into_bytes(), ..keeper }, &[(&here, "DIR")], false);
+        let keep = || without_repeats(until("saved", &[&["keeper", &code][..], &never].concat()));
+        golden("keeper", &keep(), &[(&here, "DIR")], true);
+        golden("keeper-resumed", &keep(), &[(&here, "DIR")], true);
         refused(Path::new(&kept), &here, &code);
         cut_off(Path::new(&kept), &here);
     };

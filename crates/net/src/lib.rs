@@ -36,5 +36,5 @@ pub use peer_id::{PeerId, PeerIdError};
 pub use pool::BufferPool;
 pub use stream::{FRAME_BYTES_MAX, FrameReceiver, FrameSender, Stream, StreamError};
 pub use tasks::Tasks;
-pub use token::{Token, TokenError};
+pub use token::{EVERY_RUN, Token, TokenError};
 pub use transport::{AcceptError, Incoming, OpenError, Path, Protocol, Reachability, Transport};

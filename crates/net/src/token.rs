@@ -21,6 +21,9 @@ const INVITE_BYTES_MAX: usize = 1024;
 /// Bytes of the hash that guard against typing errors.
 const CHECKSUM_BYTES: usize = 4;
 
+/// What the token of a node that was told of no run says: such a node is there for every run.
+pub const EVERY_RUN: &str = "potluck";
+
 /// All that a newcomer needs to find a run. Its text form goes around by mail or chat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {

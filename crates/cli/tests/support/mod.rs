@@ -106,6 +106,25 @@ fn redact_line(line: &str, numbers: bool) -> String {
     if numbers { out.split_whitespace().collect::<Vec<_>>().join(" ").replace("N.N", "N") } else { out }
 }
 
+/// Without the lines that say what this machine is like.
+pub(crate) fn without_machine(mut output: Output) -> Output {
+    let said = stdout(&output);
+    let of_machine = ["processors", "memory", "disk", "gpus", "clock", "advice       less than"];
+    let kept = said.lines().filter(|line| !of_machine.iter().any(|start| line.starts_with(start)));
+    output.stdout = kept.map(|line| format!("{line}\n")).collect::<String>().into_bytes();
+    output
+}
+
+/// Lines that differ in figures only, one after the other, are one: how many there are is up to the run.
+pub(crate) fn without_repeats(mut output: Output) -> Output {
+    let shape = |line: &str| line.chars().filter(|c| !c.is_ascii_digit() && *c != '.').collect::<String>();
+    let mut last = String::new();
+    let said = stdout(&output);
+    let kept = said.lines().filter(|line| std::mem::replace(&mut last, shape(line)) != last);
+    output.stdout = kept.map(|line| format!("{line}\n")).collect::<String>().into_bytes();
+    output
+}
+
 /// A process that ends with the test.
 pub(crate) struct Running {
     child: Child,
@@ -175,6 +194,26 @@ pub(crate) fn stopped(seconds: u32, arguments: &[&str]) -> Output {
     command.args(arguments).env("POTLUCK_RUNTIME_DIR", runtime_dir());
     command.env_remove("POTLUCK_IDENTITY").env_remove("POTLUCK_LOG").stdin(Stdio::null());
     command.output().expect("timeout is part of the system")
+}
+
+/// Run the command until it has printed a line that begins so, then stop it politely.
+pub(crate) fn until(start: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["--preserve-status", "-s", "TERM", "90", env!("CARGO_BIN_EXE_potluck")]);
+    command.args(arguments).env("POTLUCK_RUNTIME_DIR", runtime_dir());
+    command.env_remove("POTLUCK_IDENTITY").env_remove("POTLUCK_LOG").stdin(Stdio::null());
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = child.expect("timeout is part of the system");
+    let (mut said, mut stopped) = (Vec::new(), false);
+    for line in BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok) {
+        said.extend(format!("{line}\n").bytes());
+        if line.starts_with(start) && !std::mem::replace(&mut stopped, true) {
+            let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+            assert!(sent.expect("kill runs").success());
+        }
+    }
+    let output = child.wait_with_output().expect("it ends");
+    Output { stdout: said, ..output }
 }
 
 /// A bootstrap node on loopback, and its token.
