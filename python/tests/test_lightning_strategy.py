@@ -370,3 +370,37 @@ def test_the_join_text_is_printed_by_the_first_peer_only(
     assert capsys.readouterr().err == ""
     for peer in (first, second):
         peer.dht.shutdown()
+
+
+@pytest.mark.parametrize(
+    "named, given, joined, warnings",
+    [
+        ("potluck", {}, "lightning_run", 0),  # as the token of a `potluck node` without --run is
+        ("theirs", {}, "theirs", 0),
+        ("theirs", {"run_id": "mine"}, "mine", 1),
+    ],
+)
+def test_a_token_leads_to_its_run(
+    lightning: Any,
+    caplog: pytest.LogCaptureFixture,
+    named: str,
+    given: dict[str, str],
+    joined: str,
+    warnings: int,
+) -> None:
+    seen: set[str] = set()
+
+    class Look(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.add(trainer.strategy.status["run_id"])
+
+    door = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    _made.append(door)
+    token = door.token(named)
+    with caplog.at_level("WARNING", logger="potluck"):
+        fit(lightning, networked(token=token, **given), callbacks=[Look()])
+    assert seen == {joined}
+    assert sum("it will not meet those" in record.message for record in caplog.records) == warnings
+    by_hand = DHT(initial_peers=token, start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    _made.append(by_hand)
+    assert strategy(dht=by_hand, **given).joining_text.count(by_hand.token(joined)) == 2

@@ -321,11 +321,15 @@ class DHT:
             )
         return name, self._invites[run_id]
 
+    def named_runs(self) -> list[str]:
+        """The runs that the tokens in ``initial_peers`` are for."""
+        return sorted(self._token_runs - {_NO_RUN})
+
     def _warn_of_another_run(self, run_id: str) -> None:
         """Whoever joins another run than the token's meets nobody of it, which looks like a broken network."""
-        if run_id in self._token_runs or not (others := self._token_runs - {_NO_RUN}):
+        if run_id in self._token_runs or not (others := self.named_runs()):
             return
-        names = " and ".join(map(repr, sorted(others)))
+        names = " and ".join(map(repr, others))
         logger.warning(
             "the token is for the run %s, this program joins the run %r: it will not meet those who train the other",
             names,

@@ -28,6 +28,7 @@ _log = logging.getLogger("potluck.lightning")
 # Open to other machines; a loopback-only default would make the printed addresses useless.
 _LISTEN_EVERYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 
+_DEFAULT_RUN = "lightning_run"
 _MATCHMAKING_SECONDS = 5.0
 _AVERAGING_SECONDS = 30.0
 
@@ -44,7 +45,7 @@ class HivemindStrategy(_StrategyBase):
 
     Args:
         target_batch_size: samples that all peers together process per optimizer step.
-        run_id: name of the run; peers of different runs do not see one another.
+        run_id: name of the run; peers of different runs do not see one another. If left out, that of the token.
         batch_size: samples per batch of this peer; by default read off every batch.
         delay_state_averaging, delay_optimizer_step, delay_grad_averaging, offload_optimizer, reuse_grad_buffers,
         matchmaking_time, averaging_timeout, verbose, dashboard, averager_opts: as in ``potluck.Optimizer``.
@@ -72,7 +73,7 @@ class HivemindStrategy(_StrategyBase):
     def __init__(
         self,
         target_batch_size: int,
-        run_id: str = "lightning_run",
+        run_id: str = _DEFAULT_RUN,
         batch_size: int | None = None,
         delay_state_averaging: bool = False,
         delay_optimizer_step: bool | None = None,
@@ -173,6 +174,8 @@ class HivemindStrategy(_StrategyBase):
         self._wrote_last_run = True
         self._said_not_writer = False
         self._dht = dht
+        if dht is not None:
+            self._take_run_of_token()
         self._open_dht()
 
     # -- what users read -------------------------------------------------------------------------------------
@@ -307,6 +310,7 @@ class HivemindStrategy(_StrategyBase):
     def _open_dht(self) -> potluck.DHT:
         if self._dht is None:
             self._dht = potluck.DHT(start=True, **self._dht_kwargs)
+            self._take_run_of_token()
             try:
                 # Before anything is printed: the line for others holds the invite of a closed run.
                 self._dht.admission(self._run_id, self._owner)
@@ -316,6 +320,12 @@ class HivemindStrategy(_StrategyBase):
             if self._joins is None:
                 print(self.joining_text, file=sys.stderr, flush=True)
         return self._dht
+
+    def _take_run_of_token(self) -> None:
+        """A token leads to its run; whoever names another one is warned by the DHT."""
+        named = getattr(self._dht, "named_runs", list)()
+        if self._run_id == _DEFAULT_RUN and len(named) == 1:
+            self._run_id = self._optimizer_kwargs["run_id"] = named[0]
 
     def setup_environment(self) -> None:
         """Enter the run, if this is going to be a training."""
