@@ -19,7 +19,8 @@ pub(crate) fn headline(status: &Status) -> String {
         out.push('\n');
     };
     let peers = status.peers.iter().filter(|peer| !peer.auxiliary).count();
-    line(format!("run      {}: {peers} peers train, epoch {}", status.run_id, status.epoch));
+    let train = if peers == 1 { "peer trains" } else { "peers train" };
+    line(format!("run      {}: {peers} {train}, epoch {}", status.run_id, status.epoch));
     let eta = match status.eta_seconds {
         Some(eta) if eta > 0.0 => format!(", full in {}", seconds(f64::from(eta))),
         Some(_) => ", full".to_owned(),
@@ -71,7 +72,7 @@ pub(crate) fn headline(status: &Status) -> String {
         line(format!("memory   {}", memory.join(", ")));
     }
     if status.alone {
-        line("ALERT    this peer trains alone: every other peer is gone".to_owned());
+        line("ALERT    this peer trains alone: no other peer is here".to_owned());
     }
     out
 }
