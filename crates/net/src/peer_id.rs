@@ -1,7 +1,9 @@
 //! Who a peer is: the multihash of its public key, as libp2p defines it, without depending on libp2p.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::str::FromStr;
 
 /// Longest peer id that is accepted, in bytes: an identity multihash of a 36-byte key (38), with room to spare.
@@ -12,7 +14,7 @@ const ED25519_PREFIX: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
 /// A peer's identity: a libp2p multihash of its public key (Ed25519: 38 bytes, RSA: 34 bytes).
 ///
 /// Small and `Copy`; the order is that of the bytes and is the tie-break wherever peers must agree on an order.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Eq)]
 pub struct PeerId {
     bytes: [u8; LEN_MAX],
     len: u8,
@@ -87,6 +89,43 @@ impl PeerId {
     pub fn short(&self) -> String {
         let text = self.to_string();
         text[text.len().saturating_sub(6)..].to_owned()
+    }
+}
+
+impl PeerId {
+    /// The first bytes, the first of the key among them: as good as always enough to tell two peers apart.
+    fn head(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.bytes;
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+// Peers are looked up all the time, and a call that compares all bytes costs more than the rest of the search.
+impl Ord for PeerId {
+    #[inline]
+    fn cmp(&self, other: &Self) -> Ordering {
+        let rest = || self.bytes[8..].cmp(&other.bytes[8..]).then(self.len.cmp(&other.len));
+        self.head().cmp(&other.head()).then_with(rest)
+    }
+}
+
+impl PartialOrd for PeerId {
+    #[inline]
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for PeerId {
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        self.head() == other.head() && self.len == other.len && self.bytes[8..] == other.bytes[8..]
+    }
+}
+
+impl Hash for PeerId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_bytes().hash(state);
     }
 }
 
