@@ -199,7 +199,7 @@ impl World {
         let stream = self.fresh_id();
         let flows = [self.flow(ends[0], ends[1], relay), self.flow(ends[1], ends[0], relay)];
         let protocol = protocol.clone();
-        self.streams.insert(stream, StreamState { ends, relay, protocol, flows, halves: 4 });
+        self.streams.push(stream, StreamState { ends, relay, protocol, flows, halves: 4 });
         for end in ends {
             self.peer_mut(end).streams.insert(stream);
             self.peer_mut(end).traffic.streams += 1;
@@ -269,7 +269,7 @@ impl World {
 
     /// The sending half at `end` is gone; without a finish, that resets the stream.
     pub(crate) fn drop_sender(&mut self, stream: u64, end: u8) {
-        let Some(state) = self.streams.get(&stream) else { return };
+        let Some(state) = self.streams.get(stream) else { return };
         let flow = &state.flows[usize::from(end)];
         if !flow.finish_sent && flow.send_error.is_none() {
             self.reset(stream, end, true);
@@ -280,7 +280,7 @@ impl World {
     /// The receiving half at `end` is gone. If the other side has not finished, it must stop sending; what this side
     /// has already sent and finished still arrives.
     pub(crate) fn drop_receiver(&mut self, stream: u64, end: u8) {
-        let Some(state) = self.streams.get(&stream) else { return };
+        let Some(state) = self.streams.get(stream) else { return };
         let (own, other) = (&state.flows[usize::from(end)], &state.flows[usize::from(1 - end)]);
         if !other.finish_arrived && other.recv_error.is_none() {
             let whole = !own.finish_sent && own.send_error.is_none();
@@ -290,11 +290,11 @@ impl World {
     }
 
     fn drop_half(&mut self, stream: u64) {
-        let Some(state) = self.streams.get_mut(&stream) else { return };
+        let Some(state) = self.streams.get_mut(stream) else { return };
         state.halves -= 1;
         if state.halves == 0 {
             let ends = state.ends;
-            self.streams.remove(&stream);
+            self.streams.remove(stream);
             for end in ends {
                 self.peer_mut(end).streams.remove(&stream);
             }
@@ -304,7 +304,7 @@ impl World {
     /// `end` gives up the stream, or (not `whole`) only what it receives; the other side learns after the latency.
     pub(crate) fn reset(&mut self, stream: u64, end: u8, whole: bool) {
         let reason = "the other side dropped it";
-        let Some(state) = self.streams.get_mut(&stream) else { return };
+        let Some(state) = self.streams.get_mut(stream) else { return };
         let (own, other) = (usize::from(end), usize::from(1 - end));
         if whole {
             state.flows[own].break_sender("this side dropped it");
@@ -317,13 +317,13 @@ impl World {
     }
 
     pub(crate) fn reset_arrives(&mut self, stream: u64, end: u8, whole: bool, reason: &'static str) {
-        let Some(state) = self.streams.get(&stream) else { return };
+        let Some(state) = self.streams.get(stream) else { return };
         let (own, other) = (usize::from(end), usize::from(1 - end));
         if reason != TIMED_OUT && self.route_cut(state.ends[other], state.ends[own], state.relay) {
             self.parked.push(Event::Reset { stream, end, whole, reason });
             return;
         }
-        let Some(state) = self.streams.get_mut(&stream) else { return };
+        let Some(state) = self.streams.get_mut(stream) else { return };
         state.flows[own].break_sender(reason);
         if whole {
             state.flows[other].break_receiver(reason);
@@ -364,7 +364,7 @@ impl World {
     }
 
     fn stop_stream(&mut self, stream: u64, node: Node, silent: bool) {
-        let Some(state) = self.streams.get_mut(&stream) else { return };
+        let Some(state) = self.streams.get_mut(stream) else { return };
         let own = usize::from(state.ends[1] == node);
         state.flows[own].break_sender("this side is closed");
         state.flows[1 - own].break_receiver("this side is closed");
@@ -405,7 +405,7 @@ impl World {
         self.note(node, node, None, 0, if frozen { What::Frozen } else { What::Thawed });
         let streams: Vec<u64> = self.peer(node).streams.iter().copied().collect();
         for stream in streams {
-            let Some(state) = self.streams.get_mut(&stream) else { continue };
+            let Some(state) = self.streams.get_mut(stream) else { continue };
             for flow in &mut state.flows {
                 flow.wake_sender();
                 flow.wake_receiver();

@@ -52,6 +52,7 @@ mod rule;
 mod sim;
 mod spec;
 mod stream;
+mod streams;
 mod trace;
 mod transport;
 mod world;

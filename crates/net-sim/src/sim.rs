@@ -230,7 +230,7 @@ impl SimNet {
     pub fn inject_frame(&self, from: PeerId, to: PeerId, protocol: &Protocol, frame: Bytes) -> bool {
         let mut world = self.inner.lock();
         let (from, to) = (node(&world, from), node(&world, to));
-        let newest = world.streams.iter().rev().find_map(|(&stream, state)| {
+        let newest = world.streams.iter().rev().find_map(|(stream, state)| {
             let end = state.ends.iter().position(|&end| end == from)?;
             (state.ends[1 - end] == to && state.protocol == *protocol).then_some((stream, end as u8))
         });

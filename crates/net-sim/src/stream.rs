@@ -53,7 +53,7 @@ impl Sink<Bytes> for Sender {
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
         // What was handed over is on its way already, as in a socket's buffer.
         let world = self.inner.lock();
-        let error = world.streams.get(&self.stream).and_then(|s| s.flows[usize::from(self.end)].send_error);
+        let error = world.streams.get(self.stream).and_then(|s| s.flows[usize::from(self.end)].send_error);
         Poll::Ready(error.map_or(Ok(()), |reason| Err(reset(reason))))
     }
 
@@ -113,7 +113,7 @@ impl Inner {
 impl World {
     fn poll_window(&mut self, stream: u64, end: u8, cx: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
         let now = self.now;
-        let Some(state) = self.streams.get_mut(&stream) else {
+        let Some(state) = self.streams.get_mut(stream) else {
             return Poll::Ready(Err(reset("the network is gone")));
         };
         let node = state.ends[usize::from(end)];
@@ -142,7 +142,7 @@ impl World {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, StreamError>>> {
         let now = self.now;
-        let Some(state) = self.streams.get_mut(&stream) else {
+        let Some(state) = self.streams.get_mut(stream) else {
             return Poll::Ready(Some(Err(reset("the network is gone"))));
         };
         let node = state.ends[usize::from(end)];
@@ -172,7 +172,7 @@ impl World {
     }
 
     fn frame_info(&self, stream: u64, end: u8, frame: &Bytes) -> Option<FrameInfo> {
-        let state = self.streams.get(&stream)?;
+        let state = self.streams.get(stream)?;
         let [from, to] = [state.ends[usize::from(end)], state.ends[usize::from(1 - end)]];
         Some(FrameInfo {
             at: self.elapsed(),
@@ -193,7 +193,7 @@ impl World {
         frame: Bytes,
         verdict: Option<(u64, Verdict)>,
     ) -> Result<(), StreamError> {
-        let Some(state) = self.streams.get(&stream) else { return Err(reset("the network is gone")) };
+        let Some(state) = self.streams.get(stream) else { return Err(reset("the network is gone")) };
         let [from, to] = [state.ends[usize::from(end)], state.ends[usize::from(1 - end)]];
         let flow = &state.flows[usize::from(end)];
         if let Some(reason) = flow.send_error {
@@ -225,7 +225,7 @@ impl World {
             return Err(reset("injected fault"));
         }
         self.peer_mut(from).traffic.frames_sent += 1;
-        let Some(state) = self.streams.get_mut(&stream) else { return Ok(()) };
+        let Some(state) = self.streams.get_mut(stream) else { return Ok(()) };
         let flow = &mut state.flows[usize::from(end)];
         flow.frames += 1;
         flow.in_flight += bytes + FRAME_OVERHEAD;
@@ -236,7 +236,7 @@ impl World {
     }
 
     fn finish(&mut self, stream: u64, end: u8) -> Result<(), StreamError> {
-        let Some(state) = self.streams.get_mut(&stream) else { return Err(reset("the network is gone")) };
+        let Some(state) = self.streams.get_mut(stream) else { return Err(reset("the network is gone")) };
         let flow = &mut state.flows[usize::from(end)];
         if let Some(reason) = flow.send_error {
             return Err(reset(reason));

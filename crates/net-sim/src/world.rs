@@ -4,8 +4,9 @@
 //! locks the world again; that is why opens are kept as ids and streams are made by whoever receives them.
 
 use crate::control::{Conn, Pending};
-use crate::flow::{Chunk, Flow, Payload, StreamState};
+use crate::flow::{Chunk, Flow, Payload};
 use crate::pipe::{FlowRef, Pipe};
+use crate::streams::Streams;
 use crate::trace::{Entry, Log, What};
 use crate::{PeerSpec, Traffic};
 use potluck_net::{Env, Identity, PeerId, Protocol, Stream};
@@ -103,7 +104,7 @@ pub(crate) struct World {
     pub(crate) peers: Vec<Peer>,
     pub(crate) by_id: BTreeMap<PeerId, Node>,
     pipes: Vec<Pipe>,
-    pub(crate) streams: BTreeMap<u64, StreamState>,
+    pub(crate) streams: Streams,
     pub(crate) conns: BTreeMap<(Node, Node), Conn>,
     pub(crate) pending: BTreeMap<u64, Pending>,
     /// Opens and resets that wait for a link to heal or a peer to wake.
@@ -130,7 +131,7 @@ impl World {
             peers: Vec::new(),
             by_id: BTreeMap::new(),
             pipes: Vec::new(),
-            streams: BTreeMap::new(),
+            streams: Streams::default(),
             conns: BTreeMap::new(),
             pending: BTreeMap::new(),
             parked: Vec::new(),
@@ -230,7 +231,7 @@ impl World {
             Event::PipeDone(pipe) => self.pipe_done(pipe),
             Event::Arrive(flow, chunk) => self.arrive(flow, chunk),
             Event::Credit(stream, end) => {
-                if let Some(state) = self.streams.get_mut(&stream) {
+                if let Some(state) = self.streams.get_mut(stream) {
                     state.flows[usize::from(end)].wake_sender();
                 }
             }
@@ -264,7 +265,7 @@ impl World {
 
     /// Put a chunk into the line of its flow at one hop.
     pub(crate) fn enqueue(&mut self, at: FlowRef, chunk: Chunk) {
-        let Some(state) = self.streams.get_mut(&at.stream) else { return };
+        let Some(state) = self.streams.get_mut(at.stream) else { return };
         let hop = &mut state.flows[usize::from(at.dir)].hops[usize::from(at.hop)];
         let (pipe, bytes) = (hop.pipe, chunk.bytes);
         hop.queue.push_back(chunk);
@@ -282,7 +283,7 @@ impl World {
         }
         let quantum = self.pipes[pipe].quantum();
         while let Some(at) = self.pipes[pipe].next() {
-            let Some(state) = self.streams.get_mut(&at.stream) else { continue };
+            let Some(state) = self.streams.get_mut(at.stream) else { continue };
             let hop = &mut state.flows[usize::from(at.dir)].hops[usize::from(at.hop)];
             hop.queued = false;
             let Some(front) = hop.queue.front_mut() else { continue };
@@ -318,7 +319,7 @@ impl World {
             (true, _) => traffic.up_bytes += chunk.bytes,
             (false, hop) => {
                 traffic.down_bytes += chunk.bytes;
-                let last = self.streams.get(&at.stream).map(|state| state.flows[0].hops.len() - 1);
+                let last = self.streams.get(at.stream).map(|state| state.flows[0].hops.len() - 1);
                 if last.is_some_and(|last| usize::from(hop) < last) {
                     traffic.relayed_bytes += chunk.bytes;
                 }
@@ -329,7 +330,7 @@ impl World {
     /// A pipe has sent a chunk: on to the next pipe, or to the reader.
     fn leave_hop(&mut self, at: FlowRef, chunk: Chunk) {
         let now = self.now;
-        let Some(state) = self.streams.get_mut(&at.stream) else { return };
+        let Some(state) = self.streams.get_mut(at.stream) else { return };
         let flow = &mut state.flows[usize::from(at.dir)];
         let next = FlowRef { hop: at.hop + 1, ..at };
         let Some(hop) = flow.hops.get_mut(usize::from(next.hop)) else { return self.deliver(at, chunk) };
@@ -344,7 +345,7 @@ impl World {
 
     /// A chunk has crossed a link, unless the link is cut or the stream stalls here.
     fn arrive(&mut self, at: FlowRef, chunk: Chunk) {
-        let Some(state) = self.streams.get(&at.stream) else { return };
+        let Some(state) = self.streams.get(at.stream) else { return };
         let flow = &state.flows[usize::from(at.dir)];
         let hop = &flow.hops[usize::from(at.hop)];
         let stall = chunk.stall.filter(|rule| self.rules.contains(rule)).or(flow.stalled_by);
@@ -352,7 +353,7 @@ impl World {
         if !held {
             return self.enqueue(at, chunk);
         }
-        let Some(state) = self.streams.get_mut(&at.stream) else { return };
+        let Some(state) = self.streams.get_mut(at.stream) else { return };
         let flow = &mut state.flows[usize::from(at.dir)];
         flow.stalled_by = stall;
         flow.hops[usize::from(at.hop)].held.push_back(chunk);
@@ -361,7 +362,7 @@ impl World {
     /// After a heal: whatever was held and may move now does, in order.
     pub(crate) fn release_held(&mut self) {
         let mut held = Vec::new();
-        for (&stream, state) in &mut self.streams {
+        for (stream, state) in self.streams.iter_mut() {
             for (dir, flow) in state.flows.iter_mut().enumerate() {
                 if flow.stalled_by.is_some_and(|rule| !self.rules.contains(&rule)) {
                     flow.stalled_by = None;
@@ -378,7 +379,7 @@ impl World {
     }
 
     fn deliver(&mut self, at: FlowRef, chunk: Chunk) {
-        let Some(state) = self.streams.get_mut(&at.stream) else { return };
+        let Some(state) = self.streams.get_mut(at.stream) else { return };
         let dir = usize::from(at.dir);
         let (from, to) = (state.ends[dir], state.ends[1 - dir]);
         let flow: &mut Flow = &mut state.flows[dir];
