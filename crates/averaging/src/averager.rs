@@ -5,7 +5,7 @@ use crate::phases::{Finished, Own, everybody};
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
 use crate::swarm::{ChannelHandler, Inner, Swarm};
-use crate::view::Member;
+use crate::view::{Member, View};
 use crate::wire::{GATHER_BYTES_MAX, Plan, Ready, RoundMessage};
 use bytes::Bytes;
 use potluck_compression::{Policy, TensorInfo, tally};
@@ -250,6 +250,10 @@ impl ChannelHandler for Channel {
 
     fn view_changed(&self, _now: Instant) {
         self.changed.notify_one();
+    }
+
+    fn leaders(&self, view: &View, epoch: u64) -> Vec<PeerId> {
+        self.station().leaders(view, epoch)
     }
 }
 

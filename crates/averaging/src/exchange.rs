@@ -1,7 +1,7 @@
 //! The all-reduce of one round: one stream per pair of members, contributions one way, averages the other, and parts
 //! that move to the next reducer when theirs is lost. Decisions about order are in `reducer.rs` and `station.rs`.
 
-use crate::pair::{self, Event};
+use crate::pair::{Event, Pairs};
 use crate::reducing::Reducing;
 use crate::router::Arrival;
 use crate::spans::{Chunk, Layout};
@@ -9,7 +9,7 @@ use crate::store::{Average, Store};
 use crate::swarm::Inner;
 use crate::wire::{AVERAGE_HEAD_BYTES, PairFrame, Plan};
 use bytes::Bytes;
-use potluck_net::{FaultKind, PeerFault, PeerId, Tasks};
+use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -93,14 +93,13 @@ pub(crate) struct Exchange {
     refetching: BTreeMap<usize, usize>,
     events: mpsc::Receiver<Event>,
     arrivals: mpsc::Receiver<Arrival>,
-    inlets: Vec<Option<mpsc::Sender<Arrival>>>,
+    pairs: Pairs,
     /// Relative to the largest one.
     pub(crate) weights: Vec<f64>,
     /// Every chunk is decoded into it as soon as it is finished; what it holds counts once the group has agreed.
     pub(crate) vector: Vec<f32>,
     pub(crate) faults: Vec<PeerFault>,
     pub(crate) reassigned: u32,
-    _tasks: Tasks,
 }
 
 impl Drop for Exchange {
@@ -142,7 +141,6 @@ impl Exchange {
         });
         let heaviest = plan.members.iter().map(|m| m.weight).fold(0.0, f64::max);
         let (sender, events) = mpsc::channel(EVENTS);
-        let tasks = Tasks::new();
         let mut exchange = Self {
             reducers: BTreeMap::new(),
             adoptions: BTreeMap::new(),
@@ -150,22 +148,15 @@ impl Exchange {
             refetching: BTreeMap::new(),
             events,
             arrivals: swarm.router.register((hash, phase)),
-            inlets: Vec::new(),
+            pairs: Pairs::new(&shared, sender),
             weights: plan.members.iter().map(|m| m.weight / heaviest.max(f64::MIN_POSITIVE)).collect(),
             vector: output,
             faults: Vec::new(),
             reassigned: 0,
-            _tasks: tasks.clone(),
             shared,
         };
         exchange.assign();
-        for member in 0..members {
-            let (inlet, arrivals) = mpsc::channel(4);
-            exchange.inlets.push((member != me).then_some(inlet));
-            if member != me {
-                tasks.spawn(pair::run(exchange.shared.clone(), member, arrivals, sender.clone()));
-            }
-        }
+        exchange.pairs.start();
         exchange
     }
 
@@ -210,6 +201,7 @@ impl Exchange {
 
     /// The next thing that happened. Cancel-safe.
     pub(crate) async fn next_event(&mut self) -> Event {
+        self.pairs.break_silence();
         tokio::select! {
             biased;
             Some(event) = self.events.recv() => event,
@@ -221,10 +213,8 @@ impl Exchange {
     pub(crate) async fn handle(&mut self, event: Event) {
         match event {
             Event::Arrived(arrival) => {
-                if let Some(member) = self.shared.plan.index_of(arrival.stream.peer())
-                    && let Some(inlet) = &self.inlets[member]
-                {
-                    let _one_too_many = inlet.try_send(arrival);
+                if let Some(member) = self.shared.plan.index_of(arrival.stream.peer()) {
+                    self.pairs.arrived(member, arrival);
                 }
             }
             Event::Contribution { from, part, chunk, payload } => {
@@ -507,7 +497,7 @@ impl Exchange {
             let context = format!("lost in {}, attempt {}{reason}", plan.round(), plan.attempt + 1);
             self.faults.push(PeerFault::new(peer, kind, context));
         }
-        self.inlets[member] = None;
+        self.pairs.lose(member);
         self.shared.wake[member].notify_one();
         for reducing in self.reducers.values_mut() {
             reducing.order.lose(member);

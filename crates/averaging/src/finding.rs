@@ -90,7 +90,11 @@ pub(crate) async fn keep_finding(inner: Arc<Inner>) {
         let known = if pause == DIRECTORY_PAUSE_FIRST { &[] } else { &inner.config.bootstrap[..] };
         for (peer, addresses) in found.into_iter().chain(known.iter().map(|peer| (*peer, Vec::new()))) {
             inner.transport.add_addresses(peer, &addresses);
-            if peer != inner.me && !inner.lock().links.contains_key(&peer) {
+            let sought = {
+                let state = inner.lock();
+                !state.links.contains_key(&peer) && (state.links.is_empty() || state.membership.seeks(&peer))
+            };
+            if peer != inner.me && sought {
                 inner.connect_soon(peer);
             }
         }

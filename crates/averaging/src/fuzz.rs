@@ -43,6 +43,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         invite: Some(vec![1; 64]),
         incarnation: 1,
         addresses: vec!["/ip4/1.2.3.4/tcp/1".into()],
+        peers: 3,
         pulse: pulse.clone(),
     };
     let (standing, beat, addresses) = (Standing::Alive, Some(pulse.clone()), Vec::new());

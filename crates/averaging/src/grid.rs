@@ -5,7 +5,7 @@
 
 use potluck_net::PeerId;
 
-/// Links to peers outside of the own row and column: they carry gossip between the cells.
+/// Links in each direction of the ring, to peers outside of the own row and column: they carry gossip between the cells.
 const EXTRA_LINKS: usize = 3;
 
 /// Number of rows, and of columns, for a swarm of this size: a power of two, so that it changes rarely.
@@ -48,17 +48,24 @@ impl Place {
 }
 
 /// The peers that average with `me` in this round, `me` included, sorted; at most `group_max`.
-pub(crate) fn group(me: PeerId, alive: &[PeerId], round: u64, group_max: usize) -> Vec<PeerId> {
+pub(crate) fn group<'a>(
+    me: PeerId,
+    alive: impl ExactSizeIterator<Item = (&'a PeerId, &'a Place)>,
+    round: u64,
+    group_max: usize,
+) -> Vec<PeerId> {
     let lines = lines(alive.len(), group_max);
     let mine = Place::of(me);
-    let meets = |peer: &PeerId| lines == 1 || *peer == me || Place::of(*peer).meets(&mine, round, lines);
-    let mut group: Vec<PeerId> = alive.iter().copied().filter(meets).collect();
+    let meets = |peer: &PeerId, place: &Place| lines == 1 || *peer == me || place.meets(&mine, round, lines);
+    let mut group: Vec<PeerId> =
+        alive.filter(|(peer, place)| meets(peer, place)).map(|(peer, _)| *peer).collect();
     group.sort_unstable();
     group.truncate(group_max.max(1));
     group
 }
 
-/// Whom a peer keeps a link to: everybody, or in a large swarm those of its row and its column and the next on the ring.
+/// Whom a peer keeps a link to: everybody, or in a large swarm those of its row and its column and its neighbours on the
+/// ring. It is the same from both sides.
 #[derive(Debug, Default)]
 pub(crate) struct Mesh {
     me: Place,
@@ -66,7 +73,7 @@ pub(crate) struct Mesh {
     large_from: usize,
     alive: usize,
     lines: u64,
-    /// The next on the ring.
+    /// The neighbours on the ring.
     ring: Vec<PeerId>,
     /// Somebody came or went since `ring` was made.
     stale: bool,
@@ -80,6 +87,11 @@ impl Mesh {
     /// So many others are alive now.
     pub(crate) fn count(&mut self, alive: usize) {
         (self.alive, self.lines, self.stale) = (alive, lines(alive, self.large_from), true);
+    }
+
+    /// Our own.
+    pub(crate) fn place(&self) -> Place {
+        self.me
     }
 
     pub(crate) fn alive(&self) -> usize {
@@ -96,6 +108,13 @@ impl Mesh {
             || self.ring.contains(peer)
     }
 
+    /// Whether a link that stands is kept: not at once when the number of lines doubles, which it may do again and again
+    /// while peers come and go.
+    pub(crate) fn keeps(&self, peer: &PeerId, place: &Place) -> bool {
+        let lines = lines(self.alive - self.alive / 8, self.large_from);
+        self.wants(peer, place) || (0..2).any(|round| self.me.meets(place, round, lines))
+    }
+
     /// Whether a peer averages with us in this round.
     pub(crate) fn meets(&self, place: &Place, round: u64) -> bool {
         !self.is_large() || self.me.meets(place, round, self.lines)
@@ -109,11 +128,13 @@ impl Mesh {
         // How far ahead of us.
         let mut ahead: Vec<(u64, PeerId)> =
             alive.map(|(peer, place)| (place.ring.wrapping_sub(self.me.ring), *peer)).collect();
-        let count = EXTRA_LINKS.min(ahead.len());
-        if count < ahead.len() {
-            ahead.select_nth_unstable(count);
+        if ahead.len() > 2 * EXTRA_LINKS {
+            let (_, _, others) = ahead.select_nth_unstable(EXTRA_LINKS - 1);
+            let last = others.len() - EXTRA_LINKS;
+            others.select_nth_unstable(last);
+            ahead.drain(EXTRA_LINKS..ahead.len() - EXTRA_LINKS);
         }
-        self.ring = ahead.into_iter().take(count).map(|(_, peer)| peer).collect();
+        self.ring = ahead.into_iter().map(|(_, peer)| peer).collect();
     }
 }
 
@@ -130,19 +151,31 @@ mod tests {
                 potluck_net::Identity::from_seed(&seed).peer_id()
             })
             .collect();
+        let places: Vec<Place> = peers.iter().map(|peer| Place::of(*peer)).collect();
+        let group = |me, round| group(me, peers.iter().zip(&places), round, 64);
+        let mesh_of = |me: PeerId| {
+            let mut mesh = Mesh::new(me, 64);
+            mesh.count(peers.len() - 1);
+            mesh.renew(peers.iter().zip(&places).filter(|(peer, _)| **peer != me));
+            mesh
+        };
         for me in peers.iter().step_by(50) {
             for round in 0..2 {
-                let group = group(*me, &peers, round, 64);
-                assert!(group.contains(me) && (2..=64).contains(&group.len()), "{}", group.len());
-                let other = group[0];
-                assert_eq!(super::group(other, &peers, round, 64), group);
+                let found = group(*me, round);
+                assert!(found.contains(me) && (2..=64).contains(&found.len()), "{}", found.len());
+                assert_eq!(group(found[0], round), found);
             }
-            let mut mesh = Mesh::new(*me, 64);
-            mesh.count(peers.len() - 1);
-            let places: Vec<Place> = peers.iter().map(|peer| Place::of(*peer)).collect();
-            mesh.renew(peers.iter().zip(&places).filter(|(peer, _)| *peer != me));
-            let wanted = peers.iter().zip(&places).filter(|(peer, place)| mesh.wants(peer, place)).count();
-            assert!((4..=131).contains(&wanted), "{wanted}");
+            let mesh = mesh_of(*me);
+            let wanted: Vec<&PeerId> = peers
+                .iter()
+                .zip(&places)
+                .filter(|(peer, place)| mesh.wants(peer, place))
+                .map(|(peer, _)| peer)
+                .collect();
+            assert!((7..=134).contains(&wanted.len()), "{}", wanted.len());
+            for other in wanted {
+                assert!(mesh_of(*other).wants(me, &Place::of(*me)), "wanted from one side only");
+            }
         }
     }
 }

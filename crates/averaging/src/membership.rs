@@ -3,11 +3,13 @@
 //! A statement about a peer is ordered by `(incarnation, standing)`: at the same incarnation "dead" beats "alive", and
 //! only the peer itself raises its incarnation, which is how a peer that was given up wrongly comes back.
 
+mod company;
+
 use crate::detector::{Detector, HEARTBEAT, Opinion};
 use crate::grid::{Mesh, Place};
 use crate::twin::{OwnTwin, Twin};
 use crate::view::Member;
-use crate::wire::{News, Progress, Pulse, Standing};
+use crate::wire::{Hello, News, Progress, Pulse, Standing};
 use potluck_net::{Path, PeerId, Reachability};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -46,8 +48,10 @@ pub(crate) enum Action {
         of: PeerId,
         about: PeerId,
     },
-    /// Send a heartbeat to this peer now.
-    Greet(PeerId),
+    /// Tell a newcomer of those whom we got to know since then; of everybody.
+    Introduce(PeerId, Option<Instant>),
+    /// Close the control streams to this peer: neither side needs them.
+    Release(PeerId),
     /// Send a heartbeat to everybody now.
     Beat,
     AddAddresses(PeerId, Vec<String>),
@@ -64,6 +68,12 @@ struct Entry {
     twin: Twin,
     twice: bool,
     linked: bool,
+    /// Since when, or since when not.
+    linked_at: Instant,
+    /// How we are connected to it, and when to look again.
+    path: (Option<Path>, Instant),
+    /// Since when we believe it to be alive.
+    alive_at: Instant,
     /// When its newest heartbeat came, directly or relayed.
     pulse_at: Instant,
     connect_at: Instant,
@@ -88,6 +98,10 @@ pub(crate) struct Membership {
     next_look: Instant,
     cursor: Option<PeerId>,
     mesh: Mesh,
+    /// Whom this message made known.
+    newcomers: Vec<PeerId>,
+    /// To whom we introduced everybody when, and since when we have nothing to add.
+    introduced: BTreeMap<PeerId, (Instant, Instant)>,
     /// Peers with news that the next heartbeats carry first.
     fresh: BTreeSet<PeerId>,
     /// Peers of which the view must be made anew, ourselves included.
@@ -109,12 +123,28 @@ impl Membership {
             regular: true,
             urgent: false,
             next_look: now,
-            cursor: None,
+            // Not where all others begin.
+            cursor: Some(me),
+            newcomers: Vec::new(),
+            introduced: BTreeMap::new(),
             mesh: Mesh::new(me, mesh_max),
             fresh: BTreeSet::new(),
             changed: BTreeSet::from([me]),
             leaving: false,
         }
+    }
+
+    pub(crate) fn me(&self) -> PeerId {
+        self.me
+    }
+
+    pub(crate) fn is_large(&self) -> bool {
+        self.mesh.is_large()
+    }
+
+    /// Whether something of ourselves that cannot wait is still to be told.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.urgent
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
@@ -165,6 +195,9 @@ impl Membership {
             twin: Twin::default(),
             twice: false,
             linked: false,
+            linked_at: now,
+            alive_at: now,
+            path: (None, now),
             pulse_at: now,
             connect_at: now,
             fresh: 0,
@@ -172,31 +205,33 @@ impl Membership {
     }
 
     /// A control stream to the peer stands and it has said hello.
-    pub(crate) fn linked(
-        &mut self,
-        now: Instant,
-        peer: PeerId,
-        incarnation: u64,
-        pulse: Pulse,
-        addresses: Vec<String>,
-        actions: &mut Vec<Action>,
-    ) {
+    pub(crate) fn linked(&mut self, now: Instant, peer: PeerId, hello: Hello, actions: &mut Vec<Action>) {
+        let Hello { incarnation, addresses, pulse, peers, .. } = hello;
         let Some(entry) = self.entry(now, peer) else { return };
-        entry.linked = true;
+        (entry.linked, entry.linked_at, entry.path) = (true, now, (None, now));
         actions.push(Action::AddAddresses(peer, addresses.clone()));
         entry.addresses = addresses;
         let wakeup = entry.detector.next_wakeup();
         self.next_look = self.next_look.min(wakeup);
         self.changed.insert(peer);
         self.beat(now, peer, incarnation, pulse, actions);
-        actions.push(if self.mesh.is_large() { Action::Greet(peer) } else { Action::Beat });
+        match self.mesh.is_large() {
+            false => actions.push(Action::Beat),
+            true if (peers as usize) < self.mesh.alive() / 2 => {
+                actions.push(Action::Introduce(peer, None));
+                self.introduced.insert(peer, (now, now));
+            }
+            // It knows as much as we do, and what is fresh is told anyway.
+            true => {}
+        }
     }
 
     pub(crate) fn unlinked(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.peers.get_mut(&peer) else { return };
-        entry.linked = false;
+        (entry.linked, entry.linked_at) = (false, now);
         self.changed.insert(peer);
-        if entry.standing == Standing::Alive {
+        // Who needs no link has no reason to miss it: those who do will say if the peer is gone.
+        if entry.standing == Standing::Alive && self.mesh.wants(&peer, &entry.place) {
             entry.detector.link_broke(now);
             self.next_look = self.next_look.min(entry.detector.next_wakeup());
             entry.connect_at = now + RETRY;
@@ -238,7 +273,7 @@ impl Membership {
                 entry.pulse.sequence = 0;
             }
         }
-        self.hear_of(now, peer, incarnation, Standing::Alive, Some(pulse), actions);
+        self.hear_of(now, peer, incarnation, Standing::Alive, Some(pulse), true, actions);
         let Some(entry) = self.peers.get_mut(&peer) else { return };
         entry.detector.heard(now);
         let given_up = entry.standing != Standing::Alive && entry.incarnation >= incarnation;
@@ -251,7 +286,8 @@ impl Membership {
         }
     }
 
-    pub(crate) fn news(&mut self, now: Instant, news: News, actions: &mut Vec<Action>) {
+    /// What a peer says of another one; `spread`: to be told on.
+    pub(crate) fn news(&mut self, now: Instant, news: News, spread: bool, actions: &mut Vec<Action>) {
         if news.peer == self.me {
             // Believed dead; or remembered from an earlier life, whose statements would outrank all that we say.
             if self.leaving {
@@ -289,7 +325,7 @@ impl Membership {
         if news.standing == Standing::Dead && self.peers.get(&news.peer).is_some_and(heard) {
             return;
         }
-        self.hear_of(now, news.peer, news.incarnation, news.standing, news.beat, actions);
+        self.hear_of(now, news.peer, news.incarnation, news.standing, news.beat, spread, actions);
         if let Some(entry) = self.peers.get_mut(&news.peer)
             && entry.addresses.is_empty()
         {
@@ -297,6 +333,7 @@ impl Membership {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the fields of a statement")]
     fn hear_of(
         &mut self,
         now: Instant,
@@ -304,32 +341,39 @@ impl Membership {
         incarnation: u64,
         standing: Standing,
         pulse: Option<Pulse>,
+        spread: bool,
         actions: &mut Vec<Action>,
     ) {
-        let mut newcomer = false;
+        let mut unlinked = false;
         // In a large swarm a link to everybody who tells it on would carry the same news over and over.
         let repeats = if self.mesh.is_large() { 1 } else { 4 };
         let Some(entry) = self.entry(now, peer) else { return };
         if (incarnation, standing) > (entry.incarnation, entry.standing) || entry.incarnation == 0 {
             let was_alive = entry.standing == Standing::Alive && entry.incarnation > 0;
             (entry.incarnation, entry.standing) = (incarnation, standing);
-            entry.fresh = repeats;
+            entry.fresh = if spread { repeats } else { 0 };
             let is_alive = standing == Standing::Alive;
             if is_alive && !was_alive {
                 entry.detector = Detector::new(now);
                 entry.connect_at = now + RETRY;
-                newcomer = !entry.linked;
+                entry.alive_at = now;
+                unlinked = !entry.linked;
             }
             let wakeup = entry.detector.next_wakeup();
             self.next_look = self.next_look.min(wakeup);
-            self.fresh.insert(peer);
             self.changed.insert(peer);
+            if unlinked {
+                self.newcomers.push(peer);
+            }
+            if spread {
+                self.fresh.insert(peer);
+                actions.push(Action::Beat);
+            }
             match (was_alive, is_alive) {
                 (false, true) => self.mesh.count(self.mesh.alive() + 1),
                 (true, false) => self.mesh.count(self.mesh.alive().saturating_sub(1)),
                 _ => {}
             }
-            actions.push(Action::Beat);
         } else if incarnation < entry.incarnation {
             return;
         }
@@ -346,9 +390,6 @@ impl Membership {
             entry.pulse_at = now;
             self.changed.insert(peer);
         }
-        if newcomer && self.mesh.wants(&peer, &entry.place) {
-            actions.push(Action::Connect(peer));
-        }
     }
 
     /// We leave: from here on, nothing that we say may contradict it.
@@ -362,7 +403,7 @@ impl Membership {
 
     pub(crate) fn left(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {
         let incarnation = self.peers.get(&peer).map_or(1, |entry| entry.incarnation);
-        self.hear_of(now, peer, incarnation, Standing::Left, None, actions);
+        self.hear_of(now, peer, incarnation, Standing::Left, None, true, actions);
     }
 
     pub(crate) fn vouched(&mut self, now: Instant, peer: PeerId, incarnation: u64, age: Duration) {
@@ -386,8 +427,18 @@ impl Membership {
             actions.push(Action::Beat);
             let alive = self.peers.iter().filter(|(_, entry)| entry.standing == Standing::Alive);
             self.mesh.renew(alive.map(|(peer, entry)| (peer, &entry.place)));
+            self.introduce_more(now, actions);
+            self.release_needless(now, actions);
             self.connect_missing(now, actions);
         }
+        // Before, nobody's silence is long enough.
+        if now >= self.next_look {
+            self.look(now, actions);
+        }
+    }
+
+    /// Who has been silent for too long.
+    fn look(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let (mut suspects, mut dead) = (Vec::new(), Vec::new());
         self.next_look = now + HEARTBEAT;
         for (peer, entry) in self.peers.iter_mut().filter(|(_, e)| e.standing == Standing::Alive) {
@@ -429,24 +480,6 @@ impl Membership {
         actions.push(Action::Beat);
     }
 
-    fn connect_missing(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        let mut dead_tried = 0;
-        for (peer, entry) in &mut self.peers {
-            let try_it = match entry.standing {
-                Standing::Alive => self.mesh.wants(peer, &entry.place),
-                Standing::Dead => {
-                    dead_tried += 1;
-                    dead_tried <= 16
-                }
-                Standing::Left => false,
-            };
-            if try_it && !entry.linked && now >= entry.connect_at {
-                entry.connect_at = now + RETRY;
-                actions.push(Action::Connect(*peer));
-            }
-        }
-    }
-
     pub(crate) fn next_wakeup(&self) -> Instant {
         self.next_beat.min(self.next_look)
     }
@@ -464,12 +497,6 @@ impl Membership {
             (true, false) => Audience::EveryNth { nth, first: self.pulse.sequence as usize % nth },
         };
         (self.pulse.clone(), news, audience)
-    }
-
-    /// A heartbeat for one peer that is new to us.
-    pub(crate) fn greeting(&mut self) -> (Pulse, Vec<News>) {
-        self.pulse.sequence += 1;
-        (self.pulse.clone(), self.gossip(true))
     }
 
     /// Whether the last heartbeat had no room for some news, which nobody else may tell for us.
@@ -508,17 +535,6 @@ impl Membership {
         chosen.into_iter().filter_map(|peer| self.news_of(peer)).collect()
     }
 
-    fn news_of(&self, peer: PeerId) -> Option<News> {
-        let entry = self.peers.get(&peer).filter(|entry| entry.incarnation > 0)?;
-        Some(News {
-            peer,
-            incarnation: entry.incarnation,
-            standing: entry.standing,
-            addresses: entry.addresses.clone(),
-            beat: (entry.standing == Standing::Alive).then(|| entry.pulse.clone()),
-        })
-    }
-
     /// What has changed in the view since the last call; `None` is gone.
     pub(crate) fn take_changes(
         &mut self,
@@ -526,13 +542,17 @@ impl Membership {
         path: impl Fn(PeerId) -> Option<Path>,
     ) -> Vec<(PeerId, Option<Member>)> {
         let changed = std::mem::take(&mut self.changed);
-        let now_of = |peer: PeerId| {
+        let mut now_of = |peer: PeerId| {
             if peer == self.me {
-                let own = member(&self.pulse, self.incarnation, None, true);
+                let own = member(&self.pulse, self.incarnation, self.mesh.place(), None, true);
                 return Some(Member { twice: self.twin.is_certain(now), ..own });
             }
-            let entry = self.peers.get(&peer).filter(|entry| entry.standing == Standing::Alive)?;
-            let other = member(&entry.pulse, entry.incarnation, path(peer), false);
+            let entry = self.peers.get_mut(&peer).filter(|entry| entry.standing == Standing::Alive)?;
+            if entry.linked && now >= entry.path.1 {
+                entry.path = (path(peer), now + HEARTBEAT / 2);
+            }
+            let path = entry.path.0.filter(|_| entry.linked);
+            let other = member(&entry.pulse, entry.incarnation, entry.place, path, false);
             Some(Member { twice: entry.twice, ..other })
         };
         changed.into_iter().map(|peer| (peer, now_of(peer))).collect()
@@ -543,7 +563,7 @@ impl Membership {
     }
 }
 
-fn member(pulse: &Pulse, incarnation: u64, path: Option<Path>, local: bool) -> Member {
+fn member(pulse: &Pulse, incarnation: u64, place: Place, path: Option<Path>, local: bool) -> Member {
     Member {
         epoch: pulse.progress.epoch,
         samples: pulse.progress.samples,
@@ -560,5 +580,6 @@ fn member(pulse: &Pulse, incarnation: u64, path: Option<Path>, local: bool) -> M
         client: pulse.client,
         app: pulse.progress.app.clone(),
         local,
+        place,
     }
 }

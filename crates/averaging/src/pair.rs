@@ -1,16 +1,18 @@
 //! One pair of members in a round: the stream between them, opened by the one that is harder to reach, opened again when
 //! it breaks, and resumed at the chunk where it broke.
 
-use crate::exchange::Shared;
+use crate::exchange::{Outbox, Shared};
 use crate::router::{self, Arrival};
 use crate::wire::{PairFrame, contribution_head};
 use bytes::Bytes;
 use potluck_compression::Scratch;
-use potluck_net::{FrameReceiver, FrameSender, Stream};
+use potluck_net::{FrameReceiver, FrameSender, Stream, Tasks};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Contributions of one sender that may wait for their turn, and their bytes if these are more: beyond that the sender
@@ -69,43 +71,130 @@ pub(crate) enum Event {
     },
 }
 
-/// Keep a stream to `member` until the round ends or the member is lost.
-pub(crate) async fn run(
+/// The pairs that we are one of. A task and its queue stand only where there is something to say.
+pub(crate) struct Pairs {
+    shared: Arc<Shared>,
+    /// Where streams that others opened go; none before the pair has a task, and after the member is lost.
+    inlets: Vec<Option<mpsc::Sender<Arrival>>>,
+    /// Between whom and us the plan moves nothing, and nobody had anything to say yet.
+    quiet: BTreeSet<usize>,
+    events: mpsc::Sender<Event>,
+    tasks: Tasks,
+}
+
+impl Pairs {
+    pub(crate) fn new(shared: &Arc<Shared>, events: mpsc::Sender<Event>) -> Self {
+        let members = shared.plan.members.len();
+        Self {
+            shared: shared.clone(),
+            inlets: (0..members).map(|_| None).collect(),
+            quiet: (0..members).filter(|member| *member != shared.me).collect(),
+            events,
+            tasks: Tasks::new(),
+        }
+    }
+
+    /// Begin to talk to those to whom the plan gives us something to say.
+    pub(crate) fn start(&mut self) {
+        let planned: Vec<usize> =
+            self.quiet.iter().copied().filter(|member| is_planned(&self.shared, *member)).collect();
+        for member in planned {
+            self.quiet.remove(&member);
+            self.begin(member);
+        }
+    }
+
+    fn begin(&mut self, member: usize) {
+        let (inlet, arrivals) = mpsc::channel(4);
+        self.inlets[member] = Some(inlet);
+        self.tasks.spawn(run(self.shared.clone(), member, arrivals, self.events.clone()));
+    }
+
+    /// A member has opened a stream.
+    pub(crate) fn arrived(&mut self, member: usize, arrival: Arrival) {
+        if self.quiet.remove(&member) {
+            self.begin(member);
+        }
+        if let Some(inlet) = &self.inlets[member] {
+            let _one_too_many = inlet.try_send(arrival);
+        }
+    }
+
+    pub(crate) fn lose(&mut self, member: usize) {
+        self.quiet.remove(&member);
+        self.inlets[member] = None;
+    }
+
+    /// Begin to talk to those for whom there is something now.
+    pub(crate) fn break_silence(&mut self) {
+        let due: Vec<usize> = {
+            let board = self.shared.board();
+            self.quiet.iter().copied().filter(|member| !is_empty(&board.outboxes[*member])).collect()
+        };
+        for member in due {
+            self.quiet.remove(&member);
+            self.begin(member);
+        }
+    }
+}
+
+fn is_empty(outbox: &Outbox) -> bool {
+    outbox.frames.is_empty() && outbox.contributions.is_empty() && outbox.averages.is_empty()
+}
+
+/// Keep a stream to `member` until the round ends or the member is lost. Where the plan moves nothing between the two,
+/// there is none until either has something to say, as when a part passes to another reducer.
+async fn run(
     shared: Arc<Shared>,
     member: usize,
     mut arrivals: mpsc::Receiver<Arrival>,
     events: mpsc::Sender<Event>,
 ) {
-    let opens = shared.plan.opens(shared.me, member) == shared.me;
+    let first = shared.plan.opens(shared.me, member) == shared.me;
+    let quiet = !is_planned(&shared, member);
+    let mut opens = first && !quiet;
     let window = Arc::new(Semaphore::new(WINDOW.max(WINDOW_BYTES / shared.plan.chunk_bytes as usize)));
     let mut pause = PAUSE.start;
     let mut next: Option<Arrival> = None;
     let mut fresh = true;
     while !shared.board().lost[member] {
-        let stream = if opens { open(&shared, member).await } else { None };
-        let (stream, wanted) = match (opens, stream) {
-            (true, Some(stream)) => (stream, None),
-            (true, None) => {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE.end);
-                continue;
-            }
-            (false, _) => {
-                let arrival = match next.take() {
-                    Some(arrival) => arrival,
-                    None => match arrivals.recv().await {
-                        Some(arrival) => arrival,
-                        None => return,
-                    },
-                };
+        let arrival = match next.take().map_or_else(|| arrivals.try_recv(), Ok) {
+            Ok(arrival) => Some(arrival),
+            Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) if opens => None,
+            Err(TryRecvError::Empty) => tokio::select! {
+                biased;
+                arrival = arrivals.recv() => match arrival {
+                    Some(arrival) => Some(arrival),
+                    None => return,
+                },
+                () = has_work(&shared, member), if quiet => {
+                    opens = true;
+                    continue;
+                }
+            },
+        };
+        // If both open one at the same time, that of the first counts.
+        let ours = arrival.is_none();
+        let (stream, wanted) = match arrival {
+            Some(arrival) => {
+                opens = first;
                 (arrival.stream, Some((arrival.contributions, arrival.averages)))
             }
+            None => match open(&shared, member).await {
+                Some(stream) => (stream, None),
+                None => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSE.end);
+                    continue;
+                }
+            },
         };
         pause = PAUSE.start;
         let talk = talk(&shared, member, stream, wanted, fresh, &events, &window);
         tokio::select! {
             biased;
-            arrival = arrivals.recv(), if !opens => match arrival {
+            arrival = arrivals.recv(), if !(ours && first) => match arrival {
                 // The other side gave the old stream up.
                 Some(arrival) => next = Some(arrival),
                 None => return,
@@ -113,9 +202,25 @@ pub(crate) async fn run(
             () = talk => {}
         }
         fresh = false;
-        if opens {
+        if opens && next.is_none() {
             tokio::time::sleep(pause).await;
         }
+    }
+}
+
+/// Whether the plan moves anything between us and a member. Between a member that others cannot dial and any other there
+/// is always a stream: the other could not open one when it must.
+fn is_planned(shared: &Shared, member: usize) -> bool {
+    let board = shared.board();
+    [shared.me, member]
+        .iter()
+        .any(|at| !board.store.parts[*at].range.is_empty() || shared.plan.members[*at].private)
+}
+
+/// Resolves when there is something to send to a member.
+async fn has_work(shared: &Shared, member: usize) {
+    while is_empty(&shared.board().outboxes[member]) {
+        shared.wake[member].notified().await;
     }
 }
 

@@ -18,6 +18,8 @@ use tokio::time::Instant;
 const READY_MAX: usize = 1024;
 /// Rounds whose verdict is remembered for those who ask late.
 const RECENT_MAX: usize = 16;
+/// Peers of a group, in the order of coordinators, that hear at once who begins an epoch.
+const LEADERS: usize = 3;
 /// What is not acknowledged is repeated this often.
 const REPEAT: Duration = Duration::from_millis(250);
 /// Readiness that was not repeated for this long is void.
@@ -106,6 +108,8 @@ pub(crate) struct Station {
     skipped: BTreeSet<PeerId>,
     /// Since when the round is ours to coordinate.
     coordinating: Option<Instant>,
+    /// From somebody whom we asked before: it was skipped, or has died.
+    took_over: bool,
     asked: Option<(PeerId, Instant, Instant)>,
     ready: BTreeMap<PeerId, (Instant, Ready)>,
     current: Option<Current>,
@@ -131,6 +135,7 @@ impl Station {
             left_out: false,
             skipped: BTreeSet::new(),
             coordinating: None,
+            took_over: false,
             asked: None,
             ready: BTreeMap::new(),
             current: None,
@@ -156,7 +161,7 @@ impl Station {
         self.wish = Some(wish);
         self.left_out = false;
         self.skipped.clear();
-        self.coordinating = None;
+        (self.coordinating, self.took_over) = (None, false);
         self.asked = None;
         self.faults.clear();
     }
@@ -188,13 +193,25 @@ impl Station {
         if let Some(group) = known.filter(|g| g.generation == view.generation && g.epoch == epoch) {
             return group.order.clone();
         }
-        let alive: Vec<PeerId> = view.members.keys().copied().collect();
-        let group = grid::group(self.me, &alive, epoch.unwrap_or(0), self.group_max);
+        let alive = view.members.iter().map(|(peer, member)| (peer, &member.place));
+        let group = grid::group(self.me, alive, epoch.unwrap_or(0), self.group_max);
         let order: Arc<[PeerId]> =
             coordinators(&self.run, &self.channel, epoch, group.into_iter().chain([self.me])).into();
-        let of_many = order.len() < alive.len();
+        let of_many = order.len() < view.members.len();
         self.group = Some(Group { generation: view.generation, epoch, order: order.clone(), of_many });
         order
+    }
+
+    /// The first of the group that could coordinate the round of an epoch, or the next one of the same group: as it begins,
+    /// what they know of us is from this one.
+    pub(crate) fn leaders(&mut self, view: &View, epoch: u64) -> Vec<PeerId> {
+        let takes_part = |peer: &&PeerId| view.members.get(peer).is_some_and(|member| member.ready);
+        let mut first = |epoch| -> Vec<PeerId> {
+            self.group(view, Some(epoch)).iter().filter(takes_part).take(LEADERS).copied().collect()
+        };
+        let mut leaders = first(epoch.saturating_add(2));
+        leaders.extend(first(epoch));
+        leaders
     }
 
     /// Whether this round waits for a peer of its group.
@@ -262,9 +279,11 @@ impl Station {
         deadline: Instant,
         out: &mut Out,
     ) -> Gathering {
+        let asked = self.asked.is_some_and(|(peer, _, _)| peer != self.me);
+        self.took_over |= asked || !self.skipped.is_empty();
         let since = *self.coordinating.get_or_insert(now);
         // Having taken over, the others need the time to find that out as well.
-        let deadline = if self.skipped.is_empty() { deadline } else { deadline.max(since + REPEAT * 4) };
+        let deadline = if self.took_over { deadline.max(since + REPEAT * 4) } else { deadline };
         let epoch = wish.ready.epoch;
         let mut missing = group
             .iter()

@@ -87,6 +87,8 @@ impl SwarmConfig {
 pub(crate) trait ChannelHandler: Send + Sync {
     fn message(&self, now: Instant, from: PeerId, message: RoundMessage);
     fn view_changed(&self, now: Instant);
+    /// The peers of our group, some of which will coordinate the round of this epoch.
+    fn leaders(&self, view: &View, epoch: u64) -> Vec<PeerId>;
 }
 
 /// Our membership of a run. Clones share it; the last one dropped ends it.
@@ -109,6 +111,8 @@ pub(crate) struct State {
     channels: BTreeMap<String, Weak<dyn ChannelHandler>>,
     up: Uplink,
     down: Downlink,
+    /// In a large swarm, those who are told at once that we begin an epoch, or who tell everybody; `None`: everybody.
+    leaders: Option<BTreeSet<PeerId>>,
     beat_due: Option<Instant>,
     last_beat: Instant,
     /// When the ticker wakes by itself.
@@ -171,6 +175,7 @@ impl Swarm {
                 channels: BTreeMap::new(),
                 up: Uplink::default(),
                 down: Downlink::default(),
+                leaders: None,
                 beat_due: None,
                 last_beat: now,
                 armed: now,
@@ -215,14 +220,23 @@ impl Swarm {
     pub fn report(&self, progress: Progress) {
         let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
         let progress = Progress { app, ..progress };
-        self.inner.with(|state, actions| state.membership.report(progress, actions));
+        let leaders = self.inner.leaders(progress.epoch);
+        self.inner.with(|state, actions| {
+            if !state.membership.is_urgent() {
+                state.leaders = leaders;
+            }
+            state.membership.report(progress, actions);
+        });
     }
 
     /// As [`Swarm::report`], and everybody is told at once instead of with the next heartbeat.
     pub fn report_now(&self, progress: Progress) {
         let app = progress.app.slice(..progress.app.len().min(wire::APP_BYTES_MAX));
         let progress = Progress { app, ..progress };
-        self.inner.with(|state, actions| state.membership.report_now(progress, actions));
+        self.inner.with(|state, actions| {
+            state.leaders = None;
+            state.membership.report_now(progress, actions);
+        });
     }
 
     /// The transport below.
@@ -315,11 +329,13 @@ impl Inner {
                 match action {
                     Action::Connect(peer) => connect.push(peer),
                     Action::Ask { of, about } => state.send(of, &Control::Ask(about)),
-                    Action::Greet(peer) => {
-                        let incarnation = state.membership.incarnation();
-                        let (pulse, news) = state.membership.greeting();
-                        state.send(peer, &Control::Beat { incarnation, pulse, news });
+                    Action::Introduce(peer, since) => {
+                        for news in state.membership.introductions(since) {
+                            state.send(peer, &Control::Introduce(news));
+                        }
                     }
+                    // Their tasks end with them.
+                    Action::Release(peer) => _ = state.links.remove(&peer),
                     Action::Beat => {
                         let due = now.max(state.last_beat + BEAT_PAUSE);
                         state.beat_due = Some(state.beat_due.map_or(due, |other| other.min(due)));
@@ -416,6 +432,21 @@ impl Inner {
         self.send(peer, &Control::Round { channel: channel.to_owned(), message });
     }
 
+    /// Who must know at once that we begin this epoch, in a large swarm.
+    fn leaders(&self, epoch: u64) -> Option<BTreeSet<PeerId>> {
+        let handlers: Vec<Arc<dyn ChannelHandler>> = {
+            let state = self.lock();
+            if !state.membership.is_large() || state.membership.pulse().progress.epoch == epoch {
+                return None;
+            }
+            state.channels.values().filter_map(Weak::upgrade).collect()
+        };
+        let view = self.current_view();
+        let leaders: BTreeSet<PeerId> =
+            handlers.iter().flat_map(|handler| handler.leaders(&view, epoch)).collect();
+        (!leaders.is_empty()).then_some(leaders)
+    }
+
     /// A frame of a round has come.
     pub(crate) fn heard_bulk(&self, peer: PeerId) {
         self.lock().membership.heard_bulk(self.env.now(), peer);
@@ -457,6 +488,7 @@ impl Inner {
             incarnation: state.membership.incarnation(),
             addresses: self.transport.addresses(),
             pulse: state.membership.pulse().clone(),
+            peers: u32::try_from(state.membership.alive()).unwrap_or(u32::MAX),
         }
     }
 
@@ -472,7 +504,7 @@ impl Inner {
             // The newest is used for sending; an older one may be dead without knowing it. Two suffice.
             links.insert(0, Link { id, sender });
             links.truncate(2);
-            state.membership.linked(now, peer, hello.incarnation, hello.pulse, hello.addresses, actions);
+            state.membership.linked(now, peer, hello, actions);
         });
         (id, receiver)
     }
@@ -498,8 +530,15 @@ impl Inner {
                 Control::Beat { incarnation, pulse, news } => {
                     state.membership.beat(now, from, incarnation, pulse, actions);
                     for item in news {
-                        state.membership.news(now, item, actions);
+                        state.membership.news(now, item, true, actions);
                     }
+                    state.membership.meet_newcomers(now, actions);
+                }
+                Control::Introduce(news) => {
+                    for item in news {
+                        state.membership.news(now, item, false, actions);
+                    }
+                    state.membership.meet_newcomers(now, actions);
                 }
                 Control::Ask(peer) => {
                     if let Some((incarnation, silence)) = state.membership.last_heard(now, peer) {
@@ -559,10 +598,15 @@ impl State {
         self.beat_due = self.membership.has_more_to_tell().then_some(now + BEAT_PAUSE);
         let incarnation = self.membership.incarnation();
         let frame = wire::encode_control(&Control::Beat { incarnation, pulse, news });
+        let leads = self.leaders.as_ref().map(|leaders| leaders.contains(&self.membership.me()));
         for (at, (peer, links)) in self.links.iter().enumerate() {
             let hears = match audience {
                 Audience::Everybody => true,
-                Audience::Round(round) => self.membership.meets(peer, round),
+                Audience::Round(round) => {
+                    leads.is_none_or(|leads| {
+                        leads || self.leaders.iter().flatten().any(|leader| leader == peer)
+                    }) && self.membership.meets(peer, round)
+                }
                 Audience::EveryNth { nth, first } => at % nth == first,
             };
             if let Some(link) = links.first().filter(|_| hears) {

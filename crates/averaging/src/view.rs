@@ -1,5 +1,6 @@
 //! Sans-I/O. Who is here, as everybody above membership sees it.
 
+use crate::grid::Place;
 use bytes::Bytes;
 use potluck_net::{Path, PeerId, Reachability};
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ pub struct Member {
     pub app: Bytes,
     /// Whether this is ourselves.
     pub local: bool,
+    /// Where it is in the grid of a large swarm.
+    pub(crate) place: Place,
 }
 
 /// Every live peer, ourselves included.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of everything in this file; a different one is refused at the first message.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Largest control message that is decoded, in bytes.
 const CONTROL_BYTES_MAX: usize = 2 << 20;
 /// Longest list in any control message: members, news, parts.
@@ -87,6 +87,8 @@ pub(crate) struct Hello {
     pub(crate) incarnation: u64,
     pub(crate) addresses: Vec<String>,
     pub(crate) pulse: Pulse,
+    /// How many others it knows to be alive.
+    pub(crate) peers: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,6 +101,8 @@ pub(crate) enum Control {
         pulse: Pulse,
         news: Vec<News>,
     },
+    /// Everybody whom the sender knows, for a newcomer; nothing that must be told on.
+    Introduce(Vec<News>),
     /// "Have you heard of this peer lately?"
     Ask(PeerId),
     /// "I heard it this many milliseconds ago."
@@ -214,15 +218,17 @@ fn check(message: &Control) -> Result<(), WireError> {
         Control::Hello(hello) => {
             hello.manifest.len() <= LIST_MAX && hello.addresses.len() <= 32 && pulse_is_sound(&hello.pulse)
         }
-        Control::Beat { pulse, news, .. } => {
-            news.len() <= LIST_MAX
-                && pulse_is_sound(pulse)
-                && news.iter().all(|n| n.addresses.len() <= 32 && n.beat.as_ref().is_none_or(pulse_is_sound))
-        }
+        Control::Beat { pulse, news, .. } => pulse_is_sound(pulse) && news_are_sound(news),
+        Control::Introduce(news) => news_are_sound(news),
         Control::Round { message, .. } => round_is_sound(message),
         _ => true,
     };
     if sound { Ok(()) } else { Err(WireError("a field is out of its limits".into())) }
+}
+
+fn news_are_sound(news: &[News]) -> bool {
+    let sound = |news: &News| news.addresses.len() <= 32 && news.beat.as_ref().is_none_or(pulse_is_sound);
+    news.len() <= LIST_MAX && news.iter().all(sound)
 }
 
 fn pulse_is_sound(pulse: &Pulse) -> bool {

@@ -18,6 +18,8 @@ const AT_ONCE: usize = 50;
 const JOIN_MAX: Duration = Duration::from_secs(60);
 /// Real time within which the rounds must be done.
 const ROUNDS_MAX: Duration = Duration::from_secs(60);
+/// Peers through which all others join.
+const KNOWN: usize = 3;
 /// Connections of one peer: its row, its column and a few more.
 const LINKS_MAX: usize = 192;
 
@@ -43,9 +45,13 @@ pub fn in_groups(peers: usize, rounds: u64) -> Found {
             failed += large_round(&swarm, done).await;
             done += 1;
         }
-        let links = swarm.iter().map(|member| net.traffic(member.id).connections).max().unwrap_or_default();
+        let most = |of: &[Member]| {
+            of.iter().map(|member| net.traffic(member.id).connections).max().unwrap_or_default()
+        };
+        let (links, elsewhere) = (most(&swarm), most(&swarm[KNOWN.min(swarm.len())..]));
         let measured = format!(
-            "{done} rounds in {} ({} simulated) after {} of joining; {failed} of {} steps failed; at most {links} connections",
+            "{done} rounds in {} ({} simulated) after {} of joining; {failed} of {} steps failed; at most {links} \
+             connections, {elsewhere} where nobody joined through",
             seconds(begun.elapsed()),
             seconds(net.elapsed() - joined_at),
             seconds(joined),
@@ -59,7 +65,7 @@ pub fn in_groups(peers: usize, rounds: u64) -> Found {
 async fn join_all(net: &SimNet, peers: usize) -> Result<Vec<Member>, String> {
     let begun = std::time::Instant::now();
     let config = config(30, Scheme::None);
-    let mut swarm: Vec<Member> = group(net, std::iter::repeat_n(PeerSpec::default(), 3), &config).await?;
+    let mut swarm: Vec<Member> = group(net, std::iter::repeat_n(PeerSpec::default(), KNOWN), &config).await?;
     let known: Vec<PeerId> = swarm.iter().map(|member| member.id).collect();
     while swarm.len() < peers {
         if begun.elapsed() > JOIN_MAX {
