@@ -4,8 +4,8 @@
 
 use bytes::Bytes;
 use potluck_collab::{
-    Channel, LeftPeer, Policy, Scheme, Session, SessionConfig, Snapshot, StateEvery, Status, Step,
-    TensorInfo, TensorRole,
+    Channel, LeftPeer, Policy, PolicyKind, Scheme, Session, SessionConfig, Snapshot, StateEvery, Status,
+    Step, TensorInfo, TensorRole,
 };
 use potluck_net::{PeerId, Tasks, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, Verdict, run};
@@ -392,4 +392,54 @@ fn values_that_are_clamped_and_states_that_are_equal_are_shown_as_the_programs_g
             }
         });
     }
+}
+
+/// One shared step of DiLoCo: its outer optimizer keeps as many values as the parameters have, and so does what was agreed.
+async fn outer_step(session: Session, state: f32) -> Status {
+    loop {
+        match session.step(1) {
+            Step::Accumulate => tokio::time::sleep(STEP).await,
+            Step::AverageState => {
+                let averaged = session.average_state(vec![state; 500]).await;
+                assert!(!averaged.value.alone, "{:?}", averaged.faults);
+                session.epoch_done(Some(Snapshot::default()));
+                session.step(0);
+                return session.status().borrow().clone();
+            }
+            step => panic!("nobody is ahead: {step:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_memory_of_an_outer_optimizer_is_shown() {
+    run(15, async |net| {
+        let mut sessions: Vec<Session> = Vec::new();
+        for _ in 0..2 {
+            let transport = net.add_peer(PeerSpec::default());
+            let env = transport.env();
+            let mut config = SessionConfig::new("run", TARGET, Vec::new());
+            config.policy = PolicyKind::DiLoCo { inner_steps: 2, outer_lr: 0.7, outer_momentum: 0.9 };
+            config.average_state_every = StateEvery::Never;
+            config.state_tensors = vec![TensorInfo::vector("w", 500, TensorRole::Parameter)];
+            config.bootstrap = sessions.iter().map(Session::local_peer).collect();
+            let session = Session::join(transport, env, config).await.unwrap();
+            session.publish(Snapshot::default());
+            assert_eq!(session.status().borrow().memory.get("velocity"), None);
+            sessions.push(session);
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        for epoch in 1..=2 {
+            let [one, two] =
+                [0, 1].map(|at| outer_step(sessions[at].clone(), 0.5 + 0.25 * at as f32 + epoch as f32));
+            let (one, two) = futures::join!(one, two);
+            for status in [one, two] {
+                let memory = |name| status.memory.get(name).copied();
+                assert_eq!((memory("agreed"), status.epoch), (Some(2000), epoch), "{:?}", status.memory);
+                if epoch == 2 {
+                    assert_eq!(memory("velocity"), Some(2000), "{:?}", status.memory);
+                }
+            }
+        }
+    });
 }
