@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,6 +88,8 @@ def main():
     if arguments.list:
         print("\n".join(SCENARIOS))
         return
+    # A shell that runs this in the background makes it ignore Ctrl-C, and whatever it starts too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if reason := netlab.missing():
         sys.exit(f"make hard-days: {reason}")
     potluck, failed = binary(), 0
