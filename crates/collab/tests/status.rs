@@ -375,7 +375,7 @@ fn values_that_are_clamped_and_states_that_are_equal_are_shown_as_the_programs_g
                 session.publish(Snapshot::default());
                 sessions.push(session);
             }
-            tokio::time::sleep(Duration::from_secs(3)).await;
+            all_here(&sessions).await;
             let [one, two] =
                 [0, 1].map(|at| average_both(sessions[at].clone(), gradient.clone(), states[at]));
             let (one, two) = futures::join!(one, two);
@@ -391,6 +391,14 @@ fn values_that_are_clamped_and_states_that_are_equal_are_shown_as_the_programs_g
                 assert_eq!(status.memory.get("agreed").copied(), kept, "{:?}", status.memory);
             }
         });
+    }
+}
+
+/// Resolves when each of these sees all of them.
+async fn all_here(sessions: &[Session]) {
+    for session in sessions {
+        let mut status = session.status();
+        status.wait_for(|status| status.peers.len() == sessions.len()).await.unwrap();
     }
 }
 
@@ -428,7 +436,7 @@ fn the_memory_of_an_outer_optimizer_is_shown() {
             assert_eq!(session.status().borrow().memory.get("velocity"), None);
             sessions.push(session);
         }
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        all_here(&sessions).await;
         for epoch in 1..=2 {
             let [one, two] =
                 [0, 1].map(|at| outer_step(sessions[at].clone(), 0.5 + 0.25 * at as f32 + epoch as f32));
