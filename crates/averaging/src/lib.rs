@@ -10,6 +10,7 @@
 //! `docs/protocol.md` is the specification.
 
 mod averager;
+mod config;
 mod detector;
 mod exchange;
 mod finding;

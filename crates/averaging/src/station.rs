@@ -3,6 +3,8 @@
 //! Nothing here waits a fixed time: a round begins when everybody expected is ready, and the deadline that matters for
 //! silent peers follows the spread of earlier arrivals.
 
+mod leaders;
+
 use crate::grid;
 use crate::plan::{self, coordinators};
 use crate::view::View;
@@ -18,8 +20,6 @@ use tokio::time::Instant;
 const READY_MAX: usize = 1024;
 /// Rounds whose verdict is remembered for those who ask late.
 const RECENT_MAX: usize = 16;
-/// Peers of a group, in the order of coordinators, that hear at once who begins an epoch.
-const LEADERS: usize = 3;
 /// What is not acknowledged is repeated this often.
 const REPEAT: Duration = Duration::from_millis(250);
 /// Readiness that was not repeated for this long is void.
@@ -200,18 +200,6 @@ impl Station {
         let of_many = order.len() < view.members.len();
         self.group = Some(Group { generation: view.generation, epoch, order: order.clone(), of_many });
         order
-    }
-
-    /// The first of the group that could coordinate the round of an epoch, or the next one of the same group: as it begins,
-    /// what they know of us is from this one.
-    pub(crate) fn leaders(&mut self, view: &View, epoch: u64) -> Vec<PeerId> {
-        let takes_part = |peer: &&PeerId| view.members.get(peer).is_some_and(|member| member.ready);
-        let mut first = |epoch| -> Vec<PeerId> {
-            self.group(view, Some(epoch)).iter().filter(takes_part).take(LEADERS).copied().collect()
-        };
-        let mut leaders = first(epoch.saturating_add(2));
-        leaders.extend(first(epoch));
-        leaders
     }
 
     /// Whether this round waits for a peer of its group.

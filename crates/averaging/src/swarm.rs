@@ -3,8 +3,8 @@
 //! Every event is handled synchronously under one short lock by the sans-I/O [`Membership`]; tasks only move frames and
 //! wait for time.
 
+pub use crate::config::{Directory, Manifest, SwarmConfig};
 pub use crate::finding::JoinError;
-use crate::invite::Invite;
 use crate::link;
 use crate::membership::{Action, Audience, Membership};
 use crate::rates::{Downlink, Uplink};
@@ -29,59 +29,6 @@ const LINK_QUEUE: usize = 256;
 const BEAT_PAUSE: Duration = Duration::from_millis(20);
 /// Control streams that may wait to be accepted.
 const BACKLOG: usize = 64;
-/// Where peers of a run find each other without knowing one; implemented for the DHT.
-pub trait Directory: Send + Sync + 'static {
-    /// Say that we are part of `run`, for `ttl` from now.
-    fn announce<'a>(&'a self, run: &'a str, ttl: Duration) -> BoxFuture<'a, ()>;
-    /// Peers that said so, with addresses if known.
-    fn lookup<'a>(&'a self, run: &'a str) -> BoxFuture<'a, Vec<(PeerId, Vec<String>)>>;
-}
-
-/// What must be equal among all peers of a run: field by field, as text.
-pub type Manifest = BTreeMap<String, String>;
-
-/// How to take part in a run.
-#[derive(Clone)]
-pub struct SwarmConfig {
-    /// The run's id.
-    pub run: String,
-    /// Peers to contact first; their addresses must be known to the transport. Empty for the first peer of a run.
-    pub bootstrap: Vec<PeerId>,
-    /// Where to find more peers.
-    pub directory: Option<Arc<dyn Directory>>,
-    /// Compared at joining; differing fields are told to both sides.
-    pub manifest: Manifest,
-    /// This peer dials out only.
-    pub client_mode: bool,
-    /// This peer has no vector and only helps reducing.
-    pub auxiliary: bool,
-    /// The owner of a closed run: peers without an invite signed by it are refused.
-    pub owner: Option<PeerId>,
-    /// Our invite to a closed run.
-    pub invite: Option<Invite>,
-    /// What we say of ourselves from the first message on, until the first report.
-    pub progress: Progress,
-    /// How long [`Swarm::join`] may take.
-    pub join_timeout: Duration,
-}
-
-impl SwarmConfig {
-    /// A configuration for an open run.
-    pub fn new(run: impl Into<String>, bootstrap: Vec<PeerId>) -> Self {
-        Self {
-            run: run.into(),
-            bootstrap,
-            directory: None,
-            manifest: Manifest::new(),
-            client_mode: false,
-            auxiliary: false,
-            owner: None,
-            invite: None,
-            progress: Progress::default(),
-            join_timeout: Duration::from_secs(15),
-        }
-    }
-}
 
 /// Receives what concerns one channel.
 pub(crate) trait ChannelHandler: Send + Sync {
@@ -148,7 +95,7 @@ impl Swarm {
         env: Env,
         config: SwarmConfig,
     ) -> Result<Self, JoinError> {
-        check_config(&config)?;
+        config.check()?;
         let tasks = Tasks::new();
         let now = env.now();
         let me = transport.local_peer();
@@ -269,18 +216,6 @@ impl Swarm {
         tokio::time::sleep(Duration::from_millis(20)).await;
         self._tasks.shutdown().await;
     }
-}
-
-fn check_config(config: &SwarmConfig) -> Result<(), JoinError> {
-    if config.run.is_empty() || config.run.len() > 256 {
-        let reason = format!("{} bytes, 1 to 256 allowed", config.run.len());
-        return Err(JoinError::Config { field: "run", reason });
-    }
-    if config.manifest.len() > 1024 {
-        let reason = format!("{} fields, at most 1024 allowed", config.manifest.len());
-        return Err(JoinError::Config { field: "manifest", reason });
-    }
-    Ok(())
 }
 
 fn start_tasks(

@@ -1,6 +1,7 @@
 //! What a session decides after rounds that failed or were missed.
 
 use super::*;
+use crate::status::Status;
 
 const TARGET: u64 = 64;
 
