@@ -1,6 +1,6 @@
 //! `potluck bench net`: MB/s and processor seconds per GB between two processes, over each kind of connection.
 
-use crate::delay;
+use crate::{delay, raw_tcp};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use clap::{Args as ClapArgs, ValueEnum};
@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
 const PROTOCOL: &str = "/potluck/bench/1";
-const FRAME_BYTES: usize = 512 << 10;
+pub(crate) const FRAME_BYTES: usize = 512 << 10;
 /// One measurement may take this long.
 const LIMIT: Duration = Duration::from_secs(120);
 /// Clock ticks per second in /proc: fixed by Linux for user space.
@@ -45,14 +45,20 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Kind {
+    /// Bare sockets, one for each stream: what the machine itself costs
+    Tcp,
+    /// TCP, encrypted by Noise
     TcpNoise,
+    /// TCP, encrypted by TLS 1.3: what peers use where nothing is in the way
     TcpTls,
+    /// UDP, encrypted by TLS 1.3
     Quic,
 }
 
 impl Kind {
     fn name(self) -> &'static str {
         match self {
+            Self::Tcp => "tcp",
             Self::TcpNoise => "tcp-noise",
             Self::TcpTls => "tcp-tls",
             Self::Quic => "quic",
@@ -103,11 +109,10 @@ struct Sent {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let or =
         |given: &[u64], default: &[u64]| if given.is_empty() { default.to_vec() } else { given.to_vec() };
-    let kinds =
-        if args.kind.is_empty() { vec![Kind::TcpNoise, Kind::TcpTls, Kind::Quic] } else { args.kind.clone() };
+    let kinds = if args.kind.is_empty() { Kind::value_variants() } else { &args.kind };
     let streams = if args.streams.is_empty() { vec![1, 4] } else { args.streams.clone() };
     let mut results = Vec::new();
-    for kind in kinds {
+    for &kind in kinds {
         for rtt_ms in or(&args.rtt, &[0, 100]) {
             for &streams in &streams {
                 let measured = measure(kind, rtt_ms, streams, args.megabytes).await;
@@ -175,12 +180,22 @@ async fn delayed(address: &str, rtt_ms: u64, tasks: &Tasks) -> Result<String> {
 
 /// One end.
 pub(crate) async fn run_peer(args: PeerArgs) -> Result<()> {
+    if args.kind == Kind::Tcp {
+        return match &args.target {
+            Some(target) => send(&args, |frames| raw_tcp::transfer(target, frames)).await,
+            None => raw_tcp::receive().await,
+        };
+    }
     let env = Env::real();
     let mut config = args.kind.config(Identity::from_seed(&env.random_bytes()));
     config.client_mode = args.target.is_some();
     let transport = Libp2pTransport::start(config, env).await?;
     match &args.target {
-        Some(target) => send(&transport, target, &args).await?,
+        Some(target) => {
+            let peer: PeerId = target.rsplit('/').next().context("no peer id")?.parse()?;
+            transport.add_addresses(peer, std::slice::from_ref(target));
+            send(&args, |frames| transfer(&transport, peer, frames)).await?;
+        }
         None => receive(&transport).await?,
     }
     transport.close().await;
@@ -215,16 +230,15 @@ async fn swallow(mut stream: Stream) -> Result<()> {
     Ok(stream.finish().await?)
 }
 
-async fn send(transport: &Arc<Libp2pTransport>, target: &str, args: &PeerArgs) -> Result<()> {
-    let peer: PeerId = target.rsplit('/').next().context("no peer id")?.parse()?;
-    transport.add_addresses(peer, &[target.to_owned()]);
+/// Time what `transfer` does with this many frames, on as many streams as were asked for; it returns the receiver's
+/// processor seconds.
+async fn send<F: Future<Output = Result<f64>>>(args: &PeerArgs, transfer: impl Fn(usize) -> F) -> Result<()> {
     // Connects, and tells what the receiver's start has cost.
-    let receiver_start = transfer(transport, peer, 0).await?;
+    let receiver_start = transfer(0).await?;
     let (start, own_start) = (Instant::now(), cpu_seconds()?);
     let frames = (args.megabytes * 1_000_000).div_ceil(FRAME_BYTES * args.streams);
-    let transfers = (0..args.streams).map(|_| transfer(transport, peer, frames));
     let mut receiver_end = receiver_start;
-    for end in join_all(transfers).await {
+    for end in join_all((0..args.streams).map(|_| transfer(frames))).await {
         receiver_end = receiver_end.max(end?);
     }
     let seconds = start.elapsed().as_secs_f64();
@@ -245,7 +259,7 @@ async fn transfer(transport: &Arc<Libp2pTransport>, peer: PeerId, frames: usize)
 }
 
 /// Processor seconds of this process, user and system.
-fn cpu_seconds() -> Result<f64> {
+pub(crate) fn cpu_seconds() -> Result<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").context("processor time is read from /proc")?;
     let fields: Vec<&str> = stat.rsplit(')').next().context("no fields")?.split_ascii_whitespace().collect();
     let ticks =

@@ -20,6 +20,7 @@ mod nearby;
 mod node;
 mod pickle;
 mod probe;
+mod raw_tcp;
 mod rehearsal;
 mod sim;
 mod status;
