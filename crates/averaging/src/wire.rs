@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of everything in this file; a different one is refused at the first message.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Largest control message that is decoded, in bytes.
 const CONTROL_BYTES_MAX: usize = 2 << 20;
 /// Longest list in any control message: members, news, parts.

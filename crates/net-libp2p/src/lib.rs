@@ -14,6 +14,7 @@ mod convert;
 mod dials;
 mod driver;
 pub mod identity_file;
+mod kept;
 mod mux;
 mod punching;
 mod read_ahead;

@@ -2,6 +2,7 @@
 //! instructions and never across an await.
 
 use crate::convert;
+use crate::kept::Kept;
 use crate::streams::OpenRequest;
 use crate::traffic::TrafficTable;
 use libp2p::Multiaddr;
@@ -9,10 +10,12 @@ use libp2p::swarm::ConnectionId;
 use potluck_net::{AcceptError, BufferPool, Path, PeerId, Protocol, Reachability, Stream};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Streams that we open on one peer and that live at the same time.
 const OUTBOUND_PER_PEER_MAX: usize = 1024;
+/// Streams that one peer has opened and ended, and on which it may begin another.
+const WAITING_PER_PEER_MAX: usize = 64;
 /// Addresses kept per peer.
 const ADDRESSES_PER_PEER_MAX: usize = 12;
 /// Peers whose addresses are kept.
@@ -32,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) peers: Peers,
     pub(crate) book: AddressBook,
     pub(crate) traffic: Arc<TrafficTable>,
+    pub(crate) kept: Kept,
     /// Memory of large frames that arrive.
     pub(crate) buffers: Arc<BufferPool>,
     pub(crate) own: Mutex<Own>,
@@ -154,6 +158,7 @@ pub(crate) struct Peers {
 struct Connected {
     links: Vec<Link>,
     outbound: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
 }
 
 impl Peers {
@@ -163,6 +168,7 @@ impl Peers {
         let connected = peers.entry(peer).or_insert_with(|| Connected {
             links: Vec::new(),
             outbound: Arc::new(Semaphore::new(OUTBOUND_PER_PEER_MAX)),
+            waiting: Arc::new(Semaphore::new(WAITING_PER_PEER_MAX)),
         });
         let relayed = connected.links.iter().any(|link| link.path == Path::Relayed);
         if relayed && behind_nat && link.path == Path::Direct {
@@ -190,6 +196,11 @@ impl Peers {
             |a: &Link, b: &Link| if a.path == Path::Relayed { a.id.cmp(&b.id) } else { b.id.cmp(&a.id) };
         let best = connected.links.iter().min_by(|a, b| a.path.cmp(&b.path).then_with(|| by_age(a, b)))?;
         Some((best.clone(), connected.outbound.clone()))
+    }
+
+    /// A place for an ended stream that `peer` had opened, if there is one.
+    pub(crate) fn place_to_wait(&self, peer: PeerId) -> Option<OwnedSemaphorePermit> {
+        lock(&self.inner).get(&peer)?.waiting.clone().try_acquire_owned().ok()
     }
 
     pub(crate) fn path(&self, peer: PeerId) -> Option<Path> {

@@ -5,8 +5,8 @@
 //! Open requests go straight to the connection's task; the swarm's own task is not on the way.
 
 use crate::convert;
+use crate::kept::{Lease, With};
 use crate::shared::{Link, Shared, lock};
-use crate::wire;
 use futures::future::BoxFuture;
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt};
 use libp2p::core::transport::PortUse;
@@ -17,7 +17,7 @@ use libp2p::swarm::{
     ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm, NetworkBehaviour,
     SubstreamProtocol, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
 };
-use potluck_net::{Path, PeerId, Protocol, Stream};
+use potluck_net::{Path, PeerId, Protocol};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
@@ -104,9 +104,10 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
             };
             stream.write_all(&[TAKEN]).await?;
             stream.flush().await?;
-            let meter = self.shared.traffic.meter(self.peer, self.path, None);
-            let (sink, frames) = wire::frames(stream, meter, &self.shared.buffers);
-            place.send(Stream::new(self.peer, protocol, sink, frames));
+            let Accept { shared, peer, path, .. } = self;
+            let meter = shared.traffic.meter(peer, path, None);
+            let with = With { peer, protocol, path, opened_on: None };
+            place.send(Lease { shared, meter, with }.stream(stream));
             Ok(())
         }
         .boxed()

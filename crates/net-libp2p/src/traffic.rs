@@ -1,7 +1,6 @@
 //! How many bytes went where: the figures behind status lines, benchmarks and the NAT test.
 
 use crate::shared::lock;
-use crate::wire::Meter;
 use potluck_net::{Path, PeerId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -81,15 +80,17 @@ pub(crate) struct StreamMeter {
     _place: Option<OwnedSemaphorePermit>,
 }
 
-impl Meter for StreamMeter {
-    fn sent(&self, bytes: usize) {
+impl StreamMeter {
+    /// Bytes handed to the muxer.
+    pub(crate) fn sent(&self, bytes: usize) {
         let bytes = bytes as u64;
         self.table.total.sent.fetch_add(bytes, Ordering::Relaxed);
         self.peer.sent.fetch_add(bytes, Ordering::Relaxed);
         self.table.relay(bytes, self.relayed);
     }
 
-    fn received(&self, bytes: usize) {
+    /// Bytes taken from the muxer.
+    pub(crate) fn received(&self, bytes: usize) {
         let bytes = bytes as u64;
         self.table.total.received.fetch_add(bytes, Ordering::Relaxed);
         self.peer.received.fetch_add(bytes, Ordering::Relaxed);

@@ -4,10 +4,10 @@ use crate::bootstrap::BootstrapAttempt;
 use crate::config::Config;
 use crate::convert;
 use crate::driver::{Command, Driver};
+use crate::kept::{self, Lease, With};
 use crate::shared::{Link, Shared, lock};
 use crate::streams::{OpenFailure, OpenRequest};
 use crate::traffic::Traffic;
-use crate::wire;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use libp2p::Multiaddr;
@@ -79,6 +79,7 @@ impl Libp2pTransport {
         let driver = Driver::start(config, env, shared.clone(), waiting).await?;
         let tasks = Tasks::new();
         tasks.spawn(driver.run());
+        tasks.spawn(kept::care(shared.clone()));
         Ok(Arc::new(Self { identity, shared, commands, tasks }))
     }
 
@@ -129,6 +130,11 @@ impl Libp2pTransport {
         self.tasks.abort_all();
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     async fn open_now(&self, peer: PeerId, protocol: Protocol) -> Result<Stream, OpenError> {
         if peer == self.identity.peer_id() {
             let attempts = vec!["that is this peer itself".to_owned()];
@@ -141,11 +147,15 @@ impl Libp2pTransport {
                 continue;
             };
             let Ok(place) = places.acquire_owned().await else { return Err(OpenError::Closed) };
-            match ask(&link, &protocol).await {
-                Ok(stream) => {
+            let bytes = match kept::begin_again(&self.shared.kept, peer, &protocol, link.id).await {
+                Some(bytes) => Ok(bytes),
+                None => ask(&link, &protocol).await,
+            };
+            match bytes {
+                Ok(bytes) => {
                     let meter = self.shared.traffic.meter(peer, link.path, Some(place));
-                    let (sink, frames) = wire::frames(stream, meter, &self.shared.buffers);
-                    return Ok(Stream::new(peer, protocol, sink, frames));
+                    let with = With { peer, protocol, path: link.path, opened_on: Some(link.id) };
+                    return Ok(Lease { shared: self.shared.clone(), meter, with }.stream(bytes));
                 }
                 Err(OpenFailure::UnknownProtocol) => {
                     return Err(OpenError::UnknownProtocol { peer, protocol });
@@ -266,6 +276,7 @@ impl Transport for Libp2pTransport {
                 let _ended = closed.await;
             }
             self.tasks.shutdown().await;
+            self.shared.kept.close();
         }
         .boxed()
     }

@@ -1,7 +1,9 @@
-//! Frames on a byte stream: 4 bytes of length (big-endian), then the payload; the length `u32::MAX` says "finished".
+//! Frames on a byte stream: 4 bytes of length (big-endian), then the payload; the length `u32::MAX` says "finished",
+//! the one before it "dropped".
 //!
 //! The end is said explicitly because a muxer's end-of-stream is also what a dropped QUIC stream looks like: an end
-//! without the mark is a reset. Small frames are gathered into one write; large ones are written from the caller's
+//! without a mark is a reset. And it leaves the byte stream as it is: whoever of the two sides is done hands it on
+//! ([`Owner::retire`]), unless it has stopped in the middle of a frame. Small frames are gathered into one write; large ones are written from the caller's
 //! own bytes behind a first write that carries their head, so that nothing big is copied here.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -14,9 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 
 /// The length that ends a stream.
-const FINISHED: u32 = u32::MAX;
+pub(crate) const FINISHED: u32 = u32::MAX;
+/// The length that ends a stream whose other side was dropped.
+pub(crate) const DROPPED: u32 = u32::MAX - 1;
 /// Bytes of the length.
-const HEAD_BYTES: usize = 4;
+pub(crate) const HEAD_BYTES: usize = 4;
 /// Frames are gathered up to this size: one frame of the muxer, so that a small message costs one.
 const GATHER_BYTES: usize = 16 << 10;
 /// What is allocated for a frame before its sender has shown that it really sends such frames.
@@ -24,64 +28,117 @@ const UNPROVEN_BYTES_MAX: usize = 256 << 10;
 /// Frames from this size on are received into memory that is used again.
 const POOLED_BYTES_MIN: usize = 64 << 10;
 
-/// Counts what passes; the owner of a stream decides what the figures are for.
-pub(crate) trait Meter: Send + Sync + 'static {
+/// Whose streams they are.
+pub(crate) trait Owner<S> {
     /// Bytes handed to the muxer.
     fn sent(&self, bytes: usize);
     /// Bytes taken from the muxer.
     fn received(&self, bytes: usize);
+    /// The stream has ended on this side. Dropping what is left of it resets it.
+    fn retire(&self, left: Left<S>);
 }
 
-/// The byte stream below both halves. Gone once either half was dropped before its end, which resets it.
-struct Shared<S> {
+/// What an ended stream leaves behind: the byte stream, and what must pass before another may begin on it.
+pub(crate) struct Left<S> {
+    pub(crate) bytes: S,
+    /// The other side must be told that this one was dropped.
+    pub(crate) untold: bool,
+    /// How far the other side's frames were read, if its end has not been.
+    pub(crate) unread: Option<Place>,
+}
+
+/// A place in the frames that arrive.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The length that is being read, and how many of its bytes are there.
+    pub(crate) head: [u8; HEAD_BYTES],
+    pub(crate) head_len: usize,
+    /// Bytes of the current frame that are still to come.
+    pub(crate) rest: usize,
+}
+
+/// The byte stream below both halves. Gone once either half was dropped before its end.
+struct Shared<S, O: Owner<S>> {
     state: Mutex<State<S>>,
-    meter: Box<dyn Meter>,
+    owner: O,
 }
 
 struct State<S> {
     bytes: Option<S>,
+    /// A frame was handed to the muxer in part.
+    amid_frame: bool,
+    place: Place,
     send_finished: bool,
     receive_ended: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
 }
 
-impl<S> Shared<S> {
+impl<S, O: Owner<S>> Shared<S, O> {
     fn lock(&self) -> MutexGuard<'_, State<S>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<S> State<S> {
-    /// Drop the byte stream (its muxer tells the other side) and wake whoever waits on it.
-    fn reset(&mut self) {
-        self.bytes = None;
+    /// Take the byte stream away and wake whoever waits on it. Dropped, its muxer tells the other side.
+    fn reset(&mut self) -> Option<S> {
         for waker in [self.reader.take(), self.writer.take()].into_iter().flatten() {
             waker.wake();
+        }
+        self.bytes.take()
+    }
+
+    /// Give the byte stream up: to its owner, if what was sent ends with a frame.
+    fn leave(&mut self, owner: &impl Owner<S>) {
+        let Some(bytes) = self.reset() else { return };
+        if !self.amid_frame {
+            let unread = (!self.receive_ended).then_some(self.place);
+            owner.retire(Left { bytes, untold: !self.send_finished, unread });
+        }
+    }
+
+    /// Nothing is left to do here once both directions have ended.
+    fn leave_if_done(&mut self, owner: &impl Owner<S>) {
+        if self.send_finished && self.receive_ended {
+            self.leave(owner);
         }
     }
 }
 
+impl<S, O: Owner<S>> Drop for Shared<S, O> {
+    fn drop(&mut self) {
+        self.state.get_mut().unwrap_or_else(PoisonError::into_inner).leave(&self.owner);
+    }
+}
+
 /// Frame a byte stream.
-pub(crate) fn frames<S>(
+pub(crate) fn frames<S, O: Owner<S>>(
     bytes: S,
-    meter: impl Meter,
+    owner: O,
     buffers: &Arc<BufferPool>,
-) -> (FrameSink<S>, FrameStream<S>)
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let state =
-        State { bytes: Some(bytes), send_finished: false, receive_ended: false, reader: None, writer: None };
-    let shared = Arc::new(Shared { state: Mutex::new(state), meter: Box::new(meter) });
+) -> (FrameSink<S, O>, FrameStream<S, O>) {
+    let state = State {
+        bytes: Some(bytes),
+        amid_frame: false,
+        place: Place::default(),
+        send_finished: false,
+        receive_ended: false,
+        reader: None,
+        writer: None,
+    };
+    let shared = Arc::new(Shared { state: Mutex::new(state), owner });
     let sink =
         FrameSink { shared: shared.clone(), gathered: BytesMut::new(), body: Bytes::new(), marked: false };
-    let (buffers, head) = (buffers.clone(), [0; HEAD_BYTES]);
-    (sink, FrameStream { shared, buffers, head, head_len: 0, body: None, proven: 0, failed: None })
+    (sink, FrameStream { shared, buffers: buffers.clone(), body: None, proven: 0, failed: None })
 }
 
 fn gone() -> StreamError {
     StreamError::Reset { reason: "the stream was dropped on this side".into() }
+}
+
+fn dropped() -> StreamError {
+    StreamError::Reset { reason: "the peer dropped the stream".into() }
 }
 
 fn broken(error: &io::Error) -> StreamError {
@@ -89,8 +146,8 @@ fn broken(error: &io::Error) -> StreamError {
 }
 
 /// The sending half.
-pub(crate) struct FrameSink<S> {
-    shared: Arc<Shared<S>>,
+pub(crate) struct FrameSink<S, O: Owner<S>> {
+    shared: Arc<Shared<S, O>>,
     /// Heads, small frames, and the start of a large one.
     gathered: BytesMut,
     /// The rest of a large frame, to be written after `gathered`.
@@ -99,7 +156,7 @@ pub(crate) struct FrameSink<S> {
     marked: bool,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> FrameSink<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameSink<S, O> {
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
         let mut state = self.shared.lock();
         loop {
@@ -113,12 +170,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameSink<S> {
                     return Poll::Ready(Err(broken(&io::ErrorKind::WriteZero.into())));
                 }
                 Poll::Ready(Ok(written)) => {
-                    self.shared.meter.sent(written);
+                    self.shared.owner.sent(written);
                     if self.gathered.is_empty() {
                         self.body.advance(written);
                     } else {
                         self.gathered.advance(written);
                     }
+                    // The end of a frame amid what was gathered is not looked for.
+                    state.amid_frame = !(self.gathered.is_empty() && self.body.is_empty());
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(broken(&error))),
                 Poll::Pending => {
@@ -144,7 +203,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameSink<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Sink<Bytes> for FrameSink<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> Sink<Bytes> for FrameSink<S, O> {
     type Error = StreamError;
 
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
@@ -188,27 +247,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Sink<Bytes> for FrameSink<S> {
             this.marked = true;
         }
         ready!(this.poll_drain(cx))?;
-        ready!(this.poll_bytes(cx, |bytes, cx| bytes.poll_close(cx)))?;
-        this.shared.lock().send_finished = true;
+        ready!(this.poll_bytes(cx, |bytes, cx| bytes.poll_flush(cx)))?;
+        let mut state = this.shared.lock();
+        state.send_finished = true;
+        state.leave_if_done(&this.shared.owner);
         Poll::Ready(Ok(()))
     }
 }
 
-impl<S> Drop for FrameSink<S> {
+impl<S, O: Owner<S>> Drop for FrameSink<S, O> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         if !state.send_finished {
-            state.reset();
+            // The mark may have left already: then it is too late to say something else.
+            state.amid_frame |= self.marked;
+            state.leave(&self.shared.owner);
         }
     }
 }
 
 /// The receiving half.
-pub(crate) struct FrameStream<S> {
-    shared: Arc<Shared<S>>,
+pub(crate) struct FrameStream<S, O: Owner<S>> {
+    shared: Arc<Shared<S, O>>,
     buffers: Arc<BufferPool>,
-    head: [u8; HEAD_BYTES],
-    head_len: usize,
     /// The frame being read.
     body: Option<Body>,
     /// The largest frame that this sender has really sent.
@@ -240,21 +301,19 @@ impl Body {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
-    /// Read into `buffer`; 0 is the end of the byte stream.
+impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameStream<S, O> {
+    /// Read into `buffer`; the end of the byte stream is a reset.
     fn poll_read(
-        shared: &Shared<S>,
+        state: &mut State<S>,
+        owner: &impl Owner<S>,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<Result<usize, StreamError>> {
-        let mut state = shared.lock();
         let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(gone())) };
         match Pin::new(bytes).poll_read(cx, buffer) {
-            Poll::Ready(Ok(0)) => {
-                Poll::Ready(Err(StreamError::Reset { reason: "the peer dropped the stream".into() }))
-            }
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(dropped())),
             Poll::Ready(Ok(count)) => {
-                shared.meter.received(count);
+                owner.received(count);
                 Poll::Ready(Ok(count))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(broken(&error))),
@@ -265,12 +324,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
         }
     }
 
+    /// The length of the next frame, or the mark in its place.
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<u32, StreamError>> {
+        let mut state = self.shared.lock();
+        let mut head = state.place.head;
+        while let Some(rest) = head.get_mut(state.place.head_len..).filter(|rest| !rest.is_empty()) {
+            let count = ready!(Self::poll_read(&mut state, &self.shared.owner, cx, rest))?;
+            state.place.head = head;
+            state.place.head_len = state.place.head_len.saturating_add(count);
+        }
+        let length = u32::from_be_bytes(head);
+        state.place = Place::default();
+        match length {
+            FINISHED => {
+                state.receive_ended = true;
+                state.leave_if_done(&self.shared.owner);
+            }
+            DROPPED => {
+                state.receive_ended = true;
+                state.leave(&self.shared.owner);
+            }
+            _ => state.place.rest = usize::try_from(length).unwrap_or(usize::MAX),
+        }
+        Poll::Ready(Ok(length))
+    }
+
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         loop {
             if let Some(body) = self.body.as_mut() {
                 let rest = body.rest();
                 if !rest.is_empty() {
-                    let count = ready!(Self::poll_read(&self.shared, cx, rest))?;
+                    let mut state = self.shared.lock();
+                    let count = ready!(Self::poll_read(&mut state, &self.shared.owner, cx, rest))?;
+                    state.place.rest = state.place.rest.saturating_sub(count);
                     body.filled = body.filled.saturating_add(count);
                     continue;
                 }
@@ -281,16 +367,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
                 self.body = None;
                 return Poll::Ready(Ok(Some(whole)));
             }
-            while let Some(rest) = self.head.get_mut(self.head_len..).filter(|rest| !rest.is_empty()) {
-                let count = ready!(Self::poll_read(&self.shared, cx, rest))?;
-                self.head_len = self.head_len.saturating_add(count);
-            }
-            self.head_len = 0;
-            let len = u32::from_be_bytes(self.head);
-            if len == FINISHED {
-                return Poll::Ready(Ok(None));
-            }
-            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let len = match ready!(self.poll_head(cx))? {
+                FINISHED => return Poll::Ready(Ok(None)),
+                DROPPED => return Poll::Ready(Err(dropped())),
+                length => usize::try_from(length).unwrap_or(usize::MAX),
+            };
             if len > FRAME_BYTES_MAX {
                 return Poll::Ready(Err(StreamError::FrameTooLarge { len, max: FRAME_BYTES_MAX }));
             }
@@ -299,7 +380,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> futures::Stream for FrameStream<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> futures::Stream for FrameStream<S, O> {
     type Item = Result<Bytes, StreamError>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -312,25 +393,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> futures::Stream for FrameStream<S> {
         }
         match ready!(this.poll_frame(cx)) {
             Ok(Some(frame)) => Poll::Ready(Some(Ok(frame))),
-            Ok(None) => {
-                this.shared.lock().receive_ended = true;
-                Poll::Ready(None)
-            }
+            Ok(None) => Poll::Ready(None),
             Err(error) => {
                 this.failed = Some(error.clone());
-                this.shared.lock().reset();
+                drop(this.shared.lock().reset());
                 Poll::Ready(Some(Err(error)))
             }
         }
     }
 }
 
-impl<S> Drop for FrameStream<S> {
+impl<S, O: Owner<S>> Drop for FrameStream<S, O> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         // Whoever has finished sending may leave without reading on: its own frames must still arrive.
         if !state.receive_ended && !state.send_finished {
-            state.reset();
+            state.leave(&self.shared.owner);
         }
     }
 }

@@ -8,9 +8,10 @@ use proptest::prelude::*;
 
 struct Ignore;
 
-impl Meter for Ignore {
+impl<S> Owner<S> for Ignore {
     fn sent(&self, _: usize) {}
     fn received(&self, _: usize) {}
+    fn retire(&self, _: Left<S>) {}
 }
 
 /// What reading `bytes` as frames gives, and how it ends.

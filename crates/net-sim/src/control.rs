@@ -90,7 +90,7 @@ impl World {
     }
 
     /// Whether nothing gets from one peer to the other on their route.
-    fn route_cut(&self, from: Node, to: Node, relay: Option<Node>) -> bool {
+    pub(crate) fn route_cut(&self, from: Node, to: Node, relay: Option<Node>) -> bool {
         match relay {
             None => self.cut(from, to),
             Some(relay) => self.cut(from, relay) || self.cut(relay, to),
@@ -105,6 +105,7 @@ impl World {
 
     fn disconnect(&mut self, a: Node, b: Node) {
         self.conns.remove(&key(a, b));
+        self.kept.forget(a, b);
         self.peer_mut(a).neighbours.remove(&b);
         self.peer_mut(b).neighbours.remove(&a);
     }
@@ -131,6 +132,12 @@ impl World {
         protocol: Protocol,
     ) -> Result<u64, Vec<String>> {
         let (path, relay) = self.route(from, to)?;
+        if let Some(stream) = self.begin_again(from, to, &protocol) {
+            let open = self.fresh_id();
+            let result = Some(Ok(stream));
+            self.pending.insert(open, Pending { from, to, protocol, path, relay, result, waker: None });
+            return Ok(open);
+        }
         let trip = self.latency(from, to, relay);
         // What the handshakes cost: TCP and the secure channel; with a relay, the circuit and the punch as well.
         let dial = match (self.conn(from, to), path) {
@@ -195,11 +202,11 @@ impl World {
         }
     }
 
-    fn create_stream(&mut self, ends: [Node; 2], protocol: &Protocol, relay: Option<Node>) -> u64 {
+    pub(crate) fn create_stream(&mut self, ends: [Node; 2], protocol: &Protocol, relay: Option<Node>) -> u64 {
         let stream = self.fresh_id();
         let flows = [self.flow(ends[0], ends[1], relay), self.flow(ends[1], ends[0], relay)];
         let protocol = protocol.clone();
-        self.streams.push(stream, StreamState { ends, relay, protocol, flows, halves: 4 });
+        self.streams.push(stream, StreamState { ends, relay, protocol, flows, halves: 4, spoiled: false });
         for end in ends {
             self.peer_mut(end).streams.insert(stream);
             self.peer_mut(end).traffic.streams += 1;
@@ -274,7 +281,7 @@ impl World {
         if !flow.finish_sent && flow.send_error.is_none() {
             self.reset(stream, end, true);
         }
-        self.drop_half(stream);
+        self.drop_half(stream, end);
     }
 
     /// The receiving half at `end` is gone. If the other side has not finished, it must stop sending; what this side
@@ -286,24 +293,26 @@ impl World {
             let whole = !own.finish_sent && own.send_error.is_none();
             self.reset(stream, end, whole);
         }
-        self.drop_half(stream);
+        self.drop_half(stream, end);
     }
 
-    fn drop_half(&mut self, stream: u64) {
+    fn drop_half(&mut self, stream: u64, end: u8) {
         let Some(state) = self.streams.get_mut(stream) else { return };
         state.halves -= 1;
         if state.halves == 0 {
             let ends = state.ends;
-            self.streams.remove(stream);
             for end in ends {
                 self.peer_mut(end).streams.remove(&stream);
+            }
+            if let Some(state) = self.streams.remove(stream) {
+                self.keep(*state, end);
             }
         }
     }
 
     /// `end` gives up the stream, or (not `whole`) only what it receives; the other side learns after the latency.
     pub(crate) fn reset(&mut self, stream: u64, end: u8, whole: bool) {
-        let reason = "the other side dropped it";
+        let reason = DROPPED;
         let Some(state) = self.streams.get_mut(stream) else { return };
         let (own, other) = (usize::from(end), usize::from(1 - end));
         if whole {
@@ -324,6 +333,7 @@ impl World {
             return;
         }
         let Some(state) = self.streams.get_mut(stream) else { return };
+        state.spoiled |= reason != DROPPED;
         state.flows[own].break_sender(reason);
         if whole {
             state.flows[other].break_receiver(reason);
@@ -366,6 +376,7 @@ impl World {
     fn stop_stream(&mut self, stream: u64, node: Node, silent: bool) {
         let Some(state) = self.streams.get_mut(stream) else { return };
         let own = usize::from(state.ends[1] == node);
+        state.spoiled = true;
         state.flows[own].break_sender("this side is closed");
         state.flows[1 - own].break_receiver("this side is closed");
         if !silent {
@@ -448,3 +459,5 @@ impl World {
 
 /// The one reason that needs no message to get through.
 const TIMED_OUT: &str = "connection timed out";
+/// The one reason that leaves the connection as it is.
+const DROPPED: &str = "the other side dropped it";

@@ -108,6 +108,11 @@ impl Flow {
         self.in_flight < self.window || self.in_flight <= self.frame_bytes_max
     }
 
+    /// Whether nothing of it is on its way.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.stalled_by.is_none() && self.hops.iter().all(|hop| hop.queue.is_empty() && hop.held.is_empty())
+    }
+
     pub(crate) fn wake_sender(&mut self) {
         if let Some(waker) = self.send_waker.take() {
             waker.wake();
@@ -145,4 +150,6 @@ pub(crate) struct StreamState {
     pub(crate) flows: [Flow; 2],
     /// Halves that somebody still holds; at zero the stream is forgotten.
     pub(crate) halves: u8,
+    /// Something broke it, so that nothing can begin on it when it has ended.
+    pub(crate) spoiled: bool,
 }

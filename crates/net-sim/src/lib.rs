@@ -31,7 +31,7 @@
 //! * **Windows.** A sender is at most one window (256 KiB to 4 MiB, by bandwidth and latency) and one frame ahead of its
 //!   reader.
 //! * **Connections** cost two round trips ([`NatClass`] decides whether direct, punched or relayed; the last two cost
-//!   three), streams one. Relayed bytes use the relay's links. Opens and resets travel at the latency of the route but
+//!   three), streams one, or none where one of the same protocol has ended on the same connection. Relayed bytes use the relay's links. Opens and resets travel at the latency of the route but
 //!   take no bandwidth.
 //! * **Faults.** Frames are late, streams stall or reset ([`Verdict`], [`FaultRates`]), opens are refused, peers
 //!   [crash](SimNet::crash), [vanish](SimNet::vanish), [freeze](SimNet::freeze) and [restart](SimNet::restart), networks
@@ -46,6 +46,7 @@
 
 mod control;
 mod flow;
+mod kept;
 mod nat;
 mod pipe;
 mod rule;

@@ -75,6 +75,7 @@ impl futures::Stream for Receiver {
         match &polled {
             Poll::Ready(Some(Ok(frame))) if frame.len() > FRAME_BYTES_MAX => {
                 let len = frame.len();
+                world.spoil(self.stream);
                 world.reset(self.stream, self.end, true);
                 drop(world);
                 self.refused = Some(len);
@@ -221,6 +222,7 @@ impl World {
         };
         self.note(from, to, Some(&protocol), bytes, what);
         if reset_now {
+            self.spoil(stream);
             self.reset(stream, end, true);
             return Err(reset("injected fault"));
         }

@@ -38,15 +38,15 @@ impl Streams {
         self.count += 1;
     }
 
-    pub(crate) fn remove(&mut self, stream: u64) {
-        let Some(at) = self.position(stream) else { return };
-        if self.slots.get_mut(at).and_then(Option::take).is_some() {
-            self.count -= 1;
-        }
+    pub(crate) fn remove(&mut self, stream: u64) -> Option<Box<StreamState>> {
+        let at = self.position(stream)?;
+        let removed = self.slots.get_mut(at).and_then(Option::take);
+        self.count -= usize::from(removed.is_some());
         while let Some(None) = self.slots.front() {
             self.slots.pop_front();
             self.first += 1;
         }
+        removed
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -5,6 +5,7 @@
 
 use crate::control::{Conn, Pending};
 use crate::flow::{Chunk, Flow, Payload};
+use crate::kept::Kept;
 use crate::pipe::{FlowRef, Pipe};
 use crate::streams::Streams;
 use crate::trace::{Entry, Log, What};
@@ -61,6 +62,8 @@ pub(crate) enum Event {
         reason: &'static str,
     },
     OpenArrive(u64),
+    /// A stream on one that was kept.
+    BeginArrive(u64),
     OpenAnswer(u64, Box<Result<u64, potluck_net::OpenError>>),
     /// Nothing came through this connection since then.
     Silence((Node, Node), Instant),
@@ -107,6 +110,7 @@ pub(crate) struct World {
     pub(crate) streams: Streams,
     pub(crate) conns: BTreeMap<(Node, Node), Conn>,
     pub(crate) pending: BTreeMap<u64, Pending>,
+    pub(crate) kept: Kept,
     /// Opens and resets that wait for a link to heal or a peer to wake.
     pub(crate) parked: Vec<Event>,
     pub(crate) partitions: BTreeMap<u64, (BTreeSet<Node>, BTreeSet<Node>)>,
@@ -134,6 +138,7 @@ impl World {
             streams: Streams::default(),
             conns: BTreeMap::new(),
             pending: BTreeMap::new(),
+            kept: Kept::default(),
             parked: Vec::new(),
             partitions: BTreeMap::new(),
             rules: BTreeSet::from([FOREVER]),
@@ -237,6 +242,7 @@ impl World {
             }
             Event::Reset { stream, end, whole, reason } => self.reset_arrives(stream, end, whole, reason),
             Event::OpenArrive(open) => self.open_arrives(open),
+            Event::BeginArrive(stream) => self.begin_arrives(stream),
             Event::OpenAnswer(open, result) => self.open_answered(open, *result),
             Event::Silence(key, since) => self.silence(key, since),
         }

@@ -152,3 +152,51 @@ fn without_a_relay_the_error_names_what_was_tried() {
         assert!(error.to_string().contains("no relay is reachable"), "{error}");
     });
 }
+
+/// One frame there and one back on a new stream; the time that took, in milliseconds.
+async fn exchange(net: &SimNet, a: &Arc<SimTransport>, b: &Arc<SimTransport>) -> u128 {
+    let mut incoming = b.accept(protocol(), 4).expect("nobody else accepts");
+    let start = net.elapsed();
+    let mut ours = a.open(b.local_peer(), protocol()).await.expect("b is up");
+    ours.send(Bytes::from_static(b"ping")).await.expect("no fault is injected");
+    let mut theirs = incoming.next().await.expect("b is open");
+    let ping = theirs.recv().await.expect("no fault is injected").expect("a has not finished");
+    theirs.send(ping).await.expect("no fault is injected");
+    ours.recv().await.expect("no fault is injected").expect("b has not finished");
+    (net.elapsed() - start).as_millis()
+}
+
+#[test]
+fn a_stream_begins_without_a_round_trip_where_one_has_ended() {
+    let far = || PeerSpec { latency: Duration::from_millis(25), ..PeerSpec::default() };
+    run(3, async |net| {
+        let (a, b) = (net.add_peer(far()), net.add_peer(far()));
+        // Two round trips of 100 ms to connect, one to open, one for the frames.
+        let first = exchange(&net, &a, &b).await;
+        assert!((400..410).contains(&first), "{first} ms");
+        // The acceptor has not heard of the end yet, or the opener not of its readiness.
+        let at_once = exchange(&net, &a, &b).await;
+        assert!((200..210).contains(&at_once), "{at_once} ms");
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let later = exchange(&net, &a, &b).await;
+        assert!((100..110).contains(&later), "{later} ms");
+        tokio::time::sleep(Duration::from_secs(200)).await;
+        let much_later = exchange(&net, &a, &b).await;
+        assert!((200..210).contains(&much_later), "{much_later} ms");
+    });
+}
+
+#[test]
+fn a_refused_beginning_is_a_reset() {
+    run(4, async |net| {
+        let (a, b) = (net.add_peer(PeerSpec::default()), net.add_peer(PeerSpec::default()));
+        exchange(&net, &a, &b).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        // Nobody accepts any more.
+        let mut ours = a.open(b.local_peer(), protocol()).await.expect("the opener does not know it");
+        assert!(ours.recv().await.is_err());
+        drop(ours);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(a.open(b.local_peer(), protocol()).await.is_err());
+    });
+}
