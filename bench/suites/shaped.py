@@ -10,7 +10,7 @@ from table import Row, failed, faster, share
 # Mbit/s both ways, milliseconds one way, values: so that the bytes alone take about a second.
 LINKS = [(20, 0, 1_000_000), (100, 0, 4_000_000), (100, 50, 4_000_000), (1000, 0, 20_000_000)]
 
-OPENING = "half a second of each round, whatever its size: it opens its streams anew, and their windows begin at 256 KiB and double with every round trip"
+DISTANCE = "the way of the first contribution, of the last average and of the agreement is in the time of the transfer, and nothing overlaps with it"
 
 
 def shaped(quick: bool) -> Iterator[Row]:
@@ -57,7 +57,7 @@ def _rows(what, rate, delay, numel, turns) -> Iterator[Row]:
     note = "bytes on the link with all headers, by what it carries in the time of the transfer (after the group was found)"
     if delay:
         note += "; the relay is in the path, and no packet passes it by"
-    yield share("shaped link", f"{what}: share used", part("potluck"), target, note=note, peer=part("hivemind"), peer_name="hivemind").because(OPENING if delay else "see the time of the transfer")  # fmt: skip
+    yield share("shaped link", f"{what}: share used", part("potluck"), target, note=note, peer=part("hivemind"), peer_name="hivemind").because(DISTANCE if delay else "see the time of the transfer")  # fmt: skip
     ours, theirs = (median(turns, name, "transfer") for name in ("potluck", "hivemind"))
     yield faster(
         "shaped link", f"{what}: transfer by bytes/rate", ours and ours / ideal, theirs and theirs / ideal, "hivemind",

@@ -21,6 +21,11 @@ pub(crate) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Part::P2pCircuit)
 }
 
+/// Whether an address is one of QUIC.
+pub(crate) fn is_quic(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Part::QuicV1)
+}
+
 /// The last `/p2p/` of an address: whom it leads to.
 pub(crate) fn target(address: &Multiaddr) -> Option<libp2p::PeerId> {
     match address.iter().last() {

@@ -41,6 +41,8 @@ const IDENTIFY_ADDRESSES_MAX: usize = 16;
 pub(crate) enum Command {
     /// Connect to a peer; the answer is one line per address that failed.
     Dial { peer: PeerId, reply: oneshot::Sender<Result<(), Vec<String>>> },
+    /// Connect by TCP as well to a peer that is connected by QUIC.
+    Upgrade { peer: PeerId },
     /// Say goodbye and end.
     Close { reply: oneshot::Sender<()> },
 }
@@ -151,6 +153,11 @@ impl Driver {
                 biased;
                 command = self.commands.recv() => match command {
                     Some(Command::Dial { peer, reply }) => self.dial(peer, reply),
+                    Some(Command::Upgrade { peer }) => {
+                        let all = self.shared.book.get(peer).into_iter();
+                        let tcp = all.filter(|at| !convert::is_quic(at) && !convert::is_relayed(at));
+                        self.dial_at(convert::to_libp2p(peer), tcp.collect());
+                    }
                     Some(Command::Close { reply }) => {
                         self.close().await;
                         // Whoever asked may have gone.
@@ -315,6 +322,10 @@ impl Driver {
             self.not_found(peer);
             return;
         }
+        self.dial_at(id, addresses);
+    }
+
+    fn dial_at(&mut self, id: libp2p::PeerId, addresses: Vec<Multiaddr>) {
         let dial = DialOpts::peer_id(id).condition(PeerCondition::Always).addresses(addresses).build();
         if let Err(error) = self.swarm.dial(dial) {
             self.on_dial_failed(id, &error);
@@ -410,6 +421,11 @@ impl Driver {
                 tracing::debug!(target: "potluck::net", peer = %peer_id, %error, "does not say who it is");
                 self.bootstrap.on_unidentified(&peer_id, &error.to_string(), &self.shared);
                 self.introduced(&peer_id);
+            }
+            BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(_) }) => {
+                if let Some(peer) = convert::from_libp2p(&peer) {
+                    self.shared.peers.heard(peer, connection);
+                }
             }
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Err(failure) })
                 if !matches!(failure, ping::Failure::Unsupported) =>

@@ -1,6 +1,7 @@
 //! Tests of byte streams that are used again, in memory and between two real transports.
 
 use super::*;
+use crate::transport::BULK_BYTES_MIN;
 use crate::{Config, Libp2pTransport};
 use bytes::Bytes;
 use futures::SinkExt;
@@ -132,13 +133,19 @@ struct Pair {
 
 impl Pair {
     async fn new(listen: &str) -> Self {
-        let start = async |seed: u8| {
-            let mut config = Config::loopback(Identity::from_seed(&[seed; 32]));
-            config.listen = vec![listen.to_owned()];
-            Libp2pTransport::start(config, Env::real()).await.unwrap()
-        };
-        let (opener, acceptor) = (start(1).await, start(2).await);
-        opener.add_addresses(acceptor.local_peer(), &acceptor.addresses());
+        let mut config = Config::loopback(Identity::from_seed(&[2; 32]));
+        config.listen = vec![listen.to_owned()];
+        let acceptor = Libp2pTransport::start(config, Env::real()).await.unwrap();
+        let pair = Self::between(acceptor).await;
+        pair.opener.add_addresses(pair.acceptor.local_peer(), &pair.acceptor.addresses());
+        pair
+    }
+
+    /// The opener knows no address of the acceptor yet.
+    async fn between(acceptor: Arc<Libp2pTransport>) -> Self {
+        let mut config = Config::loopback(Identity::from_seed(&[1; 32]));
+        config.listen = BOTH.map(str::to_owned).to_vec();
+        let opener = Libp2pTransport::start(config, Env::real()).await.unwrap();
         let incoming = acceptor.accept(Protocol::new(NAME), 1).unwrap();
         Self { opener, acceptor, incoming }
     }
@@ -270,4 +277,33 @@ async fn what_is_kept_is_bounded_and_ends_with_its_time() {
     pair.keeps(1).await;
     pair.opener.close().await;
     assert_eq!(pair.kept(), 0);
+}
+
+#[tokio::test]
+async fn whoever_moves_much_over_quic_gets_tcp_as_well_and_uses_it() {
+    let mut config = Config::loopback(Identity::from_seed(&[2; 32]));
+    config.listen = BOTH.map(str::to_owned).to_vec();
+    let acceptor = Libp2pTransport::start(config, Env::real()).await.unwrap();
+    let mut pair = Pair::between(acceptor).await;
+    let (quic, tcp) = pair.acceptor.addresses().into_iter().partition::<Vec<_>, _>(|at| at.contains("quic"));
+    assert_eq!((quic.len(), tcp.len()), (1, 1));
+    let peer = pair.acceptor.local_peer();
+    pair.opener.add_addresses(peer, &quic);
+    pair.exchange().await;
+    let is_quic = || pair.opener.shared().peers.best(peer).unwrap().0.quic;
+    assert!(is_quic());
+    pair.opener.add_addresses(peer, &tcp);
+    for _ in 0..=BULK_BYTES_MIN >> 20 {
+        let mut ours = pair.open().await.unwrap();
+        let mut theirs = pair.incoming.next().await.unwrap();
+        let (sent, got) = tokio::join!(ours.send(vec![7; 1 << 20].into()), theirs.recv());
+        assert!(sent.is_ok() && got.unwrap().is_some());
+    }
+    let upgraded = async {
+        while is_quic() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, upgraded).await.expect("it is dialed");
+    pair.exchange().await;
 }

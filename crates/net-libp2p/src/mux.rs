@@ -12,6 +12,7 @@ use std::future::{Ready, ready as immediately};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 use yamux::{Connection, ConnectionError, Mode, Stream};
 
 /// Payload of the largest frame that we send. A message of control that comes behind it on a link of 20 Mbit/s waits
@@ -20,34 +21,46 @@ const FRAME_BYTES: usize = 64 << 10;
 
 /// The receive window that a stream begins with; yamux sets it aside for every stream that there may be.
 const FIRST_WINDOW_BYTES: usize = 256 << 10;
-/// How much all windows of a connection together may grow with the round trip: 100 MB/s at 100 ms need 10 MB, and yamux
-/// allows twice the product. Without it a stream moves 256 KiB per round trip however fast the link is.
-const GROWTH_BYTES: usize = 64 << 20;
+/// How much all windows of a connection together may grow at most: 100 MB/s at 100 ms need 10 MB, and yamux allows twice the
+/// product. Without it a stream moves 256 KiB per round trip however fast the link is.
+const GROWTH_BYTES_MAX: usize = 64 << 20;
+/// How much they may grow with the round trip. Near peers need no growth, and it does harm: yamux measures round trips while its
+/// own bytes queue on the link, doubles a window for each of them, and with unequal windows one direction's queue delays what
+/// opens the other's window, so that it stands still for most of the time.
+const GROWTH_PER_SECOND: f64 = 400e6;
+/// The cryptography's part of a handshake, at most.
+const HANDSHAKE_COMPUTES: Duration = Duration::from_millis(2);
 
 /// How connections are shared between streams.
 #[derive(Debug, Clone)]
 pub(crate) struct Mux {
-    config: yamux::Config,
     streams_max: usize,
+    handshake: Duration,
 }
 
 impl Mux {
-    /// Connections with at most this many streams.
-    pub(crate) fn new(streams_max: usize) -> Self {
-        let mut config = yamux::Config::default();
-        config.set_max_connection_receive_window(Some(streams_max * FIRST_WINDOW_BYTES + GROWTH_BYTES));
-        config.set_max_num_streams(streams_max).set_split_send_size(FRAME_BYTES);
-        Self { config, streams_max }
+    /// A connection with at most this many streams, whose handshake took so long.
+    pub(crate) fn new(streams_max: usize, handshake: Duration) -> Self {
+        Self { streams_max, handshake }
     }
 
     fn muxer<C>(self, socket: C, mode: Mode) -> Ready<io::Result<Muxer<C>>>
     where
         C: AsyncRead + AsyncWrite + Unpin,
     {
-        let connection = Connection::new(socket, self.config, mode);
+        let growth = growth_bytes(self.handshake);
+        let mut config = yamux::Config::default();
+        config.set_max_connection_receive_window(Some(self.streams_max * FIRST_WINDOW_BYTES + growth));
+        config.set_max_num_streams(self.streams_max).set_split_send_size(FRAME_BYTES);
+        let connection = Connection::new(socket, config, mode);
         let (waiting, picked_up) = (VecDeque::new(), None);
         immediately(Ok(Muxer { connection, waiting, waiting_max: self.streams_max, picked_up }))
     }
+}
+
+fn growth_bytes(handshake: Duration) -> usize {
+    let round_trip = handshake.saturating_sub(HANDSHAKE_COMPUTES);
+    GROWTH_BYTES_MAX.min((round_trip.as_secs_f64() * GROWTH_PER_SECOND) as usize)
 }
 
 impl UpgradeInfo for Mux {
@@ -138,5 +151,19 @@ impl<C: AsyncRead + AsyncWrite + Unpin> StreamMuxer for Muxer<C> {
         // Others get their turn before the next look.
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_grow_with_the_distance_and_not_without_one() {
+        let grows = |milliseconds| growth_bytes(Duration::from_millis(milliseconds));
+        assert_eq!(grows(2), 0);
+        // Twice 100 MB/s times the round trip, and room for other streams.
+        assert!((20 << 20..40 << 20).contains(&grows(100)));
+        assert_eq!(grows(5000), GROWTH_BYTES_MAX);
     }
 }

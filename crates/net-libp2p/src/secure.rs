@@ -2,6 +2,7 @@
 
 use crate::config::Security;
 use crate::read_ahead::ReadAhead;
+use crate::shared::lock;
 use crate::tls::{self, Tls};
 use futures::future::{BoxFuture, Either};
 use futures::{AsyncRead, AsyncWrite, FutureExt};
@@ -10,9 +11,15 @@ use libp2p::core::UpgradeInfo;
 use libp2p::core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade};
 use libp2p::identity::Keypair;
 use libp2p::{PeerId, noise};
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::time::Instant;
 
 const NOISE: &str = "/noise";
+/// Handshakes remembered until their muxer has asked.
+const HANDSHAKES_MAX: usize = 1024;
 
 /// TLS first: with AES it costs half the processor time of Noise, whose cipher is fixed.
 #[derive(Clone)]
@@ -20,6 +27,28 @@ pub(crate) struct Secure {
     allowed: Security,
     tls: Tls,
     noise: noise::Config,
+    handshakes: Handshakes,
+}
+
+/// What the latest handshake with each peer took, a round trip and the cryptography: between the encryption and the muxer,
+/// which wants to know, libp2p passes nothing on but the peer's id.
+#[derive(Clone, Default)]
+pub(crate) struct Handshakes(Arc<Mutex<BTreeMap<PeerId, Duration>>>);
+
+impl Handshakes {
+    fn note(&self, peer: PeerId, start: Instant) {
+        let mut took = lock(&self.0);
+        if took.len() >= HANDSHAKES_MAX {
+            // Of connections that failed in between.
+            took.clear();
+        }
+        took.insert(peer, start.elapsed());
+    }
+
+    /// Of a handshake that was forgotten nothing is known: it may have been a long one.
+    pub(crate) fn take(&self, peer: &PeerId) -> Duration {
+        lock(&self.0).remove(peer).unwrap_or(Duration::MAX)
+    }
 }
 
 /// An encrypted byte stream.
@@ -28,7 +57,11 @@ pub(crate) type Encrypted<C> = Either<TlsStream<ReadAhead<C>>, noise::Output<Rea
 impl Secure {
     pub(crate) fn new(keypair: &Keypair, allowed: Security) -> io::Result<Self> {
         let noise = noise::Config::new(keypair).map_err(io::Error::other)?;
-        Ok(Self { allowed, tls: Tls::new(keypair)?, noise })
+        Ok(Self { allowed, tls: Tls::new(keypair)?, noise, handshakes: Handshakes::default() })
+    }
+
+    pub(crate) fn handshakes(&self) -> Handshakes {
+        self.handshakes.clone()
     }
 }
 
@@ -55,14 +88,18 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, io::Error>>;
 
     fn upgrade_inbound(self, socket: C, name: &'static str) -> Self::Future {
-        let socket = ReadAhead::new(socket);
+        let (socket, start) = (ReadAhead::new(socket), Instant::now());
         async move {
-            if name == tls::NAME {
+            let (peer, stream) = if name == tls::NAME {
                 let (peer, stream) = self.tls.accept(socket).await?;
-                return Ok((peer, Either::Left(stream)));
-            }
-            let (peer, stream) = self.noise.upgrade_inbound(socket, name).await.map_err(io::Error::other)?;
-            Ok((peer, Either::Right(stream)))
+                (peer, Either::Left(stream))
+            } else {
+                let upgraded = self.noise.upgrade_inbound(socket, name).await;
+                let (peer, stream) = upgraded.map_err(io::Error::other)?;
+                (peer, Either::Right(stream))
+            };
+            self.handshakes.note(peer, start);
+            Ok((peer, stream))
         }
         .boxed()
     }
@@ -77,14 +114,18 @@ where
     type Future = BoxFuture<'static, Result<Self::Output, io::Error>>;
 
     fn upgrade_outbound(self, socket: C, name: &'static str) -> Self::Future {
-        let socket = ReadAhead::new(socket);
+        let (socket, start) = (ReadAhead::new(socket), Instant::now());
         async move {
-            if name == tls::NAME {
+            let (peer, stream) = if name == tls::NAME {
                 let (peer, stream) = self.tls.connect(socket).await?;
-                return Ok((peer, Either::Left(stream)));
-            }
-            let (peer, stream) = self.noise.upgrade_outbound(socket, name).await.map_err(io::Error::other)?;
-            Ok((peer, Either::Right(stream)))
+                (peer, Either::Left(stream))
+            } else {
+                let upgraded = self.noise.upgrade_outbound(socket, name).await;
+                let (peer, stream) = upgraded.map_err(io::Error::other)?;
+                (peer, Either::Right(stream))
+            };
+            self.handshakes.note(peer, start);
+            Ok((peer, stream))
         }
         .boxed()
     }

@@ -10,12 +10,16 @@ use libp2p::swarm::ConnectionId;
 use potluck_net::{AcceptError, BufferPool, Path, PeerId, Protocol, Reachability, Stream};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
 
 /// Streams that we open on one peer and that live at the same time.
 const OUTBOUND_PER_PEER_MAX: usize = 1024;
 /// Streams that one peer has opened and ended, and on which it may begin another.
 const WAITING_PER_PEER_MAX: usize = 64;
+/// A connection that lives answers within this: pings go out every 10 s.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(13);
 /// Addresses kept per peer.
 const ADDRESSES_PER_PEER_MAX: usize = 12;
 /// Peers whose addresses are kept.
@@ -146,6 +150,9 @@ impl Registry {
 pub(crate) struct Link {
     pub(crate) id: ConnectionId,
     pub(crate) path: Path,
+    pub(crate) quic: bool,
+    /// When the other side last answered a ping.
+    pub(crate) heard: Instant,
     pub(crate) opens: mpsc::Sender<OpenRequest>,
 }
 
@@ -159,6 +166,7 @@ struct Connected {
     links: Vec<Link>,
     outbound: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
+    upgraded: bool,
 }
 
 impl Peers {
@@ -169,6 +177,7 @@ impl Peers {
             links: Vec::new(),
             outbound: Arc::new(Semaphore::new(OUTBOUND_PER_PEER_MAX)),
             waiting: Arc::new(Semaphore::new(WAITING_PER_PEER_MAX)),
+            upgraded: false,
         });
         let relayed = connected.links.iter().any(|link| link.path == Path::Relayed);
         if relayed && behind_nat && link.path == Path::Direct {
@@ -187,20 +196,37 @@ impl Peers {
         }
     }
 
-    /// The best connection to a peer: the most direct, then the newest, or of relayed ones the oldest, because the others
-    /// may be probes for hole punching; and the bound on streams opened on that peer.
+    /// The best connection to a peer, and the bound on streams opened on that peer. Those that answer come before those that
+    /// may have died; then the most direct; then TCP, which moves several times as many bytes as QUIC for the same work (see
+    /// docs/performance.md); then the newest, or of relayed ones the oldest, because the others may be probes for hole punching.
     pub(crate) fn best(&self, peer: PeerId) -> Option<(Link, Arc<Semaphore>)> {
         let peers = lock(&self.inner);
         let connected = peers.get(&peer)?;
         let by_age =
             |a: &Link, b: &Link| if a.path == Path::Relayed { a.id.cmp(&b.id) } else { b.id.cmp(&a.id) };
-        let best = connected.links.iter().min_by(|a, b| a.path.cmp(&b.path).then_with(|| by_age(a, b)))?;
+        let now = Instant::now();
+        let rank = |link: &Link| (now > link.heard + ANSWERS_WITHIN, link.path, link.quic);
+        let best = connected.links.iter().min_by(|a, b| rank(a).cmp(&rank(b)).then_with(|| by_age(a, b)))?;
         Some((best.clone(), connected.outbound.clone()))
     }
 
     /// A place for an ended stream that `peer` had opened, if there is one.
     pub(crate) fn place_to_wait(&self, peer: PeerId) -> Option<OwnedSemaphorePermit> {
         lock(&self.inner).get(&peer)?.waiting.clone().try_acquire_owned().ok()
+    }
+
+    pub(crate) fn heard(&self, peer: PeerId, id: ConnectionId) {
+        let mut peers = lock(&self.inner);
+        let links = peers.get_mut(&peer).map(|connected| connected.links.iter_mut());
+        if let Some(link) = links.and_then(|mut links| links.find(|link| link.id == id)) {
+            link.heard = Instant::now();
+        }
+    }
+
+    /// Whether nobody has asked this since the peer connected.
+    pub(crate) fn may_upgrade(&self, peer: PeerId) -> bool {
+        let mut peers = lock(&self.inner);
+        peers.get_mut(&peer).is_some_and(|connected| !std::mem::replace(&mut connected.upgraded, true))
     }
 
     pub(crate) fn path(&self, peer: PeerId) -> Option<Path> {
@@ -271,6 +297,32 @@ mod tests {
             book.add(peer(n), [address(1)]);
         }
         assert!(lock(&book.inner).len() <= PEERS_IN_BOOK_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_best_connection_answers_is_direct_and_moves_bytes_cheaply() {
+        let peers = Peers::default();
+        let (opens, _requests) = mpsc::channel(1);
+        let add = |number: usize, path: Path, quic: bool| {
+            let id = ConnectionId::new_unchecked(number);
+            peers.add(peer(1), Link { id, path, quic, heard: Instant::now(), opens: opens.clone() }, false);
+            id
+        };
+        let best = || peers.best(peer(1)).unwrap().0.id;
+        let relayed = add(1, Path::Relayed, false);
+        assert_eq!(best(), relayed);
+        let quic = add(2, Path::Direct, true);
+        assert_eq!(best(), quic);
+        let tcp = add(3, Path::Direct, false);
+        add(4, Path::Direct, true);
+        assert_eq!(best(), tcp);
+        let newest = add(5, Path::Direct, false);
+        assert_eq!(best(), newest);
+        // Only one of them still answers.
+        tokio::time::advance(ANSWERS_WITHIN + Duration::from_millis(1)).await;
+        peers.heard(peer(1), quic);
+        assert_eq!(best(), quic);
+        assert!(peers.may_upgrade(peer(1)) && !peers.may_upgrade(peer(1)) && !peers.may_upgrade(peer(2)));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 /// The acceptor's answer: the stream is in its backlog.
 const TAKEN: u8 = 1;
@@ -271,7 +272,9 @@ impl NetworkBehaviour for Behaviour {
                 if let (Some(opens), Some(peer)) = (opens, convert::from_libp2p(&born.peer_id)) {
                     let path = if born.endpoint.is_relayed() { Path::Relayed } else { Path::Direct };
                     let behind_nat = lock(&self.shared.own).is_behind_nat();
-                    self.shared.peers.add(peer, Link { id: born.connection_id, path, opens }, behind_nat);
+                    let quic = convert::is_quic(born.endpoint.get_remote_address());
+                    let link = Link { id: born.connection_id, path, quic, heard: Instant::now(), opens };
+                    self.shared.peers.add(peer, link, behind_nat);
                 }
             }
             FromSwarm::ConnectionClosed(closed) => {

@@ -90,13 +90,14 @@ fn transport(
     relayed: relay::client::Transport,
 ) -> io::Result<Boxed<Output>> {
     let secure = Secure::new(keypair, config.security)?;
-    let mux = Mux::new(STREAMS_PER_CONNECTION_MAX);
+    let handshakes = secure.handshakes();
+    let mux = move |peer: &PeerId, _: &_| Mux::new(STREAMS_PER_CONNECTION_MAX, handshakes.take(peer));
 
     let relayed = relayed
         .map_err(StageError::at(Stage::Connect))
         .upgrade(Version::V1Lazy)
         .authenticate(secure.clone())
-        .multiplex(mux.clone())
+        .multiplex_ext(mux.clone())
         .timeout(ESTABLISH_TIMEOUT)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
         .boxed();
@@ -110,7 +111,7 @@ fn transport(
             .map_err(StageError::at(Stage::Connect))
             .upgrade(Version::V1Lazy)
             .authenticate(secure.clone())
-            .multiplex(mux.clone())
+            .multiplex_ext(mux.clone())
             .timeout(ESTABLISH_TIMEOUT)
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
             .boxed();

@@ -54,6 +54,12 @@ impl TrafficTable {
         StreamMeter { table: self.clone(), peer: counters, relayed: path == Path::Relayed, _place: place }
     }
 
+    /// Bytes sent to a peer and received from it.
+    pub(crate) fn with(&self, peer: PeerId) -> u64 {
+        let counters = lock(&self.peers).get(&peer).cloned().unwrap_or_default();
+        counters.sent.load(Ordering::Relaxed) + counters.received.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn snapshot(&self) -> Traffic {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let peers = lock(&self.peers);

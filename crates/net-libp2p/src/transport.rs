@@ -24,6 +24,8 @@ use tokio::time::Instant;
 const RECEIVED_BYTES_KEPT: usize = 32 << 20;
 /// An open ends within this, dialing included.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+/// A peer with whom we have exchanged so much is worth a second connection.
+pub(crate) const BULK_BYTES_MIN: u64 = 4 << 20;
 /// Commands that may wait for the swarm's task.
 const COMMANDS_WAITING_MAX: usize = 1024;
 /// Links that are tried before a peer counts as unreachable: one may have died unnoticed, its successor too.
@@ -146,6 +148,9 @@ impl Libp2pTransport {
                 self.dial(peer).await?;
                 continue;
             };
+            if link.quic && link.path == Path::Direct && self.shared.traffic.with(peer) >= BULK_BYTES_MIN {
+                self.upgrade(peer);
+            }
             let Ok(place) = places.acquire_owned().await else { return Err(OpenError::Closed) };
             let bytes = match kept::begin_again(&self.shared.kept, peer, &protocol, link.id).await {
                 Some(bytes) => Ok(bytes),
@@ -173,6 +178,14 @@ impl Libp2pTransport {
             }
         }
         Err(OpenError::Unreachable { peer, attempts: vec![last] })
+    }
+
+    /// A dial takes the first connection that comes about, which over a distance is QUIC; it pays to have TCP as well.
+    fn upgrade(&self, peer: PeerId) {
+        if self.shared.peers.may_upgrade(peer) {
+            // Where there is no room for the command, there is more important work.
+            let _busy = self.commands.try_send(Command::Upgrade { peer });
+        }
     }
 
     async fn dial(&self, peer: PeerId) -> Result<(), OpenError> {
