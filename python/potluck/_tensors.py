@@ -18,6 +18,10 @@ class FlatTensors:
         self.buffer = _core.FlatBuffer(sum(math.prod(shape) for shape in self.shapes))
         self.views = views_of(self.buffer, self.shapes)
 
+    def release(self) -> None:
+        """Let go of the memory."""
+        self.shapes, self.views, self.buffer = [], [], _core.FlatBuffer(0)
+
     def load(self, buffer: _core.FlatBuffer) -> None:
         """Copy another buffer of the same layout."""
         flat(self.buffer).copy_(flat(buffer))

@@ -7,16 +7,20 @@
 
 use crate::dlpack::{DEVICE, Element, export};
 use bytes::Bytes;
+use potluck_collab::{Held, Ledger, Purpose};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const F32: Element = Element { code: 2, bits: 32 };
 
 struct Memory {
     values: UnsafeCell<Vec<f32>>,
+    /// In the ledger of the session that uses it.
+    held: Mutex<Option<Held>>,
     /// Where the vector goes when nobody views it any more.
     home: Arc<Shelf>,
 }
@@ -27,6 +31,10 @@ impl Memory {
         unsafe { (*self.values.get()).as_mut_ptr() }
     }
 
+    fn hold(&self, held: Option<Held>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+    }
+
     fn values(&self) -> &[f32] {
         // SAFETY: nobody writes meanwhile (see the header).
         unsafe { (*self.values.get()).as_slice() }
@@ -35,6 +43,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.hold(None);
         self.home.put(std::mem::take(self.values.get_mut()));
     }
 }
@@ -46,21 +55,46 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 /// A vector that went through a round is the memory of the next one: its pages need not be touched for the first time
-/// again, which would cost more than the copy. One vector at a time.
+/// again, which would cost more than the copy. One vector at a time, of a session that has not ended.
 #[derive(Default)]
-pub(crate) struct Shelf(Mutex<Option<Vec<f32>>>);
+pub(crate) struct Shelf {
+    ledger: Option<Ledger>,
+    kept: Mutex<Option<(Vec<f32>, Held)>>,
+    closed: AtomicBool,
+}
 
 impl Shelf {
+    /// For the vectors of the session that has this ledger.
+    pub(crate) fn new(ledger: Ledger) -> Self {
+        Self { ledger: Some(ledger), ..Self::default() }
+    }
+
+    fn hold(&self, bytes: usize) -> Option<Held> {
+        Some(self.ledger.as_ref()?.hold(Purpose::Rounds, bytes as u64))
+    }
+
     fn put(&self, values: Vec<f32>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(values);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.closed.load(Ordering::Relaxed) {
+            *kept = self.hold(size_of_val(values.as_slice())).map(|held| (values, held));
+        }
     }
 
     fn take(&self, len: usize) -> Vec<f32> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut values =
-            kept.filter(|kept| kept.capacity() == len).unwrap_or_else(|| Vec::with_capacity(len));
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut values = kept
+            .map(|(values, _held)| values)
+            .filter(|kept| kept.capacity() == len)
+            .unwrap_or_else(|| Vec::with_capacity(len));
         values.clear();
         values
+    }
+
+    /// No round follows: keep nothing.
+    pub(crate) fn close(&self) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        self.closed.store(true, Ordering::Relaxed);
+        *kept = None;
     }
 }
 
@@ -84,7 +118,13 @@ pub(crate) struct FlatBuffer {
 impl FlatBuffer {
     /// A buffer holding `values`, which go to `home` in the end.
     pub(crate) fn from_vec(values: Vec<f32>, home: Arc<Shelf>) -> Self {
-        Self { memory: Arc::new(Memory { values: UnsafeCell::new(values), home }) }
+        let held = Mutex::new(home.hold(size_of_val(values.as_slice())));
+        Self { memory: Arc::new(Memory { values: UnsafeCell::new(values), held, home }) }
+    }
+
+    /// Show the buffer in the status of the session that has this ledger, until its memory goes.
+    pub(crate) fn hold(&self, ledger: &Ledger, purpose: Purpose) {
+        self.memory.hold(Some(ledger.hold(purpose, size_of_val(self.memory.values()) as u64)));
     }
 
     /// A copy of the values, in memory from `shelf` if it has some.
@@ -97,6 +137,8 @@ impl FlatBuffer {
 
     /// The values as bytes, without copying. Nobody may write to the buffer or its views from now on.
     pub(crate) fn sealed(&self) -> Bytes {
+        // Whoever gets the bytes counts them.
+        self.memory.hold(None);
         Bytes::from_owner(Sealed(self.memory.clone()))
     }
 }

@@ -5,8 +5,8 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
-    Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, PeerView, Purpose, Report, RoundCall, RoundFailed, RoundResult,
+    RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
 use pyo3::prelude::*;
@@ -240,12 +240,12 @@ impl Dialect for LocalDialect {
         Traffic::default()
     }
 
-    fn memory(&self) -> BTreeMap<String, u64> {
+    fn memory(&self) -> BTreeMap<Purpose, u64> {
         let held = |snapshot: &Snapshot| snapshot.blobs.values().map(Bytes::len).sum::<usize>() as u64;
         let state = lock(&self.run.state);
         let snapshot =
             state.members.get(&self.me).and_then(|member| member.snapshot.as_ref()).map_or(0, held);
-        BTreeMap::from([("snapshot".to_owned(), snapshot)])
+        BTreeMap::from([(Purpose::Snapshot, snapshot)])
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {

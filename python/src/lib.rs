@@ -10,6 +10,7 @@ mod directory;
 mod dlpack;
 mod elements;
 mod error;
+mod held;
 mod hub;
 mod node;
 mod runtime;
@@ -30,6 +31,8 @@ mod _core {
     use crate::elements::Elements;
     #[pymodule_export]
     use crate::error::PeerError;
+    #[pymodule_export]
+    use crate::held::Held;
     #[pymodule_export]
     use crate::hub::Hub;
     #[pymodule_export]

@@ -4,12 +4,13 @@ use crate::blob::Blob;
 use crate::buffer::{FlatBuffer, Shelf};
 use crate::dlpack::Borrowed;
 use crate::error::Error;
+use crate::held::Held;
 use crate::node::Node;
 use crate::runtime;
 use bytes::Bytes;
 use potluck_collab::{
-    Averaged, Event, Policy, PolicyKind, PowerSgd, Session as Core, SessionConfig, Snapshot, StateEvery,
-    Step, TensorInfo,
+    Averaged, Event, Policy, PolicyKind, PowerSgd, Purpose, Session as Core, SessionConfig, Snapshot,
+    StateEvery, Step, TensorInfo,
 };
 use potluck_dashboard::Dashboard;
 use potluck_net::Outcome;
@@ -104,7 +105,8 @@ impl Session {
         let config = options.config()?;
         let core = node.join(py, config)?;
         let events = Mutex::new(core.events());
-        let (gradients, state) = Default::default();
+        let shelf = || Arc::new(Shelf::new(core.ledger().clone()));
+        let (gradients, state) = (shelf(), shelf());
         Ok(Self { core, events, gradients, state, dashboard: Mutex::new(None) })
     }
 
@@ -261,6 +263,17 @@ impl Session {
         Ok(Some((epoch, meta, dict)))
     }
 
+    /// Show a buffer in the status, under the name of a purpose, for as long as it lives.
+    fn hold(&self, purpose: &str, buffer: &FlatBuffer) -> Result<(), Error> {
+        buffer.hold(self.core.ledger(), named(purpose)?);
+        Ok(())
+    }
+
+    /// Show so many bytes of torch's in the status, until what is returned goes.
+    fn hold_bytes(&self, purpose: &str, bytes: u64) -> Result<Held, Error> {
+        Ok(Held { _held: self.core.ledger().hold(named(purpose)?, bytes) })
+    }
+
     /// The loss, to be shown to everybody.
     fn report_loss(&self, loss: f32) {
         self.core.report_loss(loss);
@@ -294,6 +307,8 @@ impl Session {
     /// Leave the run; at most `seconds`.
     fn leave(&self, py: Python<'_>, seconds: f64) -> Result<(), Error> {
         let limit = runtime::seconds("seconds", Some(seconds))?.unwrap_or(Duration::from_secs(5));
+        self.gradients.close();
+        self.state.close();
         runtime::wait(py, async {
             // The others notice anyway; leaving politely only tells them sooner.
             let _left = tokio::time::timeout(limit, self.core.leave()).await;
@@ -301,6 +316,13 @@ impl Session {
             Ok(())
         })
     }
+}
+
+fn named(purpose: &str) -> Result<Purpose, Error> {
+    Purpose::from_name(purpose).ok_or_else(|| {
+        let known = Purpose::ALL.map(Purpose::name).join(", ");
+        Error::Value(format!("purpose={purpose:?}: expected one of {known}"))
+    })
 }
 
 fn snapshot((meta, blobs): (BTreeMap<String, String>, Bound<'_, PyDict>)) -> Result<Snapshot, Error> {

@@ -3,8 +3,8 @@
 
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
-    Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, PeerView, Purpose, Report, RoundCall, RoundFailed, RoundResult,
+    RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
 use std::collections::BTreeMap;
@@ -236,7 +236,7 @@ impl Dialect for HubPeer {
         Traffic::default()
     }
 
-    fn memory(&self) -> BTreeMap<String, u64> {
+    fn memory(&self) -> BTreeMap<Purpose, u64> {
         BTreeMap::new()
     }
 

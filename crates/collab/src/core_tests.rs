@@ -96,9 +96,10 @@ fn memory_is_that_of_the_vectors_which_the_policy_keeps() {
     config.policy = PolicyKind::DiLoCo { inner_steps: 4, outer_lr: 0.7, outer_momentum: 0.9 };
     let start = Lineage::genesis("run", &[0; 32]);
     let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7);
-    assert_eq!(core.memory().count(), 0);
+    let held = |core: &Core| crate::memory::by_name(core.memory()).into_iter().collect::<Vec<_>>();
+    assert_eq!(held(&core), []);
     core.agree(vec![1.0; 10]);
-    assert_eq!(core.memory().collect::<Vec<_>>(), [("agreed".to_owned(), 40)]);
+    assert_eq!(held(&core), [("agreed".to_owned(), 40)]);
     core.agree(vec![0.5; 10]);
-    assert_eq!(core.memory().collect::<Vec<_>>(), [("agreed".to_owned(), 40), ("velocity".to_owned(), 40)]);
+    assert_eq!(held(&core), [("agreed".to_owned(), 40), ("velocity".to_owned(), 40)]);
 }

@@ -1,6 +1,7 @@
 //! What a session needs of a protocol: who is here, a round, the state of others. The native protocol and the
 //! hivemind dialect each implement it, and so the same session runs in both kinds of run.
 
+use crate::Purpose;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_net::{Outcome, Path, PeerFault, PeerId};
@@ -202,7 +203,7 @@ pub trait Dialect: Send + Sync + 'static {
     fn traffic(&self) -> Traffic;
 
     /// Bytes of memory by purpose.
-    fn memory(&self) -> BTreeMap<String, u64>;
+    fn memory(&self) -> BTreeMap<Purpose, u64>;
 
     /// Announce that we leave, and end everything. Idempotent.
     fn leave(&self) -> BoxFuture<'_, ()>;

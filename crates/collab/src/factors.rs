@@ -49,6 +49,8 @@ pub(crate) struct Factors {
     state: Mutex<State>,
     /// The committed Q of all matrices: can be read while a round computes.
     q: Mutex<Bytes>,
+    /// What [`bytes`](Self::bytes) found last.
+    bytes: Mutex<(u64, u64)>,
 }
 
 struct State {
@@ -93,7 +95,7 @@ impl Factors {
         }
         let q = Mutex::new(export(&matrices));
         let state = Mutex::new(State { matrices, round: 0, finished: None });
-        Ok(Some(Arc::new(Self { slots, rank, first, second, state, q })))
+        Ok(Some(Arc::new(Self { slots, rank, first, second, state, q, bytes: Mutex::default() })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -227,6 +229,24 @@ impl Factors {
         self.q.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Bytes held for the error memory, and for factors. Never waits: while a round computes they are those of the last look.
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        let mut seen = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(state) = self.state.try_lock() {
+            let sum = |of: fn(&LowRank) -> usize| state.matrices.iter().map(|m| of(m) as u64).sum::<u64>();
+            *seen = (sum(LowRank::memory_bytes), sum(LowRank::factor_bytes) + self.q().len() as u64);
+        }
+        *seen
+    }
+
+    /// No round follows.
+    pub(crate) fn let_go(&self) {
+        let mut state = self.state();
+        state.round += 1;
+        (state.matrices, state.finished) = (Vec::new(), None);
+        *self.q.lock().unwrap_or_else(PoisonError::into_inner) = Bytes::new();
+    }
+
     /// Whether [`import`](Self::import) would take these bytes.
     pub(crate) fn check(&self, q: &[u8]) -> Result<(), String> {
         let expected = 4 * self.second.iter().map(TensorInfo::numel).sum::<usize>();
@@ -325,6 +345,25 @@ mod tests {
         assert_eq!(ours.q(), theirs.q());
         assert!(ours.memory().iter().all(|value| *value == 0.0));
         assert!(theirs.memory().iter().any(|value| *value != 0.0));
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_matrices_and_wait_for_nobody() {
+        let factors = factors();
+        let matrix = 4 * 16 * 24;
+        let (owed, thin) = factors.bytes();
+        assert_eq!(owed, matrix, "the error memory alone");
+        assert!(thin >= 2 * 4 * 24 * 2, "Q, and Q as it travels: {thin}");
+        round(&factors, 1, true);
+        factors.commit();
+        let (owed, grown) = factors.bytes();
+        assert_eq!(owed, 2 * matrix, "and what the round needed");
+        assert!(grown >= thin + 2 * 4 * (16 + 24) * 2, "P and Q of the round and of the average: {grown}");
+        let computing = factors.state();
+        assert_eq!(factors.bytes(), (owed, grown));
+        drop(computing);
+        factors.let_go();
+        assert_eq!(factors.bytes(), (0, 0));
     }
 
     #[test]

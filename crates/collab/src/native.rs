@@ -6,7 +6,7 @@ use crate::dialect::{
 };
 use crate::factors::Factors;
 use crate::wire::Note;
-use crate::{JoinError, SessionConfig, manifest};
+use crate::{JoinError, Purpose, SessionConfig, manifest};
 use futures::future::BoxFuture;
 use potluck_averaging::{
     Averager, AveragerConfig, JoinError as SwarmError, Progress, Round, RoundError, RoundErrorKind,
@@ -320,12 +320,15 @@ impl Dialect for Native {
         }
     }
 
-    fn memory(&self) -> BTreeMap<String, u64> {
-        BTreeMap::from([("snapshot".to_owned(), self.exchange.bytes())])
+    fn memory(&self) -> BTreeMap<Purpose, u64> {
+        BTreeMap::from([(Purpose::Snapshot, self.exchange.bytes())])
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {
-        Box::pin(self.swarm.leave())
+        Box::pin(async {
+            self.swarm.leave().await;
+            self.exchange.withdraw();
+        })
     }
 }
 

@@ -4,6 +4,7 @@ use crate::core::Core;
 use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot};
 use crate::events::{EVENTS_MAX, Event};
 use crate::factors::Factors;
+use crate::memory::{self, Held, Ledger, Purpose, bytes_of};
 use crate::native::Native;
 use crate::policy::{Background, Step};
 use crate::status::Status;
@@ -65,7 +66,9 @@ struct Inner {
     env: Env,
     config: SessionConfig,
     core: Mutex<Core>,
-    started: Mutex<Option<Started>>,
+    /// What runs in the background and has its average, which waits here.
+    started: Mutex<Option<(Started, Held)>>,
+    ledger: Ledger,
     status: watch::Sender<Status>,
     events: broadcast::Sender<Event>,
 }
@@ -110,6 +113,7 @@ impl Session {
             config,
             core: Mutex::new(core),
             started: Mutex::new(None),
+            ledger: Ledger::default(),
             status,
             events: broadcast::Sender::new(EVENTS_MAX),
         };
@@ -188,7 +192,8 @@ impl Session {
 
     /// What was started and is ready.
     pub fn take_started(&self) -> Option<Started> {
-        let started = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let waiting = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let started = waiting.map(|(started, _held)| started);
         if started.as_ref().is_some_and(|started| started.channel == Channel::State) {
             self.inner.core().apply_state();
         }
@@ -241,6 +246,11 @@ impl Session {
         self.inner.core().report_loss(loss);
     }
 
+    /// Where whoever holds memory for this session enters it, to be shown in the status.
+    pub fn ledger(&self) -> &Ledger {
+        &self.inner.ledger
+    }
+
     /// The present state of the session, renewed with every call that changes it.
     pub fn status(&self) -> watch::Receiver<Status> {
         self.inner.status.subscribe()
@@ -255,6 +265,9 @@ impl Session {
     pub async fn leave(&self) {
         self.tasks.shutdown().await;
         self.inner.dialect.leave().await;
+        self.inner.drop_started();
+        self.inner.core().let_go();
+        self.inner.show();
         self.inner.emit(Event::Left);
     }
 }
@@ -324,10 +337,11 @@ impl Inner {
     fn show(&self) {
         let core = self.core();
         let traffic = self.dialect.traffic();
+        let held = self.dialect.memory().into_iter().chain(core.memory()).chain(self.ledger.sums());
         let status = Status {
             bytes_sent: traffic.bytes_sent,
             bytes_received: traffic.bytes_received,
-            memory: self.dialect.memory().into_iter().chain(core.memory()).collect(),
+            memory: memory::by_name(held),
             ..core.status()
         };
         drop(core);
@@ -335,7 +349,9 @@ impl Inner {
     }
 
     fn finish_background(&self, channel: Channel, averaged: Outcome<Averaged>) {
-        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(Started { channel, averaged });
+        let held = self.ledger.hold(Purpose::Rounds, bytes_of(&averaged.value.vector));
+        *self.started.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((Started { channel, averaged }, held));
         self.core().background = Background::Ready;
     }
 
@@ -362,6 +378,7 @@ impl Inner {
 
     /// One round; never an error.
     async fn round(&self, channel: Channel, mut vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
+        let _held = self.ledger.hold(Purpose::Rounds, bytes_of(&vector));
         let (epoch, lineage) = {
             let core = self.core();
             (core.lineage.epoch, core.lineage.hash)

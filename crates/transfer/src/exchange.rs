@@ -134,6 +134,11 @@ impl Exchange {
         self.inner.store().publish(snapshot, self.inner.env.now());
     }
 
+    /// Offer nothing any more, and let go of everything that is held here.
+    pub fn withdraw(&self) {
+        *self.inner.store() = Store::default();
+    }
+
     /// Bytes of the snapshots held here, shared with whoever published them.
     pub fn bytes(&self) -> u64 {
         self.inner.store().bytes()

@@ -44,8 +44,12 @@ impl Store {
 
     /// Take up the hashed form of a pending snapshot.
     pub(crate) fn hashed(&mut self, snapshot: &Arc<Snapshot>, index: Index, now: Instant) {
-        if self.pending.as_ref().is_some_and(|pending| Arc::ptr_eq(pending, snapshot)) {
-            self.pending = None;
+        match &self.pending {
+            Some(pending) if Arc::ptr_eq(pending, snapshot) => self.pending = None,
+            // A newer one waits already; this one has been asked for.
+            Some(_) => {}
+            // Withdrawn meanwhile.
+            None => return,
         }
         let root = index.root();
         let chunks = chunks_of(snapshot).map(Some).collect();
@@ -157,6 +161,18 @@ pub(crate) fn index_of(snapshot: &Snapshot) -> Index {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_hashed_too_late_is_not_held_again() {
+        let blobs = BTreeMap::from([("w".to_owned(), Bytes::from_static(&[7; 9]))]);
+        let (snapshot, now) = (Arc::new(Snapshot { blobs, ..Snapshot::default() }), Instant::now());
+        let mut store = Store::default();
+        store.publish(snapshot.clone(), now);
+        assert_eq!(store.bytes(), 9);
+        store = Store::default();
+        store.hashed(&snapshot, index_of(&snapshot), now);
+        assert_eq!((store.bytes(), store.offer(0, now).is_none()), (0, true), "withdrawn meanwhile");
+    }
 
     #[tokio::test]
     async fn a_finished_download_is_held_once() {

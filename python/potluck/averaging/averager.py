@@ -102,6 +102,7 @@ class DecentralizedAverager:
         self.lock_averaged_tensors = threading.RLock()
         self._round_lock = threading.Lock()
         self._session: _core.Session | None = None
+        self._held: list[_core.Held] = []
         self._pid = os.getpid()
         if start:
             self.run_in_background()
@@ -137,6 +138,7 @@ class DecentralizedAverager:
             auxiliary=self.auxiliary,
         )
         self._session = _core.Session.join(self.dht.node, options)
+        self._show_memory(self._session)
         # Tensors differ between peers on purpose, so the first state that is offered names none of them.
         self._session.publish({}, {})
         self.dht.own(weakref.WeakMethod(self.shutdown))
@@ -144,6 +146,10 @@ class DecentralizedAverager:
     def powersgd(self) -> dict[str, Any] | None:
         """Settings of low-rank compression; see :class:`potluck.optim.PowerSGDGradientAverager`."""
         return None
+
+    def _show_memory(self, session: _core.Session) -> None:
+        """Let the status of ``session`` count what is held here."""
+        session.hold("tensors", self._flat.buffer)
 
     @property
     def session(self) -> _core.Session:
@@ -167,6 +173,7 @@ class DecentralizedAverager:
         if os.getpid() != self._pid:
             return
         session, self._session = self._session, None
+        self._held.clear()
         if session is not None:
             session.leave(float(self.shutdown_timeout))
 

@@ -8,15 +8,20 @@ from typing import Any
 import torch
 
 from potluck import _core
+from potluck._tensors import FlatTensors
 from potluck.optim._inner import InnerOptimizer
+from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.progress_tracker import SessionTracker
 
 
 class OptimizerFacts(torch.optim.Optimizer):
-    """The read-only half of :class:`potluck.Optimizer`."""
+    """What :class:`potluck.Optimizer` shows, and the memory that it shows."""
 
     _inner: InnerOptimizer
     _session: _core.Session
+    _state: FlatTensors
+    _held: list[_core.Held]
+    grad_averager: GradientAverager | None
     _closed: bool
     _loss: float | None
     tracker: SessionTracker
@@ -64,6 +69,20 @@ class OptimizerFacts(torch.optim.Optimizer):
     def status(self) -> dict[str, Any]:
         """Everything known about the run, as plain data: peers, rounds, bytes, memory."""
         return json.loads(self._session.status())  # type: ignore[no-any-return]
+
+    def _show_memory(self) -> None:
+        """Let the status count what is held for the run."""
+        self._session.hold("state", self._state.buffer)
+        self._held = [self._session.hold_bytes("offloaded", self._inner.offloaded_bytes)]
+        if self.grad_averager is not None:
+            self.grad_averager._show_memory(self._session)
+
+    def _release_memory(self) -> None:
+        """After the last step. Offloaded parameters stay: they are those of the optimizer inside."""
+        self._state.release()
+        self._held.clear()
+        if self.grad_averager is not None:
+            self.grad_averager._release()
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""

@@ -58,6 +58,11 @@ class InnerOptimizer:
             raise ValueError("no parameter requires gradients: there is nothing to train")
         self.scheduler = self._make_scheduler(scheduler)
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the copies of parameters in host memory."""
+        return sum(p.nbytes for p in self.main_all) if self.offload else 0
+
     def _make_scheduler(self, scheduler: Any) -> Any:
         if scheduler is None or not callable(scheduler) or hasattr(scheduler, "step"):
             owner = getattr(scheduler, "optimizer", self.optimizer)

@@ -77,6 +77,16 @@ class GradientAverager(DecentralizedAverager):
         """The numbers behind the gradients."""
         return self._flat.views[-1]
 
+    def _show_memory(self, session: _core.Session) -> None:
+        session.hold("gradients", self._flat.buffer)
+        self._held = [session.hold_bytes("gathering", sum(t.nbytes for t in self._accumulators))]
+
+    def _release(self) -> None:
+        """Let go of all memory. Nothing can be gathered any more."""
+        self._flat.release()
+        self._accumulators, self._averaged_grads, self._tensors = [], [], []
+        self._held.clear()
+
     def _make_accumulators(self, device: torch.device | str | None) -> list[torch.Tensor]:
         devices = [torch.device(device) if device is not None else p.device for p in self.parameters]
         # Values of 64 bits keep their precision while they gather; only the exchange is in 32.

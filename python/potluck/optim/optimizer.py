@@ -196,6 +196,7 @@ class Optimizer(OptimizerFacts):
             invite=admission[1],
         )
         self._session = _core.Session.join(self.dht.node, options)
+        self._show_memory()
         self.tracker = SessionTracker(
             self.status,
             target_batch_size=self.target_batch_size,
@@ -575,6 +576,7 @@ class Optimizer(OptimizerFacts):
         self._closed = True
         if self._worker is not None:
             self._worker.join(self.shutdown_timeout)
+        self._release_memory()
         self._session.leave(float(self.shutdown_timeout))
         self._log_events()
 

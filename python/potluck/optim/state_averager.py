@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from potluck import _settings
+from potluck import _core, _settings
 from potluck._state import StateCodec
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.averaging.control import StepControl
@@ -86,6 +86,10 @@ class TrainingStateAverager(DecentralizedAverager):
         self._delayed: StepControl | None = None
         self._before: list[torch.Tensor] = []
         super().__init__(tensors, dht, tensor_infos=infos, **kwargs)
+
+    def _show_memory(self, session: _core.Session) -> None:
+        super()._show_memory(session)
+        self._held = [session.hold_bytes("offloaded", self._inner.offloaded_bytes)]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

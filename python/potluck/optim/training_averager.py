@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from potluck import _core
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.optim.state_averager import initialize_optimizer_state_
 
@@ -44,6 +45,10 @@ class TrainingAverager(DecentralizedAverager):
         if not copies:
             raise ValueError("nothing to average: set average_parameters, average_gradients or extra_tensors")
         super().__init__(copies, kwargs.pop("dht"), **kwargs)
+
+    def _show_memory(self, session: _core.Session) -> None:
+        super()._show_memory(session)
+        self._held = [session.hold_bytes("tensors", sum(t.nbytes for t in self._tensors))]
 
     def local_tensors(self, replace_none: bool = True) -> Iterator[torch.Tensor]:
         """The tensors of the model and optimizer, in the order in which they are averaged."""

@@ -1,18 +1,32 @@
 //! What a session shows of itself: the status, from which every surface takes its numbers.
 
 use super::Core;
+use crate::memory::{Purpose, bytes_of};
 use crate::progress;
 use crate::status::{PeerStatus, Status};
 use crate::wire::Note;
 
 impl Core {
     /// Bytes of memory by purpose: what is held here beside the snapshots.
-    pub(crate) fn memory(&self) -> impl Iterator<Item = (String, u64)> + use<> {
-        let bytes = |values: Option<&Vec<f32>>| values.map_or(0, |values| 4 * values.len() as u64);
+    pub(crate) fn memory(&self) -> [(Purpose, u64); 4] {
+        let bytes = |values: Option<&Vec<f32>>| values.map_or(0, |values| bytes_of(values));
         let agreed = bytes(self.agreed.as_ref()) + bytes(self.agreed_next.as_ref());
-        let held =
-            [("agreed", agreed), ("velocity", bytes(self.outer.as_ref().map(|outer| &outer.velocity)))];
-        held.into_iter().filter(|(_, bytes)| *bytes > 0).map(|(purpose, bytes)| (purpose.to_owned(), bytes))
+        let velocity = bytes(self.outer.as_ref().map(|outer| &outer.velocity));
+        let (owed, factors) = self.factors.as_ref().map_or((0, 0), |factors| factors.bytes());
+        [
+            (Purpose::Agreed, agreed),
+            (Purpose::Velocity, velocity),
+            (Purpose::ErrorFeedback, owed),
+            (Purpose::Factors, factors),
+        ]
+    }
+
+    /// The session has ended: nothing that is large outlives it.
+    pub(crate) fn let_go(&mut self) {
+        (self.agreed, self.agreed_next, self.outer) = (None, None, None);
+        if let Some(factors) = self.factors.take() {
+            factors.let_go();
+        }
     }
 
     pub(crate) fn status(&self) -> Status {

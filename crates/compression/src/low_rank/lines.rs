@@ -57,6 +57,10 @@ impl Packed {
         self.lines.resize(rank.div_ceil(GROUP) * length.div_ceil(LINE), [Line::ZERO; GROUP]);
     }
 
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.lines.as_slice())
+    }
+
     pub(super) fn clear(&mut self) {
         self.lines.fill([Line::ZERO; GROUP]);
     }

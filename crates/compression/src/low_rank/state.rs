@@ -167,6 +167,23 @@ impl LowRank {
         (self.rows, self.columns, self.rank)
     }
 
+    /// Bytes held as large as the matrix: the error memory, and since the first round the round in flight.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        size_of_val::<[f32]>(&self.base) + size_of_val::<[f32]>(&self.work)
+    }
+
+    /// Bytes held beside those: factors, thin as they are, in the forms that they are handed out and worked on.
+    #[must_use]
+    pub fn factor_bytes(&self) -> usize {
+        let plain = [&self.q, &self.round_p, &self.round_q, &self.exchange, &self.zeros];
+        let approximations = self.sent.iter().chain([&self.round]);
+        plain.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
+            + approximations.map(|held| size_of_val(held.p.as_slice()) + held.q.bytes()).sum::<usize>()
+            + self.start.bytes()
+            + size_of_val(self.sums.as_slice())
+    }
+
     /// Start a round (dropping one that was not committed): P = (memory + grad) Q, `rows x rank`.
     ///
     /// # Errors
