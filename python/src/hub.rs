@@ -5,7 +5,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Purpose, Report, RoundCall, RoundFailed, RoundResult,
+    Channel, Dialect, DownloadFailed, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed, RoundResult,
     RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
@@ -147,6 +147,7 @@ impl Dialect for LocalDialect {
                     samples: report.samples,
                     samples_per_second: report.samples_per_second,
                     path: None,
+                    rates: Rates::default(),
                     auxiliary: member.auxiliary,
                     note: report.note,
                 })

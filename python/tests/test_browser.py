@@ -235,9 +235,9 @@ def test_every_figure_of_the_page_is_that_of_the_status(tmp_path: Path, inside: 
             names = [peer["peer"][-6:] for peer in status["peers"]]
             own = f"{names[0]} ({'this peer' if inside else 'asked'})"
             assert browser.value(board) == [
-                ["1", own, "5203", "44 %", "40.5", "42", "2.625", "\u2013"],
-                ["2", names[1], "4801", "31 %", "31.3", "43", "2.875", "direct"],
-                ["3", names[2], "1999", "25 %", "22", "40", "3.125", "hole-punched"],
+                ["1", own, "5203", "44 %", "40.5", "42", "2.625", "\u2013 3.1/13 MB/s"],
+                ["2", names[1], "4801", "31 %", "31.3", "43", "2.875", "direct 1.6/\u2013 MB/s"],
+                ["3", names[2], "1999", "25 %", "22", "40", "3.125", "hole-punched \u2013/0.44 MB/s"],
                 ["\u2013", status["left"][0]["peer"][-6:], "777", "\u2013", "\u2013", "33", "\u2013", "left"],
             ]
             swarm = browser.value("document.getElementById('swarm').getAttribute('aria-label')")

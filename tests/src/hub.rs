@@ -3,7 +3,7 @@
 
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Purpose, Report, RoundCall, RoundFailed, RoundResult,
+    Channel, Dialect, DownloadFailed, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed, RoundResult,
     RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
@@ -134,6 +134,7 @@ impl Dialect for HubPeer {
                     samples: report.samples,
                     samples_per_second: report.samples_per_second,
                     path: None,
+                    rates: Rates::default(),
                     auxiliary: false,
                     note: report.note,
                 })

@@ -206,7 +206,7 @@ fn differences(before: &Status, now: &Status) -> Vec<Event> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use potluck_collab::PeerStatus;
+    use potluck_collab::{PeerStatus, Rates};
 
     #[test]
     fn who_came_and_who_went_is_told_once() {
@@ -217,6 +217,7 @@ mod tests {
             samples: 0,
             samples_per_second: 0.0,
             path: None,
+            rates: Rates::default(),
             share: 0.0,
             contributed: 0,
             auxiliary: false,

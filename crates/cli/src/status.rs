@@ -172,7 +172,7 @@ fn draw(frame: &mut ratatui::Frame<'_>, status: &Status) {
     frame.render_widget(Paragraph::new(headline).block(Block::bordered().title("potluck (q ends)")), above);
     let gauge = Gauge::default().ratio(view::fraction(status));
     frame.render_widget(gauge.block(Block::bordered().title("this epoch")), middle);
-    let widths = [4, 10, 7, 9, 6, 10, 12, 12, 8].map(Constraint::Length);
+    let widths = [4, 8, 6, 8, 6, 10, 12, 12, 13, 7].map(Constraint::Length);
     let table = Table::new(view::rows(status).into_iter().map(Row::new), widths)
         .header(Row::new(view::COLUMNS))
         .block(Block::bordered().title("peers"));

@@ -78,14 +78,14 @@ pub(crate) fn headline(status: &Status) -> String {
 }
 
 /// The head of the table of peers.
-pub(crate) const COLUMNS: [&str; 9] =
-    ["rank", "peer", "epoch", "samples", "share", "samples/s", "contributed", "path", "loss"];
+pub(crate) const COLUMNS: [&str; 10] =
+    ["rank", "peer", "epoch", "samples", "share", "samples/s", "contributed", "path", "MB/s up/down", "loss"];
 
 /// Those who have left, in a table for people.
 const LEFT_MAX: usize = 10;
 
 /// One line for each peer, whoever gave most first; then for those who have left.
-pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
+pub(crate) fn rows(status: &Status) -> Vec<[String; COLUMNS.len()]> {
     let mut peers: Vec<&PeerStatus> = status.peers.iter().collect();
     peers.sort_by_key(|peer| (peer.auxiliary, std::cmp::Reverse(peer.contributed), peer.peer));
     let row = |(rank, peer): (usize, &PeerStatus)| {
@@ -105,6 +105,11 @@ pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
                 (false, _) => "none",
             }
             .to_owned(),
+            format!(
+                "{}/{}",
+                megabytes(peer.rates.up_bytes_per_second),
+                megabytes(peer.rates.down_bytes_per_second)
+            ),
             peer.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
         ]
     };
@@ -113,10 +118,10 @@ pub(crate) fn rows(status: &Status) -> Vec<[String; 9]> {
 }
 
 /// Whoever is here no more has given what it gave all the same.
-fn left(peer: &LeftPeer) -> [String; 9] {
+fn left(peer: &LeftPeer) -> [String; COLUMNS.len()] {
     let (name, epoch, contributed) =
         (peer.peer.short(), peer.epoch.to_string(), peer.contributed.to_string());
-    ["-", &name, &epoch, "-", "-", "-", &contributed, "left", "-"].map(str::to_owned)
+    ["-", &name, &epoch, "-", "-", "-", &contributed, "left", "-", "-"].map(str::to_owned)
 }
 
 fn table(status: &Status) -> String {
@@ -141,6 +146,16 @@ fn table(status: &Status) -> String {
 /// How much of the epoch is in, 0 to 1.
 pub(crate) fn fraction(status: &Status) -> f64 {
     (status.samples as f64 / status.target_batch_size.max(1) as f64).min(1.0)
+}
+
+/// A measured rate in MB/s, for people.
+fn megabytes(bytes_per_second: Option<f32>) -> String {
+    match bytes_per_second.map(|rate| rate / 1e6) {
+        None => "-".to_owned(),
+        Some(rate) if rate < 0.995 => format!("{rate:.2}"),
+        Some(rate) if rate < 99.95 => format!("{rate:.1}"),
+        Some(rate) => format!("{rate:.0}"),
+    }
 }
 
 /// A duration for people.
@@ -169,6 +184,7 @@ pub(crate) fn bytes(value: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use potluck_collab::Rates;
 
     #[test]
     fn figures_have_a_unit_and_few_digits() {
@@ -188,6 +204,7 @@ mod tests {
             samples: 3,
             samples_per_second: 1.0,
             path: Some(Path::Relayed),
+            rates: Rates::measured(if seed == 1 { 12.34e6 } else { 0.0 }, 40_000.0 * f64::from(seed)),
             share: 0.5,
             contributed,
             auxiliary,
@@ -207,5 +224,7 @@ mod tests {
         assert_eq!((rows.len(), rows[3][7].as_str(), rows[12][6].as_str()), (13, "left", "81"));
         assert!(text(&status).ends_with("and 2 more who have left; --json lists them\n"));
         assert_eq!((rows[0][7].as_str(), rows[1][7].as_str()), ("relayed", "-"));
+        assert_eq!((rows[0][8].as_str(), rows[1][8].as_str()), ("-/0.12", "12.3/0.04"));
+        assert_eq!([0.994e6, 0.996e6, 123.4e6].map(|rate| megabytes(Some(rate))), ["0.99", "1.0", "123"]);
     }
 }

@@ -1,6 +1,7 @@
 //! What a session decides after rounds that failed or were missed.
 
 use super::*;
+use crate::Rates;
 use crate::status::Status;
 
 const TARGET: u64 = 64;
@@ -23,6 +24,7 @@ fn view(seed: u8, lineage: Lineage) -> PeerView {
         samples: TARGET,
         samples_per_second: 1.0,
         path: None,
+        rates: Rates::default(),
         auxiliary: false,
         note: note.encode(),
     }

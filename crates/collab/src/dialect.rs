@@ -47,10 +47,29 @@ pub struct PeerView {
     pub samples_per_second: f32,
     /// How we are connected, if we are.
     pub path: Option<Path>,
+    /// How fast its link is.
+    pub rates: Rates,
     /// Whether it computes no gradients.
     pub auxiliary: bool,
     /// The bytes of its last report.
     pub note: Bytes,
+}
+
+/// How fast the link of a peer is, as it measured itself in rounds; `None` while it had nothing to measure by.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Rates {
+    /// What its uplink carries when there is more to send, in bytes per second.
+    pub up_bytes_per_second: Option<f32>,
+    /// The most that it has received, in bytes per second: its downlink is at least as fast.
+    pub down_bytes_per_second: Option<f32>,
+}
+
+impl Rates {
+    /// From measurements in which 0 means none. What others tell may be no number at all.
+    pub fn measured(up: f64, down: f64) -> Self {
+        let known = |rate: f64| Some(rate as f32).filter(|rate| rate.is_finite() && *rate > 0.0);
+        Self { up_bytes_per_second: known(up), down_bytes_per_second: known(down) }
+    }
 }
 
 /// What this peer puts into a round.
@@ -147,7 +166,7 @@ pub struct Snapshot {
     pub blobs: BTreeMap<String, Bytes>,
 }
 
-/// Bytes since the start, and what is held now.
+/// Bytes since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Traffic {
     /// Bytes sent.
@@ -201,6 +220,11 @@ pub trait Dialect: Send + Sync + 'static {
 
     /// Bytes so far.
     fn traffic(&self) -> Traffic;
+
+    /// How fast our own link is.
+    fn rates(&self) -> Rates {
+        Rates::default()
+    }
 
     /// Bytes of memory by purpose.
     fn memory(&self) -> BTreeMap<Purpose, u64>;

@@ -55,8 +55,8 @@ mod wire;
 
 pub use config::{ConfigError, JoinError, PolicyKind, PowerSgd, SessionConfig, StateEvery};
 pub use dialect::{
-    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
-    Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, PeerView, Rates, Report, RoundCall, RoundFailed, RoundResult,
+    RoundStats, Snapshot, Traffic,
 };
 pub use events::Event;
 pub use invite::{Invite, InviteError};

@@ -1,15 +1,15 @@
 //! The native protocol under a session: potluck's membership, rounds and state transfer.
 
 use crate::dialect::{
-    Channel, Dialect, DownloadFailed, PeerView, Report, RoundCall, RoundFailed, RoundResult, RoundStats,
-    Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, PeerView, Rates, Report, RoundCall, RoundFailed, RoundResult,
+    RoundStats, Snapshot, Traffic,
 };
 use crate::factors::Factors;
 use crate::wire::Note;
 use crate::{JoinError, Purpose, SessionConfig, manifest};
 use futures::future::BoxFuture;
 use potluck_averaging::{
-    Averager, AveragerConfig, JoinError as SwarmError, Progress, Round, RoundError, RoundErrorKind,
+    Averager, AveragerConfig, JoinError as SwarmError, Member, Progress, Round, RoundError, RoundErrorKind,
     RoundRequest, Swarm, SwarmConfig, View,
 };
 use potluck_compression::Policy;
@@ -234,6 +234,7 @@ impl Dialect for Native {
                 samples: member.samples,
                 samples_per_second: member.samples_per_second as f32,
                 path: member.path,
+                rates: rates(&member),
                 auxiliary: member.auxiliary,
                 note: member.app,
             })
@@ -320,6 +321,11 @@ impl Dialect for Native {
         }
     }
 
+    fn rates(&self) -> Rates {
+        let (view, me) = (self.members.borrow(), self.swarm.local_peer());
+        view.members.get(&me).map(rates).unwrap_or_default()
+    }
+
     fn memory(&self) -> BTreeMap<Purpose, u64> {
         BTreeMap::from([(Purpose::Snapshot, self.exchange.bytes())])
     }
@@ -330,6 +336,10 @@ impl Dialect for Native {
             self.exchange.withdraw();
         })
     }
+}
+
+fn rates(member: &Member) -> Rates {
+    Rates::measured(member.up_bytes_per_second, member.down_bytes_per_second)
 }
 
 /// A hash over every bit, without a second copy of the values.

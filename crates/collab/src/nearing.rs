@@ -77,6 +77,7 @@ impl Nearing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Rates;
 
     fn beside(seed: u8, samples: u64) -> BTreeMap<PeerId, PeerView> {
         let peer = PeerId::from_ed25519(&[seed; 32]);
@@ -86,6 +87,7 @@ mod tests {
             samples,
             samples_per_second: 100.0,
             path: None,
+            rates: Rates::default(),
             auxiliary: false,
             note: bytes::Bytes::new(),
         };

@@ -172,6 +172,7 @@ impl Behind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Rates;
 
     fn peer(seed: u8, epoch: u64, samples: u64, lineage: Option<Lineage>) -> PeerView {
         let note = lineage.map(|lineage| {
@@ -184,6 +185,7 @@ mod tests {
             samples,
             samples_per_second: 2.0,
             path: None,
+            rates: Rates::default(),
             auxiliary: false,
             note: note.unwrap_or_default(),
         }

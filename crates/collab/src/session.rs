@@ -338,13 +338,16 @@ impl Inner {
         let core = self.core();
         let traffic = self.dialect.traffic();
         let held = self.dialect.memory().into_iter().chain(core.memory()).chain(self.ledger.sums());
-        let status = Status {
+        let mut status = Status {
             bytes_sent: traffic.bytes_sent,
             bytes_received: traffic.bytes_received,
             memory: memory::by_name(held),
             ..core.status()
         };
         drop(core);
+        for me in status.peers.iter_mut().filter(|peer| peer.is_me) {
+            me.rates = self.dialect.rates();
+        }
         self.status.send_replace(status);
     }
 

@@ -1,6 +1,6 @@
 //! What a session shows: plain data, the one source for dashboards, Prometheus, JSON lines and Python.
 
-use crate::Lineage;
+use crate::{Lineage, Rates};
 use potluck_net::{Path, PeerFault, PeerId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -69,6 +69,9 @@ pub struct PeerStatus {
     pub samples_per_second: f32,
     /// How we are connected.
     pub path: Option<Path>,
+    /// How fast its link is.
+    #[serde(flatten)]
+    pub rates: Rates,
     /// Its part of this epoch's samples, 0 to 1.
     pub share: f32,
     /// Samples that it put into finished rounds: since it joined, and of its sessions before what this peer has seen.

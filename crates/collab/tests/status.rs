@@ -90,9 +90,13 @@ struct Peer {
 }
 
 async fn join(net: &SimNet, known: &[Peer], batch: u64) -> Peer {
-    let transport = net.add_peer(PeerSpec::default());
+    join_over(PeerSpec::default(), net, known, batch, VALUES).await
+}
+
+async fn join_over(link: PeerSpec, net: &SimNet, known: &[Peer], batch: u64, values: usize) -> Peer {
+    let transport = net.add_peer(link);
     let (id, env) = (transport.local_peer(), transport.env());
-    let tensor = TensorInfo::vector("w", VALUES, TensorRole::Gradient);
+    let tensor = TensorInfo::vector("w", values, TensorRole::Gradient);
     let mut config = SessionConfig::new("run", TARGET, vec![tensor]);
     config.grad_compression = Policy::Fixed(Scheme::Float16);
     config.bootstrap = known.iter().map(|peer| peer.id).collect();
@@ -448,6 +452,61 @@ fn the_memory_of_an_outer_optimizer_is_shown() {
                     assert_eq!(memory("velocity"), Some(2000), "{:?}", status.memory);
                 }
             }
+        }
+    });
+}
+
+/// So many values that a part does not find room in the buffers of a connection.
+const MANY: usize = 5 * VALUES;
+
+/// Gradient rounds of one peer, until so many are done.
+async fn rounds(session: Session, epochs: u64) {
+    while session.epoch() < epochs {
+        let samples = if session.status().borrow().peers[0].samples == 0 { TARGET / 3 } else { 0 };
+        match session.step(samples) {
+            Step::Accumulate => session.changed().await,
+            Step::Average => {
+                let averaged = session.average_gradients(vec![0.5; MANY], 40.0).await;
+                assert!(!averaged.value.alone, "{:?}", averaged.faults);
+                session.epoch_done(Some(Snapshot::default()));
+            }
+            step => panic!("nobody is ahead: {step:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_rates_of_a_peer_are_those_of_its_link_and_everybody_shows_them() {
+    run(16, async |net| {
+        let links = [(150e3, 600e3), (300e3, 1200e3), (200e3, 500e3)];
+        let mut peers: Vec<Peer> = Vec::new();
+        for (up_bytes_per_second, down_bytes_per_second) in links {
+            let link = PeerSpec { up_bytes_per_second, down_bytes_per_second, ..PeerSpec::default() };
+            let peer = join_over(link, &net, &peers, TARGET / 3, MANY).await;
+            peers.push(peer);
+        }
+        let sessions: Vec<Session> = peers.iter().map(|peer| peer.session.clone()).collect();
+        all_here(&sessions).await;
+        let measured = |status: &Status| {
+            let mut shown: Vec<_> = status.peers.iter().map(|peer| (peer.peer, peer.rates)).collect();
+            shown.sort_unstable_by_key(|(peer, _)| *peer);
+            shown
+        };
+        assert!(
+            measured(&sessions[0].status().borrow()).iter().all(|(_, r)| r.up_bytes_per_second.is_none())
+        );
+        futures::future::join_all(sessions.iter().map(|session| rounds(session.clone(), 4))).await;
+        // The heartbeats tell.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let shown = measured(&sessions[0].status().borrow());
+        for session in &sessions {
+            assert_eq!(measured(&session.status().borrow()), shown, "everybody shows the same");
+        }
+        for (peer, (up, down)) in peers.iter().zip(links) {
+            let rates = shown.iter().find(|(id, _)| *id == peer.id).unwrap().1;
+            let seen = f64::from(rates.down_bytes_per_second.unwrap());
+            near(f64::from(rates.up_bytes_per_second.unwrap()), up, 0.2, "bytes per second up");
+            assert!((0.3 * down..1.1 * down).contains(&seen), "of {down} bytes per second down {seen}");
         }
     });
 }

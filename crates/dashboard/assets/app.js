@@ -31,6 +31,9 @@ function cell(row, text) {
   return td;
 }
 
+/** A measured rate; older peers do not tell theirs. */
+const megabytes = rate => rate === null || rate === undefined ? "–" : rounded(rate / 1e6, 2);
+
 /** Whose view this is: this peer, or, for those who only watch, the peer that was asked. */
 const viewer = status => status.peers.find(p => p.is_me) ?? status.peers.find(p => p.peer === status.peer);
 
@@ -53,7 +56,13 @@ function board(status) {
     cell(row, rounded(peer.samples_per_second));
     cell(row, peer.epoch);
     cell(row, rounded(peer.loss, 4));
-    cell(row, peer === centre ? "–" : (peer.path ?? "not connected").replace("_", "-"));
+    const path = cell(row, peer === centre ? "–" : (peer.path ?? "not connected").replace("_", "-"));
+    const rates = [peer.up_bytes_per_second, peer.down_bytes_per_second].map(megabytes);
+    if (rates.some(rate => rate !== "–")) {
+      const small = document.createElement("small");
+      small.textContent = ` ${rates.join("/")} MB/s`;
+      path.append(small);
+    }
     return row;
   });
   $("board").replaceChildren(...here, ...status.left.map(left));

@@ -86,11 +86,17 @@ fn of_each_peer(text: &mut Text, labels: &str, status: &Status) {
     for peer in &status.left {
         text.sample(name, &format!("{labels},peer=\"{}\"", peer.peer), peer.epoch);
     }
-    let figures: [(&str, &str, Figure); 5] = [
+    let figures: [(&str, &str, Figure); 7] = [
         ("epoch", "The epoch that a live peer works on", |peer| Some(peer.epoch as f64)),
         ("epoch_samples", "Its samples of that epoch", |peer| Some(peer.samples as f64)),
         ("share_ratio", "Its part of this epoch's samples", |peer| Some(f64::from(peer.share))),
         ("samples_per_second", "Its measured speed", |peer| Some(f64::from(peer.samples_per_second))),
+        ("up_bytes_per_second", "What its uplink carries, as it measured in rounds", |peer| {
+            peer.rates.up_bytes_per_second.map(f64::from)
+        }),
+        ("down_bytes_per_second", "The most that it has received in rounds", |peer| {
+            peer.rates.down_bytes_per_second.map(f64::from)
+        }),
         ("loss", "The last loss that it reported", |peer| peer.loss.map(f64::from)),
     ];
     for (name, help, figure) in figures {
@@ -112,7 +118,8 @@ fn of_each_peer(text: &mut Text, labels: &str, status: &Status) {
 }
 
 /// What a name may end in.
-const UNITS: [&str; 6] = ["bytes", "values", "samples_per_second", "samples", "seconds", "ratio"];
+const UNITS: [&str; 7] =
+    ["bytes", "values", "bytes_per_second", "samples_per_second", "samples", "seconds", "ratio"];
 
 #[derive(Default)]
 struct Text(String);

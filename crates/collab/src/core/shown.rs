@@ -2,9 +2,9 @@
 
 use super::Core;
 use crate::memory::{Purpose, bytes_of};
-use crate::progress;
 use crate::status::{PeerStatus, Status};
 use crate::wire::Note;
+use crate::{Rates, progress};
 
 impl Core {
     /// Bytes of memory by purpose: what is held here beside the snapshots.
@@ -40,6 +40,7 @@ impl Core {
             samples: self.own.samples,
             samples_per_second: self.own.samples_per_second,
             path: None,
+            rates: Rates::default(),
             share: share(self.own.samples),
             contributed: self.contributed,
             auxiliary: self.config.auxiliary,
@@ -55,6 +56,7 @@ impl Core {
                 samples: view.samples,
                 samples_per_second: view.samples_per_second,
                 path: view.path,
+                rates: view.rates,
                 share: share(counted),
                 contributed: self
                     .gone
