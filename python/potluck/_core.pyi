@@ -3,7 +3,6 @@
 from typing import Any, final
 
 __all__ = [
-    "Blob",
     "Elements",
     "FlatBuffer",
     "Held",
@@ -27,18 +26,14 @@ class PeerError(OSError):
     """The network could not be used: no peer reached, address refused, or closed."""
 
 @final
-class Blob:
-    """Bytes of others: ``torch.from_dlpack(blob)`` views them, for reading only."""
+class Elements:
+    """A decoded tensor, or bytes of others: ``torch.from_dlpack(elements)`` is on its memory.
+
+    Bytes of others are for reading only.
+    """
 
     def __len__(self) -> int: ...
     def __bytes__(self) -> bytes: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-    def __dlpack__(self, **kwargs: Any) -> Any: ...
-
-@final
-class Elements:
-    """A decoded tensor: ``torch.from_dlpack(elements)`` takes its memory over."""
-
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def __dlpack__(self, **kwargs: Any) -> Any: ...
 
@@ -108,7 +103,7 @@ class Session:
     def publish_average(
         self, meta: dict[str, str], vector: FlatBuffer, sizes: list[tuple[str, int]]
     ) -> None: ...
-    def load_state(self) -> tuple[int, dict[str, str], dict[str, Blob]] | None: ...
+    def load_state(self) -> tuple[int, dict[str, str], dict[str, Elements]] | None: ...
     def hold(self, purpose: str, buffer: FlatBuffer) -> None: ...
     def hold_bytes(self, purpose: str, bytes: int) -> Held: ...
     def report_loss(self, loss: float) -> None: ...

@@ -20,7 +20,7 @@ from potluck.compression import (
 )
 
 # What arrives: plain bytes where they were decoded, else the memory in which they came.
-Bytes = bytes | _core.Blob
+Bytes = bytes | _core.Elements
 
 SCALARS = (bool, int, float, str, type(None))
 

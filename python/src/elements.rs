@@ -1,19 +1,20 @@
-//! Memory that one call fills and Python then owns: decoded tensors, and the bytes of encoded ones. The codecs write
-//! straight to it, because memory that is touched for the first time costs more than decoding into it.
-#![expect(
-    unsafe_code,
-    reason = "memory that is written before Python sees it; every block states why it holds"
-)]
+//! Memory that comes from Rust and that torch reads where it is: decoded tensors, states that arrived, and the bytes of
+//! encoded tensors. The codecs write straight to it, because memory that is touched for the first time costs more than
+//! decoding into it; a downloaded state is as large as the model and more.
+#![expect(unsafe_code, reason = "memory that Python sees, too; every block states why it holds")]
 
 use crate::dlpack::{DEVICE, Element, export};
 use crate::error::Error;
+use bytes::Bytes;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule, PyDict};
+use std::any::Any;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
+const U8: Element = Element { code: 1, bits: 8 };
 /// Where tensors of torch begin, too.
 const ALIGNMENT: usize = 64;
 /// One block between these sizes waits for the next tensor when its own is gone: smaller ones cost nothing to get, and
@@ -64,16 +65,30 @@ impl Drop for Block {
     }
 }
 
-/// The elements of a decoded tensor: `torch.from_dlpack(elements)` is that tensor, and the only one on this memory.
+/// Elements in memory that Rust has filled: `torch.from_dlpack(elements)` is a tensor of them. A decoded tensor is the only
+/// one on its memory; bytes of others are for reading only.
 #[pyclass(frozen, module = "potluck._core")]
 pub(crate) struct Elements {
-    block: Arc<Block>,
-    offset: usize,
+    /// Keeps alive what `start` points to.
+    memory: Arc<dyn Any + Send + Sync>,
+    start: *mut u8,
     element: Element,
     shape: Vec<usize>,
 }
 
+// SAFETY: `start` points into `memory`, which any thread may own; Rust writes there only before this is made.
+unsafe impl Send for Elements {}
+// SAFETY: as above; shared, it only tells where it is.
+unsafe impl Sync for Elements {}
+
 impl Elements {
+    /// Bytes that arrived, where they lie. They are for reading only, because they are also served to whoever asks for
+    /// them; whoever wants to write copies the tensor.
+    pub(crate) fn of_bytes(bytes: Bytes) -> Self {
+        let (start, shape) = (bytes.as_ptr().cast_mut(), vec![bytes.len()]);
+        Self { memory: Arc::new(bytes), start, element: U8, shape }
+    }
+
     /// Memory for a tensor, filled by `fill`, which gets `length` bytes (of whatever was there).
     ///
     /// # Errors
@@ -86,14 +101,29 @@ impl Elements {
     ) -> Result<Self, E> {
         let block = Block::new(length + ALIGNMENT - 1);
         let offset = block.start.align_offset(ALIGNMENT).min(ALIGNMENT - 1);
-        // SAFETY: `offset` and `length` lie within the block, whose bytes are initialised; nobody else has it yet.
-        fill(unsafe { std::slice::from_raw_parts_mut(block.start.as_ptr().add(offset), length) })?;
-        Ok(Self { block: Arc::new(block), offset, element, shape })
+        // SAFETY: `offset` lies within the block.
+        let start = unsafe { block.start.as_ptr().add(offset) };
+        // SAFETY: so does `length` behind it; the block's bytes are initialised, and nobody else has it yet.
+        fill(unsafe { std::slice::from_raw_parts_mut(start, length) })?;
+        Ok(Self { memory: Arc::new(block), start, element, shape })
     }
 }
 
 #[pymethods]
 impl Elements {
+    /// Number of elements.
+    fn __len__(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// A copy, as they lie in memory.
+    fn __bytes__<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let length = self.__len__() * usize::from(self.element.bits).div_ceil(8);
+        // SAFETY: `start` points to so many initialised bytes in `memory`. Exclusion against a tensor on them that is
+        // written to is the caller's, as with any tensor that two threads share.
+        PyBytes::new(py, unsafe { std::slice::from_raw_parts(self.start, length) })
+    }
+
     fn __dlpack_device__(&self) -> (i32, i32) {
         DEVICE
     }
@@ -104,9 +134,7 @@ impl Elements {
         py: Python<'py>,
         kwargs: Option<Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
-        // SAFETY: within the block, as above.
-        let start = unsafe { self.block.start.as_ptr().add(self.offset) };
-        export(py, kwargs.as_ref(), start.cast(), self.element, &self.shape, self.block.clone())
+        export(py, kwargs.as_ref(), self.start.cast(), self.element, &self.shape, self.memory.clone())
     }
 }
 

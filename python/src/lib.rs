@@ -3,7 +3,6 @@
 //! Rules of this crate: Python drives and Rust never calls Python; every wait releases the GIL and looks for Ctrl-C
 //! (`runtime::wait`); one file maps errors (`error`); only `dlpack`, `buffer` and `elements` (memory shared with torch) hold unsafe code.
 
-mod blob;
 mod buffer;
 mod compression;
 mod directory;
@@ -19,8 +18,6 @@ mod session;
 /// The compiled half of `potluck`. Not a public interface: use the classes of the package.
 #[pyo3::pymodule]
 mod _core {
-    #[pymodule_export]
-    use crate::blob::Blob;
     #[pymodule_export]
     use crate::buffer::FlatBuffer;
     #[pymodule_export]

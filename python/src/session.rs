@@ -1,8 +1,8 @@
 //! One peer's part in a run, as Python drives it: vectors in and out, states in and out, status as JSON.
 
-use crate::blob::Blob;
 use crate::buffer::{FlatBuffer, Shelf};
 use crate::dlpack::Borrowed;
+use crate::elements::Elements;
 use crate::error::Error;
 use crate::held::Held;
 use crate::node::Node;
@@ -258,7 +258,7 @@ impl Session {
         let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
         let dict = PyDict::new(py);
         for (name, blob) in blobs {
-            dict.set_item(name, Blob(blob))?;
+            dict.set_item(name, Elements::of_bytes(blob))?;
         }
         Ok(Some((epoch, meta, dict)))
     }

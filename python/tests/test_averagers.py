@@ -10,6 +10,7 @@ from conftest import together
 from test_optimizer import SGD, backward, batches, make_model
 
 import potluck
+from potluck import _core
 from potluck.averaging import AveragingStage, DecentralizedAverager
 from potluck.dht import DHT
 from potluck.optim import GradientAverager, ProgressTracker, TrainingAverager, TrainingStateAverager
@@ -57,6 +58,23 @@ def test_newcomers_load_the_average_of_a_round_whatever_became_of_the_tensors(
     for peer in peers:
         with peer.get_tensors() as tensors:
             assert torch.equal(tensors[1], torch.full((2, 2), -2.0))
+
+
+def test_a_loaded_state_is_read_where_it_arrived(local_dht: Callable[[], DHT]) -> None:
+    peers = averagers(local_dht, [1.0, 3.0])
+    together(*(lambda p=p: p.step() for p in peers))
+    (newcomer,) = averagers(local_dht, [7.0])
+    assert newcomer.session.step(0) == "load_state"
+    loaded = newcomer.session.load_state()
+    assert loaded is not None
+    arrived = loaded[2]["tensor.000000"]
+    one, other = torch.from_dlpack(arrived), torch.from_dlpack(arrived)
+    assert one.data_ptr() == other.data_ptr(), "nothing is copied"
+    assert (one.dtype, len(arrived), bytes(arrived)) == (torch.uint8, 12, bytes(one.tolist()))
+    del loaded, arrived, other
+    assert torch.equal(one.view(torch.float32), torch.full((3,), 2.0)), "a tensor keeps its memory"
+    decoded = _core.decode(bytes(one.tolist()), [3], "float32", 0)
+    assert (len(decoded), bytes(decoded)) == (3, bytes(one.tolist()))
 
 
 def test_without_a_group_nothing_changes(local_dht: Callable[[], DHT]) -> None:
