@@ -12,6 +12,7 @@ mod bootstrap;
 mod config;
 mod convert;
 mod dials;
+mod doorman;
 mod driver;
 pub mod identity_file;
 mod kept;

@@ -2,6 +2,7 @@
 
 use crate::bootstrap::PROTOCOL_VERSION;
 use crate::config::Config;
+use crate::doorman;
 use crate::mux::Mux;
 use crate::secure::Secure;
 use crate::shared::Shared;
@@ -56,6 +57,7 @@ type Output = (PeerId, StreamMuxerBox);
 /// All protocols of one peer.
 #[derive(NetworkBehaviour)]
 pub(crate) struct Behaviour {
+    doorman: doorman::Behaviour,
     limits: connection_limits::Behaviour,
     pub(crate) streams: streams::Behaviour,
     identify: identify::Behaviour,
@@ -189,6 +191,7 @@ fn behaviour(
     let ping =
         ping::Config::new().with_interval(Duration::from_secs(10)).with_timeout(Duration::from_secs(15));
     Behaviour {
+        doorman: doorman::Behaviour::default(),
         limits: connection_limits::Behaviour::new(limits),
         streams: streams::Behaviour::new(shared.clone()),
         identify: identify::Behaviour::new(identify),
