@@ -496,12 +496,19 @@ fn the_rates_of_a_peer_are_those_of_its_link_and_everybody_shows_them() {
             measured(&sessions[0].status().borrow()).iter().all(|(_, r)| r.up_bytes_per_second.is_none())
         );
         futures::future::join_all(sessions.iter().map(|session| rounds(session.clone(), 4))).await;
-        // The heartbeats tell.
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let shown = measured(&sessions[0].status().borrow());
-        for session in &sessions {
-            assert_eq!(measured(&session.status().borrow()), shown, "everybody shows the same");
-        }
+        // Each knows its own; heartbeats tell the others, until everybody shows the same.
+        let told = async {
+            loop {
+                let all: Vec<_> =
+                    sessions.iter().map(|session| measured(&session.status().borrow())).collect();
+                let known = all[0].iter().all(|(_, rates)| rates.up_bytes_per_second.is_some());
+                if known && all.iter().all(|shown| *shown == all[0]) {
+                    break all[0].clone();
+                }
+                tokio::time::sleep(STEP).await;
+            }
+        };
+        let shown = tokio::time::timeout(60 * STEP, told).await.expect("everybody shows the same");
         for (peer, (up, down)) in peers.iter().zip(links) {
             let rates = shown.iter().find(|(id, _)| *id == peer.id).unwrap().1;
             let seen = f64::from(rates.down_bytes_per_second.unwrap());
