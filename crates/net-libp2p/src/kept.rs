@@ -35,6 +35,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// What is left of an ended stream may take this long and be this large; more is cut off by a reset.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 const UNREAD_BYTES_MAX: usize = 1 << 20;
+/// How much of it is read at once.
+const SKIPPED_BYTES: usize = 16 << 10;
 /// Ended streams that may wait for the caretaker.
 const RETIRED_WAITING_MAX: usize = 256;
 
@@ -246,13 +248,15 @@ async fn read_on<S: AsyncRead + Unpin>(reader: &mut S, place: Place) -> io::Resu
     let Place { mut head, head_len, mut rest } = place;
     let mut missing = head.get_mut(head_len..).unwrap_or_default();
     let mut allowed = UNREAD_BYTES_MAX;
-    let mut skipped = vec![0; 16 << 10];
+    let mut skipped = Vec::new();
     loop {
         allowed = allowed
             .checked_sub(rest.saturating_add(HEAD_BYTES))
             .ok_or_else(|| io::Error::other("too much was left unread"))?;
         while rest > 0 {
-            let most = rest.min(skipped.len());
+            // Most requests and answers leave nothing but the mark.
+            skipped.resize(SKIPPED_BYTES, 0);
+            let most = rest.min(SKIPPED_BYTES);
             match reader.read(&mut skipped[..most]).await? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 count => rest -= count,
