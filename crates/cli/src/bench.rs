@@ -207,19 +207,24 @@ async fn receive(transport: &Arc<Libp2pTransport>) -> Result<()> {
     println!("{}", transport.addresses().first().context("no address")?);
     std::io::stdout().flush()?;
     let tasks = Tasks::new();
-    let mut input = tokio::io::stdin();
-    let mut nothing = [0];
-    loop {
-        tokio::select! {
-            stream = incoming.next() => {
-                let Some(stream) = stream else { return Ok(()) };
-                tasks.spawn(async move {
-                    // The sender notices and reports it.
-                    let _failed = swallow(stream).await;
-                });
-            }
-            _ = input.read(&mut nothing) => return Ok(()),
+    until_input_ends(async {
+        while let Some(stream) = incoming.next().await {
+            tasks.spawn(async move {
+                // The sender notices and reports it.
+                let _failed = swallow(stream).await;
+            });
         }
+        Ok(())
+    })
+    .await
+}
+
+/// Whoever started this process ends it by closing its standard input.
+pub(crate) async fn until_input_ends(receiving: impl Future<Output = Result<()>>) -> Result<()> {
+    let (mut input, mut nothing) = (tokio::io::stdin(), [0]);
+    tokio::select! {
+        ended = receiving => ended,
+        _ = input.read(&mut nothing) => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Bare TCP between two processes: the floor that `potluck bench net` shows beside every kind of connection.
 
-use crate::bench::{FRAME_BYTES, cpu_seconds};
+use crate::bench::{FRAME_BYTES, cpu_seconds, until_input_ends};
 use anyhow::{Context, Result};
 use potluck_net::Tasks;
 use std::io::Write;
@@ -14,20 +14,16 @@ pub(crate) async fn receive() -> Result<()> {
     println!("/ip4/127.0.0.1/tcp/{}", listener.local_addr()?.port());
     std::io::stdout().flush()?;
     let tasks = Tasks::new();
-    let mut input = tokio::io::stdin();
-    let mut nothing = [0];
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let (socket, _) = accepted?;
-                tasks.spawn(async move {
-                    // The sender notices and reports it.
-                    let _failed = swallow(socket).await;
-                });
-            }
-            _ = input.read(&mut nothing) => return Ok(()),
+    until_input_ends(async {
+        loop {
+            let (socket, _) = listener.accept().await?;
+            tasks.spawn(async move {
+                // The sender notices and reports it.
+                let _failed = swallow(socket).await;
+            });
         }
-    }
+    })
+    .await
 }
 
 /// Read everything, then answer with the processor time that this process has used.
