@@ -7,6 +7,7 @@ const HELD: &[&str] = &[
     "P1 joining",
     "P2 detection",
     "P3 overhead, near",
+    "P3 overhead, far",
     "P5 fault cost",
     "P6 agreement",
     "P6 one lineage",
