@@ -10,12 +10,12 @@ use crate::runtime;
 use bytes::Bytes;
 use potluck_collab::{
     Averaged, Event, Policy, PolicyKind, PowerSgd, Purpose, Session as Core, SessionConfig, Snapshot,
-    StateEvery, Step, TensorInfo,
+    StateEvery, Step, TensorInfo, Terms,
 };
 use potluck_dashboard::Dashboard;
 use potluck_net::Outcome;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -89,6 +89,9 @@ pub(crate) struct Session {
 /// An average: `(values, alone, members, weight)`.
 type Average = (FlatBuffer, bool, Vec<String>, f64);
 
+/// The same with what each member handed to all.
+type Gathered<'py> = (FlatBuffer, bool, Vec<(String, Bound<'py, PyBytes>)>, f64);
+
 fn average(outcome: Outcome<Averaged>, home: &Arc<Shelf>) -> Average {
     let Averaged { vector, members, weight_total, alone, .. } = outcome.value;
     let members = members.iter().map(ToString::to_string).collect();
@@ -155,6 +158,37 @@ impl Session {
         let vector = vector.copy_out(&self.gradients);
         let averaged = runtime::wait(py, async { Ok(self.core.average_gradients(vector, weight).await) })?;
         Ok(average(averaged, &self.gradients))
+    }
+
+    /// Average once, at most so many seconds long, and hand `gather` to all members; waits.
+    fn gather_gradients<'py>(
+        &self,
+        py: Python<'py>,
+        vector: &FlatBuffer,
+        weight: f64,
+        gather: Vec<u8>,
+        seconds: Option<f64>,
+    ) -> Result<Gathered<'py>, Error> {
+        if gather.len() > Terms::GATHER_BYTES_MAX {
+            let most = Terms::GATHER_BYTES_MAX;
+            return Err(Error::Value(format!("gather: {} bytes, at most {most}", gather.len())));
+        }
+        let terms = Terms { gather: gather.into(), limit: runtime::seconds("timeout", seconds)? };
+        let vector = vector.copy_out(&self.gradients);
+        let averaged =
+            runtime::wait(py, async { Ok(self.core.average_gradients_on(terms, vector, weight).await) })?;
+        let Averaged { vector, members, gathered, weight_total, alone, .. } = averaged.value;
+        let values = FlatBuffer::from_vec(vector, self.gradients.clone());
+        let said = gathered.iter().map(|bytes| PyBytes::new(py, bytes));
+        let members = members.iter().map(ToString::to_string).zip(said).collect();
+        Ok((values, alone, members, weight_total))
+    }
+
+    /// If the last round failed although others were here, and nothing was applied: whether it was so.
+    fn round_void(&self) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        Ok(self.core.round_void())
     }
 
     /// Average parameters; waits.
@@ -253,8 +287,10 @@ impl Session {
     }
 
     /// Load the state of others: `(epoch, facts, blobs)`, or `None` if nobody is ahead or it did not work.
-    fn load_state<'py>(&self, py: Python<'py>) -> Result<Option<Loaded<'py>>, Error> {
-        let loaded = runtime::wait(py, async { Ok(self.core.load_state().await) })?;
+    #[pyo3(signature = (seconds=None))]
+    fn load_state<'py>(&self, py: Python<'py>, seconds: Option<f64>) -> Result<Option<Loaded<'py>>, Error> {
+        let limit = runtime::seconds("timeout", seconds)?;
+        let loaded = runtime::wait(py, async { Ok(self.core.load_state_within(limit).await) })?;
         let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
         let dict = PyDict::new(py);
         for (name, blob) in blobs {

@@ -56,7 +56,7 @@ mod wire;
 pub use config::{ConfigError, JoinError, PolicyKind, PowerSgd, SessionConfig, StateEvery};
 pub use dialect::{
     Channel, Dialect, DownloadFailed, PeerView, Rates, Report, RoundCall, RoundFailed, RoundResult,
-    RoundStats, Snapshot, Traffic,
+    RoundStats, Snapshot, Terms, Traffic,
 };
 pub use events::Event;
 pub use invite::{Invite, InviteError};

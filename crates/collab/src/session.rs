@@ -1,7 +1,7 @@
 //! One peer's part in a run. The training program drives: it calls `step` and does what it answers.
 
 use crate::core::Core;
-use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot};
+use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot, Terms};
 use crate::events::{EVENTS_MAX, Event};
 use crate::factors::Factors;
 use crate::memory::{self, Held, Ledger, Purpose, bytes_of};
@@ -9,6 +9,7 @@ use crate::native::Native;
 use crate::policy::{Background, Step};
 use crate::status::Status;
 use crate::{Invite, JoinError, Lineage, PolicyKind, SessionConfig, manifest, manifest_hash};
+use bytes::Bytes;
 use potluck_net::{Env, Outcome, PeerFault, PeerId, Tasks, Transport};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,6 +34,8 @@ pub struct Averaged {
     pub vector: Vec<f32>,
     /// Who took part, in group order, this peer included.
     pub members: Vec<PeerId>,
+    /// What each of them handed to all.
+    pub gathered: Vec<Bytes>,
     /// The sum of the members' weights.
     pub weight_total: f64,
     /// Nobody else's values are in it: nobody came, or all had the same state.
@@ -152,7 +155,17 @@ impl Session {
     /// Average the mean gradients of this peer's samples with everybody's, weighted by samples. When there is no
     /// average, the own gradients come back with the faults: training goes on.
     pub async fn average_gradients(&self, vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
-        let averaged = self.inner.round(Channel::Gradients, vector, weight).await;
+        self.average_gradients_on(Terms::default(), vector, weight).await
+    }
+
+    /// As [`Self::average_gradients`], on terms of this round's own.
+    pub async fn average_gradients_on(
+        &self,
+        terms: Terms,
+        vector: Vec<f32>,
+        weight: f64,
+    ) -> Outcome<Averaged> {
+        let averaged = self.inner.round(Channel::Gradients, vector, weight, terms).await;
         let mut core = self.inner.core();
         core.own.restart_clock(self.inner.env.now());
         if self.inner.config.policy == PolicyKind::DelayedOptimizer {
@@ -174,7 +187,7 @@ impl Session {
         self.inner.core().begin_background(Channel::Gradients);
         let inner = self.inner.clone();
         self.tasks.spawn(async move {
-            let averaged = inner.round(Channel::Gradients, vector, weight).await;
+            let averaged = inner.round(Channel::Gradients, vector, weight, Terms::default()).await;
             inner.finish_background(Channel::Gradients, averaged);
         });
     }
@@ -208,6 +221,14 @@ impl Session {
         }
     }
 
+    /// If the last round failed although others were here, and nothing was applied: everything is as it was before.
+    /// Whether it was so.
+    pub fn round_void(&self) -> bool {
+        let void = self.inner.core().round_void();
+        self.inner.tell(void);
+        void
+    }
+
     /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers. When the round
     /// failed although others were here, what was applied alone ends no epoch: `epoch` stays, and the history changes.
     pub fn epoch_done(&self, snapshot: Option<Snapshot>) {
@@ -229,7 +250,12 @@ impl Session {
     /// Load the state of others, if any is ahead or has won. `None`: nobody is, or it did not work (an event says
     /// why); the program goes on and `step` says so again if it must.
     pub async fn load_state(&self) -> Outcome<Option<Snapshot>> {
-        let loaded = self.inner.load_state().await;
+        self.load_state_within(None).await
+    }
+
+    /// As [`Self::load_state`], with a limit of this call's own.
+    pub async fn load_state_within(&self, limit: Option<Duration>) -> Outcome<Option<Snapshot>> {
+        let loaded = self.inner.load_state(limit.unwrap_or(self.inner.config.load_state_timeout)).await;
         self.inner.core().own.forget_clock();
         self.inner.tell(true);
         loaded
@@ -369,7 +395,7 @@ impl Inner {
             let by_samples = self.config.policy.ends_epochs_with_state();
             (core.movement(&vector), if by_samples { core.own.samples as f64 } else { 1.0 })
         };
-        let mut outcome = self.round(Channel::State, movement, weight).await;
+        let mut outcome = self.round(Channel::State, movement, weight, Terms::default()).await;
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
         let mut core = self.core();
@@ -380,7 +406,14 @@ impl Inner {
     }
 
     /// One round; never an error.
-    async fn round(&self, channel: Channel, mut vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
+    async fn round(
+        &self,
+        channel: Channel,
+        mut vector: Vec<f32>,
+        weight: f64,
+        terms: Terms,
+    ) -> Outcome<Averaged> {
+        let until = terms.limit.map(|limit| self.env.now() + limit);
         let _held = self.ledger.hold(Purpose::Rounds, bytes_of(&vector));
         let (epoch, lineage) = {
             let core = self.core();
@@ -396,8 +429,13 @@ impl Inner {
             if channel == Channel::State {
                 self.wait_for_members().await;
             }
-            let timeout = self.config.averaging_timeout;
-            let call = RoundCall { epoch, lineage, vector, weight, timeout };
+            let left = until.map(|until| until.saturating_duration_since(self.env.now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            let timeout = left.into_iter().chain(self.config.averaging_timeout).min();
+            let gather = terms.gather.clone();
+            let call = RoundCall { epoch, lineage, vector, weight, timeout, gather };
             self.core().waiting = Some(channel);
             self.tell(true);
             let values = call.vector.len();
@@ -488,6 +526,7 @@ impl Inner {
         let value = Averaged {
             vector: result.vector,
             members: result.members,
+            gathered: result.gathered,
             weight_total: result.weight_total,
             alone,
             stats: result.stats,
@@ -515,12 +554,14 @@ impl Inner {
         }
         let members = vec![self.dialect.local_peer()];
         let stats = RoundStats::default();
-        Outcome { value: Averaged { vector, members, weight_total: weight, alone: true, stats }, faults }
+        let gathered = vec![Bytes::new()];
+        let value = Averaged { vector, members, gathered, weight_total: weight, alone: true, stats };
+        Outcome { value, faults }
     }
 
-    async fn load_state(&self) -> Outcome<Option<Snapshot>> {
+    async fn load_state(&self, limit: Duration) -> Outcome<Option<Snapshot>> {
         let begun = self.env.now();
-        let deadline = begun + self.config.load_state_timeout;
+        let deadline = begun + limit;
         let mut faults = Vec::new();
         let mut pause = LOAD_PAUSE_MIN;
         loop {

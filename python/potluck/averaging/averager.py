@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -82,6 +81,8 @@ class DecentralizedAverager:
             raise ValueError(f"averaging_alpha={averaging_alpha!r}: expected 0 < alpha <= 1")
         if any(t.grad_fn is not None for t in averaged_tensors):
             raise ValueError("averaged_tensors: expected tensors that are not the result of a computation")
+        if isinstance(min_group_size, bool) or not isinstance(min_group_size, int) or min_group_size < 1:
+            raise ValueError(f"min_group_size={min_group_size!r}: expected a whole number of at least 1")
         self.dht, self.prefix = dht, prefix
         self.min_group_size, self.averaging_alpha = min_group_size, averaging_alpha
         self.compression = _settings.check_compression("compression", compression)
@@ -202,7 +203,9 @@ class DecentralizedAverager:
     ) -> Any:
         """Average once. ``{peer: its gather}`` of all members, or a :class:`StepControl` with ``wait=False``.
 
-        Without a group within ``timeout`` the tensors stay as they are and the answer is None.
+        Without a group within ``timeout`` the tensors stay as they are and the answer is None; the same where all
+        weights are 0. Without a timeout nobody is waited for who is not there. A round that fails although others are
+        there is tried again until then, unless ``allow_retries=False``.
         """
         if require_trigger and wait:
             raise ValueError("require_trigger=True needs wait=False: the trigger comes from this thread")
@@ -216,6 +219,8 @@ class DecentralizedAverager:
         if deadline is not None and when >= deadline:
             raise ValueError("scheduled_time: expected a time before the timeout")
         data = MSGPackSerializer.dumps(gather)
+        if len(data) > _core.GATHER_BYTES_MAX:
+            raise ValueError(f"gather: {len(data)} bytes, expected at most {_core.GATHER_BYTES_MAX}")
         session = self.session
         control = StepControl(when, deadline, allow_retries, float(weight), data)
         if not require_trigger:
@@ -230,40 +235,64 @@ class DecentralizedAverager:
         return control
 
     def _round(self, session: _core.Session, control: StepControl) -> dict[PeerID, Any] | None:
-        control.stage = AveragingStage.LOOKING_FOR_GROUP
-        self._wait_until(session, control)
-        control.stage = AveragingStage.AWAITING_TRIGGER
-        control.wait_for_trigger()
-        with self._round_lock:
-            self._catch_up(session)
-            weight = control.begin()
-            key = f"{self.prefix}.gather.{session.epoch}"
-            self._announce(key, control)
-            self._fill()
-            vector, alone, members, _ = session.average_gradients(self._flat.buffer, weight)
-            used = not alone and len(members) >= self.min_group_size
-            if used:
-                self._use(vector)
+        while True:
+            control.stage = AveragingStage.LOOKING_FOR_GROUP
+            if not self._wait_until(session, control):
+                return None
+            control.stage = AveragingStage.AWAITING_TRIGGER
+            control.wait_for_trigger()
+            left = control.get_timeout()
+            if not self._round_lock.acquire(timeout=-1 if left is None else left):
+                return None
+            try:
+                outcome, failed = self._attempt(session, control)
+            finally:
+                self._round_lock.release()
+            if not failed or not control.allow_retries or control.get_timeout() == 0:
+                return outcome
+            # Those who went on without us have their result in a moment.
+            session.changed(0.1)
+
+    def _attempt(self, session: _core.Session, control: StepControl) -> tuple[dict[PeerID, Any] | None, bool]:
+        """What came of one round, and whether it failed although others were there."""
+        self._catch_up(session)
+        weight = control.begin()
+        self._fill()
+        vector, alone, members, total = session.gather_gradients(
+            self._flat.buffer, weight, control.data_for_gather, control.get_timeout()
+        )
+        failed = alone and session.round_void()
+        enough = len(members) >= self.min_group_size
+        used = enough and not alone and total > 0
+        if used:
+            self._use(vector)
+        if not failed:
             session.epoch_done(None)
             self._share(session, vector if used else None)
-            self._log(session)
-        if alone or len(members) < self.min_group_size:
-            return None
-        return self._gathered(key, members, control)
+        self._log(session)
+        done = used or (enough and alone and not failed)
+        if not done:
+            return None, failed
+        said = {**dict(members), str(self.peer_id): control.data_for_gather}
+        return {PeerID.from_base58(peer): _said(said[peer]) for peer, _ in members}, False
 
-    def _wait_until(self, session: _core.Session, control: StepControl) -> None:
+    def _wait_until(self, session: _core.Session, control: StepControl) -> bool:
+        """Until the round's time has come and somebody is there to average with; whether to begin."""
         while not control.done():
             left = control.scheduled_time - get_dht_time()
             if left <= 0:
                 # Somebody to average with: the round itself waits for no fixed time.
                 deadline = control.get_timeout()
-                if len(json.loads(session.status())["peers"]) >= min(2, self.min_group_size):
-                    return
-                if deadline is None or deadline <= 0:
-                    return
-                left = min(0.25, deadline)
+                here = len(json.loads(session.status())["peers"])
+                if deadline is None or here >= self.min_group_size:
+                    return True
+                if deadline <= 0:
+                    # Alone, it counts as a round: whoever comes later takes this peer's number.
+                    return here < 2
+                left = deadline
             session.changed(min(left, 0.25))
             session.step(0)
+        return True
 
     def _catch_up(self, session: _core.Session) -> None:
         # Rounds are numbered; who comes late takes the number of the others, not their tensors.
@@ -285,28 +314,8 @@ class DecentralizedAverager:
                 if self.averaging_alpha == 1.0:
                     tensor.copy_(mean)
                 else:
-                    tensor.add_((mean - tensor).to(tensor.dtype), alpha=self.averaging_alpha)
-
-    def _announce(self, key: str, control: StepControl) -> None:
-        if control.data_for_gather != b"\xc0":
-            with contextlib.suppress(RuntimeError):
-                self.dht.store(key, control.data_for_gather, get_dht_time() + 60, subkey=str(self.peer_id))
-
-    def _gathered(self, key: str, members: list[str], control: StepControl) -> dict[PeerID, Any]:
-        mine = str(self.peer_id)
-        try:
-            found = None if control.data_for_gather == b"\xc0" else self.dht.get(key, latest=True)
-        except RuntimeError:
-            found = None
-        values = {} if found is None or not isinstance(found.value, dict) else found.value
-        gathered: dict[PeerID, Any] = {}
-        for member in members:
-            raw = control.data_for_gather if member == mine else values.get(member, (b"\xc0",))[0]
-            try:
-                gathered[PeerID.from_base58(member)] = MSGPackSerializer.loads(raw)
-            except (ValueError, TypeError):
-                gathered[PeerID.from_base58(member)] = None
-        return gathered
+                    change = mean.to(tensor.device) - tensor
+                    tensor.add_(change.to(tensor.dtype), alpha=self.averaging_alpha)
 
     def _log(self, session: _core.Session) -> None:
         for loud, line, _ in session.take_events():
@@ -405,6 +414,14 @@ class DecentralizedAverager:
             raise ValueError(
                 f"group_bits={group_bits!r} cannot have an effect: potluck averages with every live peer"
             )
+
+
+def _said(raw: bytes) -> Any:
+    """What a peer handed to all; None where it is nothing that can be read."""
+    try:
+        return MSGPackSerializer.loads(raw)
+    except (ValueError, TypeError):
+        return None
 
 
 class _Shape:
