@@ -93,6 +93,19 @@ impl LocalDialect {
         self.run.news.send_modify(|version| *version += 1);
     }
 
+    fn go(&self) {
+        let mut state = lock(&self.run.state);
+        let State { members, rounds } = &mut *state;
+        members.remove(&self.me);
+        // Whoever comes when all of a round have gone begins anew.
+        rounds.retain(|_, round| {
+            let result = round.result.as_ref();
+            result.is_none_or(|result| result.1.iter().any(|(peer, _)| members.contains_key(peer)))
+        });
+        drop(state);
+        self.tell();
+    }
+
     /// Whether the round is over without us.
     fn is_over(&self, key: &Key) -> bool {
         let state = lock(&self.run.state);
@@ -270,16 +283,14 @@ impl Dialect for LocalDialect {
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {
-        lock(&self.run.state).members.remove(&self.me);
-        self.tell();
+        self.go();
         async {}.boxed()
     }
 }
 
 impl Drop for LocalDialect {
     fn drop(&mut self) {
-        lock(&self.run.state).members.remove(&self.me);
-        self.tell();
+        self.go();
     }
 }
 

@@ -97,7 +97,7 @@ class DecentralizedAverager:
         sharing = not self.client_mode and not auxiliary
         self._allow_state_sharing = sharing if allow_state_sharing is None else allow_state_sharing
         self._priority = 0.0
-        self.tensor_infos = tensor_infos
+        self._infos = tensor_infos
         self._tensors = list(averaged_tensors)
         self._flat = flat or FlatTensors([t.shape for t in self._tensors])
         self.lock_averaged_tensors = threading.RLock()
@@ -114,7 +114,7 @@ class DecentralizedAverager:
         """Join the peers of this prefix."""
         if self._session is not None:
             raise RuntimeError("this averager runs already")
-        infos = self.tensor_infos or [
+        infos = self._infos or [
             CompressionInfo(index, _Shape(t.shape)) for index, t in enumerate(self._tensors)
         ]
         tensors = [
@@ -204,8 +204,8 @@ class DecentralizedAverager:
         """Average once. ``{peer: its gather}`` of all members, or a :class:`StepControl` with ``wait=False``.
 
         Without a group within ``timeout`` the tensors stay as they are and the answer is None; the same where all
-        weights are 0. Without a timeout nobody is waited for who is not there. A round that fails although others are
-        there is tried again until then, unless ``allow_retries=False``.
+        weights are 0. Without a timeout nobody is waited for who is not there. With one, a round that fails although
+        others are there is tried again until then, unless ``allow_retries=False``.
         """
         if require_trigger and wait:
             raise ValueError("require_trigger=True needs wait=False: the trigger comes from this thread")
@@ -248,7 +248,7 @@ class DecentralizedAverager:
                 outcome, failed = self._attempt(session, control)
             finally:
                 self._round_lock.release()
-            if not failed or not control.allow_retries or control.get_timeout() == 0:
+            if not failed or not control.allow_retries or not control.get_timeout():
                 return outcome
             # Those who went on without us have their result in a moment.
             session.changed(0.1)
@@ -383,13 +383,10 @@ class DecentralizedAverager:
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
         """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""
         if not wait:
-            control = StepControl(get_dht_time(), None, True, 0.0, b"")
-            work: Callable[[StepControl], Any] = lambda _: self.load_state_from_peers(timeout=timeout)  # noqa: E731
-            threading.Thread(target=control.run, args=(work,), name="potluck-load", daemon=True).start()
-            return control
+            return self._beside(lambda: self.load_state_from_peers(timeout=timeout))
         if self.session.step(0) != "load_state":
             return None
-        loaded = self.session.load_state()
+        loaded = self.session.load_state(timeout)
         if loaded is None or "facts" not in loaded[1]:
             return None
         _, meta, blobs = loaded
@@ -403,6 +400,17 @@ class DecentralizedAverager:
             for tensor, value in zip(mine, tensors, strict=True):
                 tensor.copy_(value)
         return json.loads(meta["facts"]), tensors
+
+    @staticmethod
+    def _beside(work: Callable[[], Any]) -> StepControl:
+        """The outcome of work that a thread of its own does."""
+        control = StepControl(get_dht_time(), None, True, 0.0, b"")
+        control.allow_allreduce()
+        control.thread = threading.Thread(
+            target=control.run, args=(lambda _: work(),), name="potluck-beside", daemon=True
+        )
+        control.thread.start()
+        return control
 
     def get_group_bits(self) -> str:
         """Always empty: potluck averages with every live peer, and divides large swarms by itself."""
