@@ -55,6 +55,7 @@ struct Member {
     report: Option<Report>,
     snapshot: Option<Snapshot>,
     auxiliary: bool,
+    client: bool,
 }
 
 /// Which round: what is averaged, at which epoch of which history.
@@ -81,8 +82,8 @@ pub(crate) struct LocalDialect {
 
 impl LocalDialect {
     /// Enter a run.
-    pub(crate) fn join(run: Arc<Run>, me: PeerId, auxiliary: bool) -> Self {
-        lock(&run.state).members.insert(me, Member { auxiliary, ..Member::default() });
+    pub(crate) fn join(run: Arc<Run>, me: PeerId, auxiliary: bool, client: bool) -> Self {
+        lock(&run.state).members.insert(me, Member { auxiliary, client, ..Member::default() });
         let seen = tokio::sync::Mutex::new(run.news.subscribe());
         let joined = Self { run, me, seen };
         joined.tell();
@@ -109,7 +110,9 @@ impl LocalDialect {
     /// Whether the round is over without us.
     fn is_over(&self, key: &Key) -> bool {
         let state = lock(&self.run.state);
-        let result = state.rounds.get(key).and_then(|round| round.result.as_ref());
+        // Whoever only helps is waited for by nobody.
+        let helps = state.members.get(&self.me).is_some_and(|member| member.auxiliary);
+        let result = state.rounds.get(key).and_then(|round| round.result.as_ref()).filter(|_| !helps);
         result.is_some_and(|result| result.1.iter().all(|(peer, _)| *peer != self.me))
     }
 
@@ -177,6 +180,7 @@ impl Dialect for LocalDialect {
                     path: None,
                     rates: Rates::default(),
                     auxiliary: member.auxiliary,
+                    client: member.client,
                     note: report.note,
                 })
             })

@@ -191,6 +191,13 @@ impl Session {
         Ok(self.core.round_void())
     }
 
+    /// Take over the history of those who are ahead, without their state; whether somebody was.
+    fn follow(&self) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        Ok(self.core.follow())
+    }
+
     /// Average parameters; waits.
     fn average_state(&self, py: Python<'_>, vector: &FlatBuffer) -> Result<Average, Error> {
         let vector = vector.copy_out(&self.state);

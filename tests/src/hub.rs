@@ -139,6 +139,7 @@ impl Dialect for HubPeer {
                     path: None,
                     rates: Rates::default(),
                     auxiliary: false,
+                    client: false,
                     note: report.note,
                 })
             })

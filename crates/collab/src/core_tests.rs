@@ -26,6 +26,7 @@ fn view(seed: u8, lineage: Lineage) -> PeerView {
         path: None,
         rates: Rates::default(),
         auxiliary: false,
+        client: false,
         note: note.encode(),
     }
 }

@@ -51,6 +51,8 @@ pub struct PeerView {
     pub rates: Rates,
     /// Whether it computes no gradients.
     pub auxiliary: bool,
+    /// Whether it only dials out.
+    pub client: bool,
     /// The bytes of its last report.
     pub note: Bytes,
 }

@@ -239,6 +239,7 @@ impl Dialect for Native {
                 path: member.path,
                 rates: rates(&member),
                 auxiliary: member.auxiliary,
+                client: member.client,
                 note: member.app,
             })
             .collect()

@@ -261,6 +261,20 @@ impl Session {
         loaded
     }
 
+    /// Take over the history of those who are ahead, without their state: for averages of values that differ on
+    /// purpose. Whether somebody was.
+    pub fn follow(&self) -> bool {
+        let now = self.inner.env.now();
+        let mut core = self.inner.core();
+        self.inner.look(&mut core);
+        let Some(winner) = core.winner(now) else { return false };
+        core.adopt_lineage(winner.lineage, now);
+        drop(core);
+        self.inner.drop_started();
+        self.inner.tell(true);
+        true
+    }
+
     /// The parameters of the epoch that has just begun, for `StateEvery::Drift`.
     pub fn observe_state(&self, vector: &[f32]) {
         self.inner.core().observe_state(vector);

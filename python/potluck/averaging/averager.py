@@ -17,13 +17,20 @@ from potluck._state import encode_blobs, plain_blobs, tensor_of
 from potluck._tensors import FlatTensors, views_of
 from potluck.averaging.control import AveragingStage, StepControl
 from potluck.compression import CompressionBase, CompressionInfo, NoCompression
+from potluck.compression.adaptive import check_names
 from potluck.p2p.peer_id import PeerID
 from potluck.utils.logging import get_logger
 from potluck.utils.serializer import MSGPackSerializer
 from potluck.utils.timed_storage import DHTExpiration, get_dht_time
 
 logger = get_logger("potluck")
-_NO_EFFECT = ("bandwidth", "target_group_size", "min_vector_size", "initial_group_bits", "part_size_bytes")
+_NO_EFFECT = {
+    "bandwidth": None,
+    "target_group_size": None,
+    "min_vector_size": 0,
+    "initial_group_bits": "",
+    "part_size_bytes": 2**19,
+}
 
 
 class DecentralizedAverager:
@@ -74,9 +81,10 @@ class DecentralizedAverager:
             "initial_group_bits": initial_group_bits,
             "part_size_bytes": part_size_bytes,
         }
-        for name in _NO_EFFECT:
-            if given[name]:
-                raise ValueError(f"{name}={given[name]!r} cannot have an effect: {_settings.REASONS[name]}")
+        for name, value in given.items():
+            # Or hivemind's default.
+            if value not in (None, _NO_EFFECT[name]):
+                raise ValueError(f"{name}={value!r} cannot have an effect: {_settings.REASONS[name]}")
         if not 0 < averaging_alpha <= 1:
             raise ValueError(f"averaging_alpha={averaging_alpha!r}: expected 0 < alpha <= 1")
         if any(t.grad_fn is not None for t in averaged_tensors):
@@ -94,11 +102,17 @@ class DecentralizedAverager:
             raise ValueError(
                 "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
             )
-        sharing = not self.client_mode and not auxiliary
-        self._allow_state_sharing = sharing if allow_state_sharing is None else allow_state_sharing
+        if not daemon:
+            raise ValueError(
+                "daemon=False cannot have an effect: potluck runs in threads of this process, which end with it"
+            )
+        if allow_state_sharing is None:
+            allow_state_sharing = not self.client_mode and not auxiliary
+        self._allow_state_sharing = self._checked_sharing(allow_state_sharing)
         self._priority = 0.0
         self._infos = tensor_infos
         self._tensors = list(averaged_tensors)
+        self._check_names()
         self._flat = flat or FlatTensors([t.shape for t in self._tensors])
         self.lock_averaged_tensors = threading.RLock()
         self._round_lock = threading.Lock()
@@ -107,6 +121,15 @@ class DecentralizedAverager:
         self._pid = os.getpid()
         if start:
             self.run_in_background()
+
+    # Which compressions name tensors as rounds do.
+    _named_alike = ("compression", "state_compression")
+
+    def _check_names(self) -> None:
+        infos = self._infos or []
+        keys = [str(info.key) for info in infos] or [str(i) for i in range(len(self._tensors))]
+        for argument in self._named_alike:
+            check_names(argument, getattr(self, argument), keys)
 
     # Life.
 
@@ -261,10 +284,11 @@ class DecentralizedAverager:
         vector, alone, members, total = session.gather_gradients(
             self._flat.buffer, weight, control.data_for_gather, control.get_timeout()
         )
-        failed = alone and session.round_void()
+        # Rounds that others do elsewhere are numbered on, too: who counted alone would part from them.
+        failed = alone and (session.round_void() or self._others_are_here(session))
         enough = len(members) >= self.min_group_size
         used = enough and not alone and total > 0
-        if used:
+        if used and not self.auxiliary:
             self._use(vector)
         if not failed:
             session.epoch_done(None)
@@ -275,6 +299,11 @@ class DecentralizedAverager:
             return None, failed
         said = {**dict(members), str(self.peer_id): control.data_for_gather}
         return {PeerID.from_base58(peer): _said(said[peer]) for peer, _ in members}, False
+
+    @staticmethod
+    def _others_are_here(session: _core.Session) -> bool:
+        peers = json.loads(session.status())["peers"]
+        return any(not (peer["is_me"] or peer["auxiliary"]) for peer in peers)
 
     def _wait_until(self, session: _core.Session, control: StepControl) -> bool:
         """Until the round's time has come and somebody is there to average with; whether to begin."""
@@ -296,6 +325,11 @@ class DecentralizedAverager:
 
     def _catch_up(self, session: _core.Session) -> None:
         # Rounds are numbered; who comes late takes the number of the others, not their tensors.
+        if self.powersgd() is None:
+            session.step(0)
+            session.follow()
+            return
+        # The factors go with the number.
         while session.step(0) == "load_state":
             if session.load_state() is None:
                 return
@@ -336,11 +370,16 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        if value and self.client_mode:
-            raise ValueError("a client-mode peer cannot be reached, and so it cannot share its state")
-        self._allow_state_sharing = bool(value)
+        self._allow_state_sharing = self._checked_sharing(value)
         if self._session is not None:
             self._share(self._session)
+
+    def _checked_sharing(self, value: bool) -> bool:
+        if value and self.client_mode:
+            raise ValueError("a client-mode peer cannot be reached, and so it cannot share its state")
+        if value and self.auxiliary:
+            raise ValueError("an auxiliary peer has no values of its own, and so it has no state to share")
+        return bool(value)
 
     @property
     def state_sharing_priority(self) -> float:
@@ -355,7 +394,11 @@ class DecentralizedAverager:
         """What others load: facts, tensors and their descriptions."""
         with self.get_tensors() as tensors:
             copies = [t.detach().cpu().clone() for t in tensors]
-        infos = [CompressionInfo.from_tensor(t, key=index) for index, t in enumerate(copies)]
+        described = self._infos or [CompressionInfo(index, None) for index in range(len(copies))]
+        infos = [
+            CompressionInfo.from_tensor(copy, key=info.key, role=info.role)
+            for copy, info in zip(copies, described, strict=True)
+        ]
         return {"group_key": self.get_group_bits()}, copies, infos
 
     def _share(self, session: _core.Session, average: _core.FlatBuffer | None = None) -> None:

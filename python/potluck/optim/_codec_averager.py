@@ -10,12 +10,24 @@ import torch
 from potluck._state import StateCodec
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.compression import CompressionInfo
+from potluck.compression.adaptive import check_names
 
 
 class CodecAverager(DecentralizedAverager):
     """Offers and loads what a :class:`StateCodec` captures, with plain facts beside it."""
 
     _codec: StateCodec
+    # The codec has names of its own.
+    _named_alike = ("compression",)
+
+    def _check_names(self) -> None:
+        super()._check_names()
+        count = len(self._codec.parameters)
+        keys = [f"param.{i:06}" for i in range(count)]
+        keys += [f"extra.{i:06}" for i in range(len(self._codec.extra_tensors))]
+        # Which statistics there are shows with the first step.
+        indices = "|".join(f"{i:06}" for i in range(count))
+        check_names("state_compression", self.state_compression, keys, rf"\w+\.({indices})")
 
     def _facts(self) -> dict[str, Any]:
         """What is told beside the state."""
