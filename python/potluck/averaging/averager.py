@@ -277,7 +277,7 @@ class DecentralizedAverager:
             session.changed(0.1)
 
     def _attempt(self, session: _core.Session, control: StepControl) -> tuple[dict[PeerID, Any] | None, bool]:
-        """What came of one round, and whether it failed although others were there."""
+        """What came of one round, and whether another may do better: others are there, and it failed or was too small."""
         self._catch_up(session)
         weight = control.begin()
         self._fill()
@@ -296,7 +296,7 @@ class DecentralizedAverager:
         self._log(session)
         done = used or (enough and alone and not failed)
         if not done:
-            return None, failed
+            return None, failed or not enough
         said = {**dict(members), str(self.peer_id): control.data_for_gather}
         return {PeerID.from_base58(peer): _said(said[peer]) for peer, _ in members}, False
 
