@@ -41,6 +41,7 @@ class Running:
         self.lines = []
         self.news = threading.Condition()
         self.killed = False
+        self.told = None
         with open(self.log_path, "a") as log:
             self.process = subprocess.Popen(
                 host.command(*command),
@@ -132,6 +133,10 @@ class Running:
         """What it wrote to stderr so far."""
         return self.log_path.read_text(errors="replace")
 
+    def story(self):
+        """What it wrote until the peers were told to leave: who leaves first is gone for those who follow."""
+        return self.log() if self.told is None else self.told
+
     @property
     def epoch(self):
         """The newest epoch that it reported."""
@@ -209,6 +214,8 @@ class Crew:
             self.wait("equal weights", lambda: len({peer.last("arrived")["hash"] for peer in peers}) == 1, 30)
         except HardDay:
             pass  # The rule says it, with the figures.
+        for peer in peers:
+            peer.told = peer.log()
         for peer in peers:
             peer.order("leave")
         ends = []

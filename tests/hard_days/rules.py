@@ -68,7 +68,7 @@ def loss_as_alone(crew, ends, **options):
 
 def named_once(crew, what, peers, pattern, times=1):
     """An injected fault is one line (or `times` lines) in the log of each of these peers."""
-    counts = {peer.name: len(re.findall(pattern, peer.log())) for peer in peers}
+    counts = {peer.name: len(re.findall(pattern, peer.story())) for peer in peers}
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     crew.check(f"{what}: named once by each", shown, all(count == times for count in counts.values()))
 

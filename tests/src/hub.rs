@@ -86,7 +86,15 @@ impl Round {
             hash[index % 32] ^= byte.rotate_left(index as u32 % 7);
         }
         let stats = RoundStats { attempts: 1, ..RoundStats::default() };
-        let result = RoundResult { vector, members, weight_total, plan_hash: hash, unchanged: false, stats };
+        let result = RoundResult {
+            vector,
+            members,
+            weight_total,
+            plan_hash: hash,
+            unchanged: false,
+            record: None,
+            stats,
+        };
         self.result = Some(result.clone());
         result
     }

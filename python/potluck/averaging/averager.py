@@ -240,7 +240,11 @@ class DecentralizedAverager:
             key = f"{self.prefix}.gather.{session.epoch}"
             self._announce(key, control)
             self._fill()
-            vector, alone, members, _ = session.average_gradients(self._flat.buffer, weight)
+            averaged = session.average_gradients(self._flat.buffer, weight)
+            if averaged is None:  # the others have finished this round; the next one takes us in
+                self._log(session)
+                return None
+            vector, alone, members, _ = averaged
             used = not alone and len(members) >= self.min_group_size
             if used:
                 self._use(vector)

@@ -325,7 +325,10 @@ class Optimizer(OptimizerFacts):
         if self.delay_grad_averaging:
             self._session.start_gradients(vector, weight)
             return
-        averaged, alone, _, _ = self._session.average_gradients(vector, weight)
+        found = self._session.average_gradients(vector, weight)
+        if found is None:
+            return  # the others finished without us; what they have is loaded next
+        averaged, alone, _, _ = found
         grads, loss = self._average_to_grads(averaged, alone, local)
         if self.delay_optimizer_step:
             self._gradients.reset_accumulated_grads_()
@@ -386,7 +389,10 @@ class Optimizer(OptimizerFacts):
         started = self._session.take_started()
         if started is None:
             raise RuntimeError("the session announced an average and has none")
-        channel, (averaged, alone, _, _) = started
+        channel, found = started
+        if found is None:
+            return
+        averaged, alone, _, _ = found
         if channel == "gradients":
             grads, loss = self._average_to_grads(averaged, alone, None)
             self._step_inner(grads, loss)
@@ -406,7 +412,10 @@ class Optimizer(OptimizerFacts):
         if background and len(self.status()["peers"]) > 1:
             self._session.start_state(self._state.buffer)
             return
-        averaged, alone, _, _ = self._session.average_state(self._state.buffer)
+        found = self._session.average_state(self._state.buffer)
+        if found is None:
+            return
+        averaged, alone, _, _ = found
         if not alone:
             self._write_state(views_of(averaged, self._state.shapes), sent=None)
         if self.use_local_updates:
@@ -437,6 +446,8 @@ class Optimizer(OptimizerFacts):
                 continue
             if sent is None:
                 tensor.copy_(mean)
+            elif torch.equal(tensor, sent[index].to(tensor.device, tensor.dtype)):
+                tensor.copy_(mean)  # to the bit what all the others have
             else:
                 # Training went on meanwhile: only what the average differs by is added.
                 tensor.add_((mean - sent[index]).to(tensor.device, tensor.dtype))
@@ -513,16 +524,27 @@ class Optimizer(OptimizerFacts):
 
     def _load_state(self) -> bool:
         self._join_worker()
-        loaded = self._session.load_state()
+        found = self._session.catch_up()
         self._log_events()
         if self.grad_averager is not None:
             # They were computed at parameters that are gone.
             self.grad_averager.reset_accumulated_grads_()
-        if loaded is None:
+        if found is None:
             return False
-        _, meta, blobs = loaded
-        self._codec.restore(meta, blobs)
+        kind, value = found
+        if kind == "state":
+            _, meta, blobs = value
+            self._codec.restore(meta, blobs)
+        elif kind == "gradients":
+            self._step_inner(*self._average_to_grads(value, False, None))
+        else:
+            self._write_state(list(views_of(value, self._state.shapes)), sent=None)
+            if self.use_local_updates:
+                self._inner.step_scheduler(self._loss)
         self._inner.copy_to_model()
+        if kind == "gradients" or (kind == "parameters" and self.use_local_updates):
+            self._session.epoch_done(None)
+            self._status_line()
         return True
 
     def state_dict(self) -> dict[str, Any]:
