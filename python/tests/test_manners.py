@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import json
 import logging
 import os
 import signal
@@ -77,12 +79,26 @@ print(resident() - before)
 def test_the_wheel_is_small_and_asks_for_nothing_that_others_pin() -> None:
     needed = [text for text in importlib.metadata.requires("potluck") or () if "extra ==" not in text]
     assert needed == ["msgpack>=1.0"]
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found."), done.stdout
     wheels = list((Path(__file__).resolve().parents[2] / ".build" / "wheels").glob("potluck-*.whl"))
     if not wheels:
         pytest.skip("the wheel was not built here")
     assert max(wheel.stat().st_size for wheel in wheels) < 20 * MEGABYTE
-    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=60)
-    assert "potluck" not in done.stdout, done.stdout
+
+
+def test_current_transformers_can_be_installed_beside_it() -> None:
+    """pip's own answer, of descriptions alone: nothing is downloaded, and nothing of ours has to change for it."""
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "10")
+    plan = ("--dry-run", "--only-binary", ":all:", "--report", "-")
+    command = [sys.executable, "-m", "pip", "install", *quiet, *plan, "potluck[lightning]", "transformers"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    if "No matching distribution found for transformers" in done.stderr:
+        pytest.skip("no package index can be reached from here")
+    assert done.returncode == 0, done.stderr
+    planned = {entry["metadata"]["name"] for entry in json.loads(done.stdout)["install"]}
+    assert "transformers" in planned or importlib.util.find_spec("transformers")
+    assert not planned & {"potluck", "msgpack", "torch", "lightning"}, planned
 
 
 def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
