@@ -172,7 +172,7 @@ dht = potluck.DHT(start=True, host_maddrs=[f"/ip4/127.0.0.1/tcp/{sys.argv[1]}"],
                   identity_path="key")
 model = torch.nn.Linear(16, 1)
 optimizer = potluck.Optimizer(dht=dht, run_id="r", target_batch_size=32, batch_size_per_step=16,
-                              optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+                              dashboard=len(sys.argv) > 2, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
 while True:
     model(torch.randn(16, 16)).square().mean().backward()
     optimizer.step()
@@ -183,7 +183,8 @@ while True:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dashboard", [False, True], ids=["plain", "dashboard"])
+def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path, dashboard: bool) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -193,11 +194,11 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> N
     names = []
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-c", FOREVER, port],
+            [sys.executable, "-c", FOREVER, port, *(["dashboard"] if dashboard else [])],
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            env={**os.environ, "TMPDIR": str(temporary), "POTLUCK_RUNTIME_DIR": str(temporary / "notices")},
             start_new_session=True,
         )
         try:
@@ -209,7 +210,10 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> N
             process.communicate()
         assert members(process.pid) == []
     assert names[0] and names[0] == names[1], "the same port and identity could be used at once"
-    assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"} and not list(temporary.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"}
+    # The notice by which `potluck status` finds a dashboard: the second start has removed that of the first.
+    left = [path for path in temporary.rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ([f"{process.pid}-0.json"] if dashboard else [])
     assert set(os.listdir("/dev/shm")) <= shared_before
 
 
