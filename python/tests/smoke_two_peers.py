@@ -18,7 +18,7 @@ ALONE_EPOCHS, EPOCHS = 5, 25
 BATCH, TARGET = 16, 64
 # A batch takes this long on top, so that a slow start of either does not make the other do all of the work.
 PACE_SECONDS = 0.03
-LIMIT_SECONDS = 150.0
+LIMIT_SECONDS = 240.0
 
 
 def say(kind: str, **fields: Any) -> None:

@@ -96,6 +96,11 @@ def test_every_path_of_the_readme_exists() -> None:
     assert not [path for path in linked | named if not (ROOT / path).exists()]
 
 
+def test_the_install_without_make_names_what_the_wheel_offers() -> None:
+    assert 'python -m pip install "./python[lightning]"' in README
+    assert "lightning" in metadata.metadata("potluck").get_all("Provides-Extra")
+
+
 def make(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     """A target of the Makefile."""
     if shutil.which("make") is None:

@@ -78,12 +78,12 @@ def test_the_finder_of_paths_finds_them() -> None:
     assert paths_in(text) == {"python", "python/tests/gone.py", "gone.toml"}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_two_peers_from_the_wheel_end_with_equal_weights() -> None:
     command = [sys.executable, smoke_two_peers.__file__]
     # In the peers, too.
     strict = environment(PYTHONWARNINGS="error")
-    done = subprocess.run(command, env=strict, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, env=strict, capture_output=True, text=True, timeout=290, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert "equal weights" in done.stdout
 
