@@ -1,5 +1,6 @@
 """Processes of a hard day: training peers and `potluck` commands on the hosts of a lab, what they say, and waiting for it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -125,6 +126,13 @@ class Running:
         self.reader.join(10)
         return code
 
+    def close(self):
+        """After its end: nothing of it stays open here."""
+        self.reader.join(10)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
     def alive(self):
         """Whether it runs."""
         return self.process.poll() is None
@@ -239,7 +247,7 @@ class Crew:
                 self.check("ends at SIGTERM", f"{running.name} had to be killed", False)
                 running.signal(signal.SIGKILL)
                 running.process.wait()
-            running.reader.join(10)
+            running.close()
 
 
 def words(options):
