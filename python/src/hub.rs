@@ -55,17 +55,21 @@ struct Member {
     report: Option<Report>,
     snapshot: Option<Snapshot>,
     auxiliary: bool,
+    client: bool,
 }
 
 /// Which round: what is averaged, at which epoch of which history.
 type Key = (Channel, u64, [u8; 32]);
 
-/// The averaged vector, who is in it, and the sum of the weights.
-type Mean = (Vec<f32>, Vec<PeerId>, f64);
+/// What one peer puts into a round: values, weight, and what it hands to all.
+type Input = (Vec<f32>, f64, Bytes);
+
+/// The averaged vector, who is in it with what they handed to all, and the sum of the weights.
+type Mean = (Vec<f32>, Vec<(PeerId, Bytes)>, f64);
 
 #[derive(Default)]
 struct Round {
-    inputs: BTreeMap<PeerId, (Vec<f32>, f64)>,
+    inputs: BTreeMap<PeerId, Input>,
     result: Option<Arc<Mean>>,
 }
 
@@ -78,8 +82,8 @@ pub(crate) struct LocalDialect {
 
 impl LocalDialect {
     /// Enter a run.
-    pub(crate) fn join(run: Arc<Run>, me: PeerId, auxiliary: bool) -> Self {
-        lock(&run.state).members.insert(me, Member { auxiliary, ..Member::default() });
+    pub(crate) fn join(run: Arc<Run>, me: PeerId, auxiliary: bool, client: bool) -> Self {
+        lock(&run.state).members.insert(me, Member { auxiliary, client, ..Member::default() });
         let seen = tokio::sync::Mutex::new(run.news.subscribe());
         let joined = Self { run, me, seen };
         joined.tell();
@@ -90,8 +94,30 @@ impl LocalDialect {
         self.run.news.send_modify(|version| *version += 1);
     }
 
-    /// Put our values in; the last of the expected members computes the mean.
-    fn contribute(&self, key: Key, vector: Vec<f32>, weight: f64, late: bool) -> Option<RoundResult> {
+    fn go(&self) {
+        let mut state = lock(&self.run.state);
+        let State { members, rounds } = &mut *state;
+        members.remove(&self.me);
+        // Whoever comes when all of a round have gone begins anew.
+        rounds.retain(|_, round| {
+            let result = round.result.as_ref();
+            result.is_none_or(|result| result.1.iter().any(|(peer, _)| members.contains_key(peer)))
+        });
+        drop(state);
+        self.tell();
+    }
+
+    /// Whether the round is over without us.
+    fn is_over(&self, key: &Key) -> bool {
+        let state = lock(&self.run.state);
+        // Whoever only helps is waited for by nobody.
+        let helps = state.members.get(&self.me).is_some_and(|member| member.auxiliary);
+        let result = state.rounds.get(key).and_then(|round| round.result.as_ref()).filter(|_| !helps);
+        result.is_some_and(|result| result.1.iter().all(|(peer, _)| *peer != self.me))
+    }
+
+    /// Put our values in, if given; the last of the expected members computes the mean.
+    fn contribute(&self, key: Key, input: Option<Input>, late: bool) -> Option<RoundResult> {
         let mut state = lock(&self.run.state);
         let here = |member: &Member| {
             !member.auxiliary && member.report.as_ref().is_some_and(|report| report.epoch == key.1)
@@ -99,8 +125,8 @@ impl LocalDialect {
         let expected: Vec<PeerId> =
             state.members.iter().filter(|(_, member)| here(member)).map(|(peer, _)| *peer).collect();
         let round = state.rounds.entry(key).or_default();
-        if !vector.is_empty() {
-            round.inputs.insert(self.me, (vector, weight));
+        if let Some(input) = input {
+            round.inputs.insert(self.me, input);
         }
         if round.result.is_none() && (late || expected.iter().all(|peer| round.inputs.contains_key(peer))) {
             round.result = Some(Arc::new(weighted_mean(std::mem::take(&mut round.inputs))));
@@ -108,26 +134,40 @@ impl LocalDialect {
             state.rounds.retain(|other, _| other.1 + 2 > key.1);
         }
         let result = state.rounds.get(&key)?.result.clone()?;
+        if result.1.len() == 1 {
+            // Nobody came: it can be tried again.
+            state.rounds.remove(&key);
+        }
         let (vector, members, weight_total) = (*result).clone();
+        let (members, gathered) = members.into_iter().unzip();
         let mut plan_hash = [0; 32];
         plan_hash[..8].copy_from_slice(&key.1.to_le_bytes());
         plan_hash[8..16].copy_from_slice(&weight_total.to_le_bytes());
         let stats = RoundStats { attempts: 1, bytes_plain: 4 * vector.len() as u64, ..RoundStats::default() };
-        Some(RoundResult { vector, members, weight_total, plan_hash, unchanged: false, record: None, stats })
+        Some(RoundResult {
+            vector,
+            members,
+            gathered,
+            weight_total,
+            plan_hash,
+            unchanged: false,
+            record: None,
+            stats,
+        })
     }
 }
 
-fn weighted_mean(inputs: BTreeMap<PeerId, (Vec<f32>, f64)>) -> Mean {
-    let total: f64 = inputs.values().map(|(_, weight)| weight).sum();
-    let length = inputs.values().map(|(vector, _)| vector.len()).max().unwrap_or(0);
+fn weighted_mean(inputs: BTreeMap<PeerId, Input>) -> Mean {
+    let total: f64 = inputs.values().map(|(_, weight, _)| weight).sum();
+    let length = inputs.values().map(|(vector, ..)| vector.len()).max().unwrap_or(0);
     let mut sum = vec![0.0_f64; length];
-    for (vector, weight) in inputs.values().filter(|(_, weight)| *weight > 0.0) {
+    for (vector, weight, _) in inputs.values().filter(|(_, weight, _)| *weight > 0.0) {
         for (slot, value) in sum.iter_mut().zip(vector) {
             *slot += f64::from(*value) * weight;
         }
     }
     let mean = sum.into_iter().map(|value| if total > 0.0 { (value / total) as f32 } else { 0.0 }).collect();
-    (mean, inputs.into_keys().collect(), total)
+    (mean, inputs.into_iter().map(|(peer, (.., gather))| (peer, gather)).collect(), total)
 }
 
 impl Dialect for LocalDialect {
@@ -149,6 +189,7 @@ impl Dialect for LocalDialect {
                     path: None,
                     rates: Rates::default(),
                     auxiliary: member.auxiliary,
+                    client: member.client,
                     note: report.note,
                 })
             })
@@ -185,7 +226,17 @@ impl Dialect for LocalDialect {
         async move {
             let key = (channel, call.epoch, call.lineage);
             let mut news = self.run.news.subscribe();
-            let mut result = self.contribute(key, call.vector, call.weight, false);
+            let failed = |reason: &str, vector| RoundFailed {
+                epoch: call.epoch,
+                reason: reason.to_owned(),
+                vector,
+                faults: Vec::new(),
+            };
+            if self.is_over(&key) {
+                return Err(failed("the round is over", call.vector));
+            }
+            let input = (call.vector, call.weight, call.gather);
+            let mut result = self.contribute(key, Some(input), false);
             self.tell();
             let limit = call.timeout.unwrap_or(ROUND_SECONDS);
             let wait = async {
@@ -193,19 +244,14 @@ impl Dialect for LocalDialect {
                     if news.changed().await.is_err() {
                         break;
                     }
-                    result = self.contribute(key, Vec::new(), 0.0, false);
+                    result = self.contribute(key, None, false);
                 }
             };
             // Past the limit the round ends with who is there.
             let _late = tokio::time::timeout(limit, wait).await;
-            let result = result.or_else(|| self.contribute(key, Vec::new(), 0.0, true));
+            let result = result.or_else(|| self.contribute(key, None, true));
             self.tell();
-            result.map(Outcome::clean).ok_or_else(|| RoundFailed {
-                epoch: call.epoch,
-                reason: "the round has gone".to_owned(),
-                vector: Vec::new(),
-                faults: Vec::new(),
-            })
+            result.map(Outcome::clean).ok_or_else(|| failed("the round has gone", Vec::new()))
         }
         .boxed()
     }
@@ -250,16 +296,14 @@ impl Dialect for LocalDialect {
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {
-        lock(&self.run.state).members.remove(&self.me);
-        self.tell();
+        self.go();
         async {}.boxed()
     }
 }
 
 impl Drop for LocalDialect {
     fn drop(&mut self) {
-        lock(&self.run.state).members.remove(&self.me);
-        self.tell();
+        self.go();
     }
 }
 

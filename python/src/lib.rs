@@ -37,10 +37,11 @@ mod _core {
     #[pymodule_export]
     use crate::session::Session;
 
-    /// The version of the package.
+    /// The version of the package, and how much `gather` of a round may be.
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
         use pyo3::types::PyModuleMethods;
+        module.add("GATHER_BYTES_MAX", potluck_collab::Terms::GATHER_BYTES_MAX)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

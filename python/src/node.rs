@@ -258,7 +258,12 @@ impl Node {
                 let handle = runtime::handle()?;
                 py.detach(|| {
                     let _guard = handle.enter();
-                    let dialect = LocalDialect::join(run, self.identity.peer_id(), config.auxiliary);
+                    let dialect = LocalDialect::join(
+                        run,
+                        self.identity.peer_id(),
+                        config.auxiliary,
+                        config.client_mode,
+                    );
                     Session::with_dialect(Arc::new(dialect), self.env.clone(), config).map_err(wrong)
                 })
             }

@@ -10,12 +10,12 @@ use crate::runtime;
 use bytes::Bytes;
 use potluck_collab::{
     Averaged, Event, Loaded, Policy, PolicyKind, PowerSgd, Purpose, Session as Core, SessionConfig, Snapshot,
-    StateEvery, Step, TensorInfo,
+    StateEvery, Step, TensorInfo, Terms,
 };
 use potluck_dashboard::Dashboard;
 use potluck_net::Outcome;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -92,6 +92,9 @@ pub(crate) struct Session {
 /// An average: `(values, alone, members, weight)`.
 type Average = (FlatBuffer, bool, Vec<String>, f64);
 
+/// The same with what each member handed to all.
+type Gathered<'py> = (FlatBuffer, bool, Vec<(String, Bound<'py, PyBytes>)>, f64);
+
 /// `None`: the others have finished the round without us and gone on, so there is nothing to apply.
 fn average(outcome: Outcome<Averaged>, home: &Arc<Shelf>) -> Option<Average> {
     let Averaged { vector, members, weight_total, alone, missed, .. } = outcome.value;
@@ -164,6 +167,44 @@ impl Session {
         let vector = vector.copy_out(&self.gradients);
         let averaged = runtime::wait(py, async { Ok(self.core.average_gradients(vector, weight).await) })?;
         Ok(average(averaged, &self.gradients))
+    }
+
+    /// Average once, at most so many seconds long, and hand `gather` to all members; waits.
+    fn gather_gradients<'py>(
+        &self,
+        py: Python<'py>,
+        vector: &FlatBuffer,
+        weight: f64,
+        gather: Vec<u8>,
+        seconds: Option<f64>,
+    ) -> Result<Gathered<'py>, Error> {
+        if gather.len() > Terms::GATHER_BYTES_MAX {
+            let most = Terms::GATHER_BYTES_MAX;
+            return Err(Error::Value(format!("gather: {} bytes, at most {most}", gather.len())));
+        }
+        let terms = Terms { gather: gather.into(), limit: runtime::seconds("timeout", seconds)? };
+        let vector = vector.copy_out(&self.gradients);
+        let averaged =
+            runtime::wait(py, async { Ok(self.core.average_gradients_on(terms, vector, weight).await) })?;
+        let Averaged { vector, members, gathered, weight_total, alone, .. } = averaged.value;
+        let values = FlatBuffer::from_vec(vector, self.gradients.clone());
+        let said = gathered.iter().map(|bytes| PyBytes::new(py, bytes));
+        let members = members.iter().map(ToString::to_string).zip(said).collect();
+        Ok((values, alone, members, weight_total))
+    }
+
+    /// If the last round failed although others were here, and nothing was applied: whether it was so.
+    fn round_void(&self) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        Ok(self.core.round_void())
+    }
+
+    /// Take over the history of those who are ahead, without their state; whether somebody was.
+    fn follow(&self) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        Ok(self.core.follow())
     }
 
     /// Average parameters; waits. `None`: the others finished without us; `load_state` follows.
@@ -262,8 +303,14 @@ impl Session {
     }
 
     /// Load the state of others: `(epoch, facts, blobs)`, or `None` if nobody is ahead or it did not work.
-    fn load_state<'py>(&self, py: Python<'py>) -> Result<Option<LoadedState<'py>>, Error> {
-        let loaded = runtime::wait(py, async { Ok(self.core.load_whole_state().await) })?;
+    #[pyo3(signature = (seconds=None))]
+    fn load_state<'py>(
+        &self,
+        py: Python<'py>,
+        seconds: Option<f64>,
+    ) -> Result<Option<LoadedState<'py>>, Error> {
+        let limit = runtime::seconds("timeout", seconds)?;
+        let loaded = runtime::wait(py, async { Ok(self.core.load_whole_state(limit).await) })?;
         loaded.value.map(|snapshot| loaded_state(py, snapshot)).transpose()
     }
 

@@ -9,7 +9,7 @@ NAMES = {
     "dht": """DHT DHTNode DHTID DHTValue DHTExpiration CompositeValidator DHTRecord RecordValidatorBase
         MAX_DHT_TIME_DISCREPANCY_SECONDS""",
     "dht.dht": "DHT",
-    "dht.node": "DHTNode Blacklist CacheRefreshQueue",
+    "dht.node": "DHTNode Blacklist CacheRefreshQueue DEFAULT_NUM_WORKERS",
     "dht.protocol": "DHTProtocol",
     "dht.routing": "DHTID RoutingTable KBucket",
     "dht.storage": "DictionaryDHTValue DHTLocalStorage",
@@ -51,6 +51,8 @@ NAMES = {
         StreamInfo ControlFailure DispatchFailure""",
     "p2p.p2p_daemon": "P2P P2PContext",
     "p2p.servicer": "ServicerBase StubBase",
+    "p2p.p2p_daemon_bindings.p2pclient": "Client",
+    "p2p.p2p_daemon_bindings.control": "ControlClient",
     "utils": """get_dht_time DHTExpiration ValueWithExpiration TimedStorage MAX_DHT_TIME_DISCREPANCY_SECONDS
         MSGPackSerializer SerializerBase MPFuture PerformanceEMA TensorDescriptor BatchTensorDescriptor
         nested_flatten nested_pack nested_map nested_compare get_logger use_hivemind_log_handler
@@ -80,34 +82,40 @@ NAMES = {
 
 # Attributes of classes that exist.
 MEMBERS = {
-    "dht.DHT": """run_in_background wait_until_ready shutdown get store run_coroutine add_validators peer_id
-        client_mode get_visible_maddrs replicate_p2p""",
+    "dht.DHT": """run_in_background() wait_until_ready() shutdown() get() store() run_coroutine() add_validators()
+        peer_id client_mode get_visible_maddrs() replicate_p2p()""",
+    # What `run_coroutine` hands out.
+    "dht.dht.DHTNode": """store() get() get_many() get_visible_maddrs() store_many() get_many_by_id()
+        find_nearest_nodes()""",
+    "dht.validation.CompositeValidator": "validate() sign_value() strip_value()",
     "dht.validation.RecordValidatorBase": "validate sign_value strip_value priority merge_with",
     "dht.crypto.RSASignatureValidator": "local_public_key",
-    "averaging.DecentralizedAverager": """step get_tensors load_state_from_peers get_current_state
-        allow_state_sharing state_sharing_priority get_group_bits set_group_bits run_in_background
-        wait_until_ready shutdown peer_id request_timeout rpc_join_group rpc_aggregate_part rpc_download_state""",
+    "averaging.DecentralizedAverager": """step() get_tensors() load_state_from_peers() get_current_state()
+        allow_state_sharing state_sharing_priority get_group_bits() set_group_bits() run_in_background()
+        wait_until_ready() shutdown() peer_id request_timeout rpc_join_group() rpc_aggregate_part()
+        rpc_download_state()""",
     "averaging.control.StepControl": """scheduled_time weight deadline allow_retries stage triggered
-        began_allreduce data_for_gather allow_allreduce cancel get_timeout result""",
+        began_allreduce data_for_gather allow_allreduce() cancel() get_timeout() result()""",
     "averaging.control.AveragingStage": """IDLE LOOKING_FOR_GROUP AWAITING_TRIGGER RUNNING_ALLREDUCE FINISHED""",
-    "compression.CompressionBase": "compress extract estimate_compression_ratio",
+    "compression.CompressionBase": "compress() extract() estimate_compression_ratio()",
     "compression.CompressionInfo": "from_tensor get_part",
     "compression.TensorRole": "ACTIVATION PARAMETER GRADIENT OPTIMIZER UNSPECIFIED",
     "Optimizer": """step zero_grad load_state_from_peers is_synchronized_with_peers local_epoch local_progress
         tracker state_averager grad_averager use_local_updates use_gradient_averaging state_dict load_state_dict
         state opt param_groups is_alive shutdown add_param_group""",
-    "optim.grad_averager.GradientAverager": """accumulate_grads_ schedule_step step load_accumulators_into_averager_
-        reset_accumulated_grads_ use_averaged_gradients notify_used_averaged_gradients
+    "optim.grad_averager.GradientAverager": """accumulate_grads_() schedule_step() step()
+        load_accumulators_into_averager_() reset_accumulated_grads_() use_averaged_gradients()
+        notify_used_averaged_gradients()
         local_samples_accumulated local_times_accumulated""",
-    "optim.state_averager.TrainingStateAverager": """step schedule_step load_state_from_peers
+    "optim.state_averager.TrainingStateAverager": """step() schedule_step() load_state_from_peers()
         averaging_in_progress local_epoch""",
     "optim.progress_tracker.ProgressTracker": """global_progress local_progress global_epoch
         ready_to_update_epoch estimated_next_update_time report_local_progress pause_updates update_epoch
         fetched_global_progress_this_epoch shutdown""",
     "optim.progress_tracker.GlobalTrainingProgress": """epoch samples_accumulated target_batch_size num_peers
         num_clients eta_next_epoch next_fetch_time""",
-    "GradScaler": "running_global_step unscale_ step update are_grads_finite",
-    "optim.training_averager.TrainingAverager": "step local_tensors tensor_infos",
+    "GradScaler": "running_global_step() unscale_() step() update() are_grads_finite()",
+    "optim.training_averager.TrainingAverager": "step() local_tensors() tensor_infos() get_current_state() load_state_from_peers()",
     "p2p.PeerID": "from_base58 to_bytes to_base58 from_identity",
     "utils.MSGPackSerializer": "dumps loads ext_serializable",
     "utils.PerformanceEMA": "update pause reset_timer update_threadsafe",
@@ -159,6 +167,7 @@ SIGNATURES = {
     "Optimizer.zero_grad": "set_to_none=True",
     "optim.grad_averager.GradientAverager": """parameters, *, dht, prefix, reuse_grad_buffers=False,
         accumulate_grads_on=None, client_mode=None, warn=True, averaged_grads=()""",
+    "optim.grad_averager.GradientAverager.accumulate_grads_": "batch_size",
     "optim.grad_averager.GradientAverager.schedule_step": "scheduled_time=None",
     "optim.grad_averager.GradientAverager.step": """weight=None, reset_accumulators=True, control=None,
         timeout=None, wait=True""",
@@ -181,6 +190,9 @@ SIGNATURES = {
     "optim.training_averager.TrainingAverager": """opt, *, average_parameters, average_gradients,
         average_opt_statistics=(), extra_tensors=(), parameter_names=None, initialize_optimizer=True""",
     "optim.training_averager.TrainingAverager.step": "data_lock=None, wait=True",
+    "optim.state_averager.TrainingStateAverager.schedule_step": "scheduled_time=None",
+    "optim.state_averager.TrainingStateAverager.load_state_from_peers": "wait=True, timeout=None",
+    "optim.progress_tracker.ProgressTracker.report_local_progress": "local_epoch, samples_accumulated",
     "utils.TimedStorage": "maxsize=None",
     "utils.PerformanceEMA": "alpha=0.1, eps=1e-20, paused=False",
     "utils.PerformanceEMA.update": "task_size, interval=None",

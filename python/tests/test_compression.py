@@ -125,8 +125,17 @@ def test_adaptive_rules_choose_by_size_role_and_key() -> None:
     assert by_role.scheme_for(CompressionInfo.from_tensor(small)) == CompressionType.NONE
     by_key = potluck.PerTensorCompression([half, byte])
     assert by_key.scheme_for(CompressionInfo.from_tensor(small, key=1)) == CompressionType.UNIFORM_8BIT
-    with pytest.raises(KeyError):
-        by_key.scheme_for(CompressionInfo.from_tensor(small, key=2))
+    # One rule, wherever it stands: who is not named travels as it is.
+    nested = potluck.RoleAdaptiveCompression(default=by_key)
+    for rule in (by_key, nested, potluck.SizeAdaptiveCompression(0, by_key, nested)):
+        for key, scheme in (
+            (0, CompressionType.FLOAT16),
+            ("1", CompressionType.UNIFORM_8BIT),
+            (2, CompressionType.NONE),
+        ):
+            info = CompressionInfo.from_tensor(small, key=key)
+            assert rule.scheme_for(info) == scheme == rule.choose_compression(info).scheme_for(info)
+        assert rule.names() == {"0", "1"}
     with pytest.raises(TypeError, match="an instance, not the class"):
         potluck.SizeAdaptiveCompression(8, potluck.Float16Compression, byte)
     assert by_size.estimate_compression_ratio(CompressionInfo.from_tensor(large)) == 0.25

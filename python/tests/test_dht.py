@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,17 @@ def test_records_with_and_without_subkeys(peer: Callable[..., DHT]) -> None:
     assert one.store("future", 1, expires, return_future=True).result(20)
 
 
+def test_the_latest_value_is_asked_of_all_who_may_have_it(peer: Callable[..., DHT]) -> None:
+    one = peer(num_replicas=2)
+    two = peer(one, num_replicas=1)
+    keys, now = [f"key {index}" for index in range(24)], get_dht_time()
+    for key in keys:
+        # With both of them; the next one only with the nearer, which is the other one for some of the keys.
+        assert one.store(key, "old", now + 60) and two.store(key, "new", now + 120)
+    assert [one.get(key, latest=True).value for key in keys] == ["new"] * len(keys)
+    assert {one.get(key).value for key in keys} == {"old", "new"}, "its own copy is enough"
+
+
 def test_a_token_and_a_comma_list_are_ways_to_join(peer: Callable[..., DHT]) -> None:
     one = peer()
     for initial in (one.token("run"), ",".join(map(str, one.get_visible_maddrs()))):
@@ -84,8 +98,71 @@ def test_unreachable_initial_peers_are_named_with_the_reason() -> None:
         DHT(["127.0.0.1:9"], start=False)
     with pytest.raises(TypeError, match="unexpected keyword"):
         DHT(start=False, initial_pears=[])
-    with pytest.raises(ValueError, match="cannot have an effect"):
-        DHT(start=False, use_ipfs=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "useless", "useful", "reason"),
+    [
+        ("use_relay", False, True, "no direct way"),
+        ("tls", False, True, "encrypted"),
+        ("dht_mode", "client", "server", "client_mode=True"),
+        ("cache_locally", "yes", False, ""),
+        ("cache_on_store", "yes", False, ""),
+        ("strict", False, True, "identity"),
+        ("quic", True, None, "host_maddrs"),
+        ("use_relay_hop", True, None, "host_maddrs"),
+        ("use_relay_discovery", True, None, "host_maddrs"),
+        ("use_ipfs", True, False, "initial_peers"),
+        ("auto_nat", False, True, "by itself"),
+        ("conn_manager", False, True, "bounds"),
+        ("relay_hop_limit", 3, 0, "relay_server=True"),
+        ("persistent_conn_max_msg_size", 1, 4 << 20, "in pieces"),
+        ("check_if_identity_free", False, True, "one identity"),
+        ("bucket_size", 8, 20, "by itself"),
+        ("depth_modulo", 3, 5, "by itself"),
+        ("parallel_rpc", 4, None, "by itself"),
+        ("chunk_size", 4, 16, "by itself"),
+        ("cache_size", 100, None, "no copies"),
+        ("cache_nearest", 3, 0, "no copies"),
+        ("reuse_get_requests", False, True, "by itself"),
+        ("daemon", False, True, "threads of this process"),
+        ("p2p", object(), None, "no side daemon"),
+        ("node_id", 5, None, "key"),
+        ("no_listen", True, False, "client_mode=True"),
+        ("trusted_relays", ["x"], None, "relays"),
+        ("force_reachability", "private", None, "by itself"),
+        ("authorizer", object(), None, "invites"),
+        ("record_validator", object(), None, "record_validators"),
+    ],
+)
+def test_an_option_that_cannot_have_an_effect_says_so(
+    option: str, useless: Any, useful: Any, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{option}=.* cannot have an effect: .*{reason}"):
+        DHT(start=False, **{option: useless})
+    DHT(start=False, **{option: useful})
+
+
+def test_hiveminds_clocks_are_accepted() -> None:
+    DHT(
+        start=False,
+        blacklist_time=1.0,
+        backoff_rate=3.0,
+        refresh_timeout=9.0,
+        idle_timeout=1,
+        startup_timeout=1,
+    )
+    DHT(start=False, cache_refresh_before_expiry=1, use_auto_relay=True)
+
+
+def test_a_peer_may_start_although_its_initial_peers_are_away(
+    peer: Callable[..., DHT], caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
+    options = {**LOOPBACK, "bootstrap_timeout": 0.5, "ensure_bootstrap_success": False}
+    with DHT([dead], start=True, **options) as alone:
+        assert alone.is_alive() and "going on alone" in caplog.text and "127.0.0.1/tcp/9" in caplog.text
+        assert peer(alone).peer_id != alone.peer_id, "others can join it"
 
 
 class EvenOnly(RecordValidatorBase):
@@ -113,6 +190,40 @@ def test_a_coroutine_runs_beside(peer: Callable[..., DHT]) -> None:
 
     assert one.run_coroutine(work) == 5
     assert one.run_coroutine(work, return_future=True).result(20) == 5
+
+
+def test_a_coroutine_that_fails_says_why(peer: Callable[..., DHT]) -> None:
+    one = peer()
+
+    async def fails(dht: DHT, node: Any) -> None:
+        raise LookupError(f"nothing at {node.peer_id}")
+
+    with pytest.raises(LookupError, match=str(one.peer_id)):
+        one.run_coroutine(fails)
+    future = one.run_coroutine(fails, return_future=True)
+    assert isinstance(future.exception(20), LookupError)
+
+
+def test_a_coroutine_does_not_outlive_its_dht(peer: Callable[..., DHT]) -> None:
+    one, began, ended = peer(), threading.Event(), threading.Event()
+
+    async def waits(dht: DHT, node: Any) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.set()
+
+    future = one.run_coroutine(waits, return_future=True)
+    assert began.wait(20)
+    one.shutdown()
+    with pytest.raises(CancelledError):
+        future.result(20)
+    assert ended.wait(20)
+    with pytest.raises(RuntimeError, match="does not run"):
+        one.run_coroutine(waits)
+    names = [thread.name for thread in threading.enumerate()]
+    assert eventually(lambda: "potluck-asyncio" not in [t.name for t in threading.enumerate()]), names
 
 
 def test_the_identity_file_keeps_the_peer_id(peer: Callable[..., DHT], tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +61,33 @@ def resolve(path: str) -> Any:
     raise AssertionError(path)
 
 
+def annotated(owner: type) -> set[str]:
+    """Attributes that only objects have, because their constructor assigns them."""
+    assigned: set[str] = set()
+    for base in owner.__mro__:
+        if base.__module__.startswith("potluck"):
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
+                if isinstance(node, ast.Assign | ast.AnnAssign):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    for target in (t for group in targets for t in ast.walk(group)):
+                        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                            assigned |= {target.attr} if target.value.id == "self" else set()
+    return assigned
+
+
 @pytest.mark.parametrize("path", MEMBERS)
 def test_classes_have_their_members(path: str) -> None:
     owner = resolve(path)
-    source = "".join(
-        inspect.getsource(base) for base in owner.__mro__ if base.__module__.startswith("potluck")
-    )
     fields = getattr(owner, "__dataclass_fields__", {})
-    missing = [
-        name
-        for name in MEMBERS[path].split()
-        if not (hasattr(owner, name) or name in fields or re.search(rf"self\.{name}\b.* = ", source))
-        and not replaced().get(name)
-    ]
-    assert not missing
+    missing, no_methods = [], []
+    for name in MEMBERS[path].split():
+        method = name.endswith("()")
+        name = name.removesuffix("()")
+        if method and hasattr(owner, name):
+            no_methods += [] if callable(getattr(owner, name)) else [name]
+        elif method or not (hasattr(owner, name) or name in fields or name in annotated(owner)):
+            missing += [] if replaced().get(name) else [name]
+    assert not missing and not no_methods
 
 
 def parameters_of(text: str) -> list[tuple[str, Any, bool]]:

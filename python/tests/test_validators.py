@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
-from potluck.dht import CompositeValidator, DHTRecord, RSASignatureValidator, SchemaValidator
+from potluck.dht import DHT, CompositeValidator, DHTRecord, RSASignatureValidator, SchemaValidator
 from potluck.dht.schema import BytesWithPublicKey, conbytes
-from potluck.utils import MSGPackSerializer
+from potluck.utils import MSGPackSerializer, get_dht_time
 from potluck.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 pydantic = pytest.importorskip("pydantic")
@@ -74,3 +75,27 @@ def test_both_together_sign_last_and_check_first() -> None:
     signed = dataclasses.replace(plain, value=both.sign_value(plain))
     assert both.validate(signed) and both.strip_value(signed) == plain.value
     assert not both.validate(plain)
+
+
+def test_peers_sign_and_check_what_they_share(loopback_dht: Callable[..., DHT]) -> None:
+    rules = [RSASignatureValidator(RSAPrivateKey()) for _ in range(2)]
+    schema = SchemaValidator(Schema, allow_extra_keys=False, prefix="lm")
+    owner, reader = (loopback_dht(record_validators=[rule, schema]) for rule in rules)
+    careless = loopback_dht()
+    mine, expires = rules[0].local_public_key, get_dht_time() + 60
+    assert owner.store("lm_steps", 5, expires, subkey=mine)
+    assert {k: v.value for k, v in reader.get("lm_steps", latest=True).value.items()} == {mine: 5}
+    raw = careless.node.get(MSGPackSerializer.dumps("lm_steps"), True)
+    assert raw is not None and b"[signature:" in raw[0][1], "what travels is signed"
+    assert reader.store("lm_steps", 7, expires, subkey=rules[1].local_public_key)
+    assert sorted(v.value for v in owner.get("lm_steps", latest=True).value.values()) == [5, 7]
+    # Nobody else writes under a key that names its owner, and nobody writes what the schema does not know.
+    assert careless.store("lm_steps", 6, expires + 60, subkey=mine)
+    assert {v.value for v in reader.get("lm_steps", latest=True).value.values()} == {7}
+    assert (
+        careless.store("lm_experiment", 12, expires)
+        and careless.get("lm_experiment", latest=True).value == 12
+    )
+    assert reader.get("lm_experiment", latest=True) is None
+    assert owner.store("lm_experiment", b"run-1", expires + 60)
+    assert reader.get("lm_experiment", latest=True).value == b"run-1"

@@ -1,6 +1,7 @@
 //! An ideal protocol in one process: what a session may expect of any dialect, with failures on request. It shows
 //! whether a fault in a simulated run is the session's or the network's.
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_collab::{
     Channel, Dialect, DownloadFailed, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed, RoundResult,
@@ -34,7 +35,7 @@ struct State {
 
 #[derive(Default)]
 struct Round {
-    contributions: BTreeMap<PeerId, (Vec<f32>, f64)>,
+    contributions: BTreeMap<PeerId, (Vec<f32>, f64, Bytes)>,
     result: Option<RoundResult>,
 }
 
@@ -74,10 +75,10 @@ impl Hub {
 impl Round {
     fn finish(&mut self) -> RoundResult {
         let members: Vec<PeerId> = self.contributions.keys().copied().collect();
-        let weight_total: f64 = self.contributions.values().map(|(_, weight)| weight).sum();
-        let len = self.contributions.values().map(|(vector, _)| vector.len()).max().unwrap_or(0);
+        let weight_total: f64 = self.contributions.values().map(|(_, weight, _)| weight).sum();
+        let len = self.contributions.values().map(|(vector, ..)| vector.len()).max().unwrap_or(0);
         let mut vector = vec![0.0_f32; len];
-        for (values, weight) in self.contributions.values().filter(|(_, weight)| *weight > 0.0) {
+        for (values, weight, _) in self.contributions.values().filter(|(_, weight, _)| *weight > 0.0) {
             let share = (weight / weight_total) as f32;
             vector.iter_mut().zip(values).for_each(|(sum, value)| *sum += share * value);
         }
@@ -86,9 +87,11 @@ impl Round {
             hash[index % 32] ^= byte.rotate_left(index as u32 % 7);
         }
         let stats = RoundStats { attempts: 1, ..RoundStats::default() };
+        let gathered = self.contributions.values().map(|(.., gather)| gather.clone()).collect();
         let result = RoundResult {
             vector,
             members,
+            gathered,
             weight_total,
             plan_hash: hash,
             unchanged: false,
@@ -144,6 +147,7 @@ impl Dialect for HubPeer {
                     path: None,
                     rates: Rates::default(),
                     auxiliary: false,
+                    client: false,
                     note: report.note,
                 })
             })
@@ -185,7 +189,7 @@ impl Dialect for HubPeer {
                     faults: Vec::new(),
                 });
             }
-            let contribution = (call.vector.clone(), call.weight);
+            let contribution = (call.vector.clone(), call.weight, call.gather.clone());
             let round_over = {
                 let mut state = self.hub.lock();
                 let round = state.rounds.entry(key).or_default();

@@ -212,6 +212,7 @@ mod tests {
             share: 0.0,
             contributed: 0,
             auxiliary: false,
+            client: false,
             loss: None,
         };
         let before = as_outsider(Status { peers: vec![peer(1), peer(2)], ..Status::default() });

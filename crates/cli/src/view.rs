@@ -208,6 +208,7 @@ mod tests {
             share: 0.5,
             contributed,
             auxiliary,
+            client: false,
             loss: None,
         };
         let peers = vec![peer(1, 5, false), peer(2, 90, true), peer(3, 7, false)];

@@ -27,6 +27,7 @@ fn view(seed: u8, lineage: Lineage) -> PeerView {
         path: None,
         rates: Rates::default(),
         auxiliary: false,
+        client: false,
         note: note.encode(),
     }
 }
@@ -121,6 +122,7 @@ fn a_round_that_is_made_up_for_leads_to_the_same_history_and_parameters() {
     let result = |seed| RoundResult {
         vector: Vec::new(),
         members: Vec::new(),
+        gathered: Vec::new(),
         weight_total: 64.0,
         plan_hash: [seed; 32],
         unchanged: false,

@@ -52,6 +52,8 @@ pub struct PeerView {
     pub rates: Rates,
     /// Whether it computes no gradients.
     pub auxiliary: bool,
+    /// Whether it only dials out.
+    pub client: bool,
     /// The bytes of its last report.
     pub note: Bytes,
 }
@@ -86,6 +88,22 @@ pub struct RoundCall {
     pub weight: f64,
     /// At most this long, if it must be bounded by hand.
     pub timeout: Option<Duration>,
+    /// Handed to all members, at most [`Terms::GATHER_BYTES_MAX`] bytes.
+    pub gather: Bytes,
+}
+
+/// What may be said about one round, beside its values.
+#[derive(Debug, Clone, Default)]
+pub struct Terms {
+    /// Handed to all members, at most [`Self::GATHER_BYTES_MAX`] bytes.
+    pub gather: Bytes,
+    /// Limit of the call, whatever the session's own is.
+    pub limit: Option<Duration>,
+}
+
+impl Terms {
+    /// How much a peer may hand to all members: what the round protocol carries, less the hash of the history.
+    pub const GATHER_BYTES_MAX: usize = potluck_averaging::GATHER_BYTES_MAX - 32;
 }
 
 /// What came out of a round.
@@ -95,6 +113,8 @@ pub struct RoundResult {
     pub vector: Vec<f32>,
     /// Who took part, in group order, this peer included.
     pub members: Vec<PeerId>,
+    /// What each of them handed to all.
+    pub gathered: Vec<Bytes>,
     /// The sum of the members' weights.
     pub weight_total: f64,
     /// The hash of the plan under which it was made; equal for equal results.

@@ -9,6 +9,7 @@ use crate::dialect::{
 use crate::factors::Factors;
 use crate::wire::Note;
 use crate::{JoinError, Purpose, SessionConfig, manifest};
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_averaging::{
     Averager, AveragerConfig, JoinError as SwarmError, Member, Progress, Round, RoundError, RoundErrorKind,
@@ -110,6 +111,7 @@ impl Native {
             gather.extend(hash.as_bytes());
             vector
         } else {
+            gather.extend(&call.gather);
             vector
         };
         let mut request = RoundRequest::new(Some(epoch), vector, call.weight);
@@ -155,6 +157,7 @@ impl Native {
         let value = RoundResult {
             vector: round.vector,
             members: round.members.iter().map(|member| member.peer).collect(),
+            gathered: round.members.iter().map(|member| said(&member.gathered)).collect(),
             weight_total: round.weight_total,
             plan_hash: round.result_hash,
             unchanged: round.unchanged,
@@ -239,6 +242,7 @@ impl Dialect for Native {
                 path: member.path,
                 rates: rates(&member),
                 auxiliary: member.auxiliary,
+                client: member.client,
                 note: member.app,
             })
             .collect()
@@ -372,6 +376,11 @@ impl Dialect for Native {
 
 fn rates(member: &Member) -> Rates {
     Rates::measured(member.up_bytes_per_second, member.down_bytes_per_second)
+}
+
+/// What a member handed to all, behind the hash of its history.
+fn said(gathered: &Bytes) -> Bytes {
+    gathered.get(32..).map_or_else(Bytes::new, |said| gathered.slice_ref(said))
 }
 
 /// A hash over every bit, without a second copy of the values.

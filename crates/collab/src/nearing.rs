@@ -89,6 +89,7 @@ mod tests {
             path: None,
             rates: Rates::default(),
             auxiliary: false,
+            client: false,
             note: bytes::Bytes::new(),
         };
         BTreeMap::from([(peer, view)])

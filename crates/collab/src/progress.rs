@@ -187,6 +187,7 @@ mod tests {
             path: None,
             rates: Rates::default(),
             auxiliary: false,
+            client: false,
             note: note.unwrap_or_default(),
         }
     }

@@ -3,7 +3,7 @@
 mod loading;
 
 use crate::core::Core;
-use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot};
+use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot, Terms};
 use crate::events::{EVENTS_MAX, Event};
 use crate::factors::Factors;
 use crate::memory::{self, Held, Ledger, Purpose, bytes_of};
@@ -11,6 +11,7 @@ use crate::native::Native;
 use crate::policy::{Background, Step};
 use crate::status::Status;
 use crate::{Invite, JoinError, Lineage, PolicyKind, SessionConfig, manifest, manifest_hash};
+use bytes::Bytes;
 use potluck_net::{Env, Outcome, PeerFault, PeerId, Tasks, Transport};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,6 +33,8 @@ pub struct Averaged {
     pub vector: Vec<f32>,
     /// Who took part, in group order, this peer included.
     pub members: Vec<PeerId>,
+    /// What each of them handed to all.
+    pub gathered: Vec<Bytes>,
     /// The sum of the members' weights.
     pub weight_total: f64,
     /// Nobody else's values are in it: nobody came, or all had the same state.
@@ -167,7 +170,17 @@ impl Session {
     /// Average the mean gradients of this peer's samples with everybody's, weighted by samples. When there is no
     /// average, the own gradients come back with the faults: training goes on.
     pub async fn average_gradients(&self, vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
-        let averaged = self.inner.round(Channel::Gradients, vector, weight).await;
+        self.average_gradients_on(Terms::default(), vector, weight).await
+    }
+
+    /// As [`Self::average_gradients`], on terms of this round's own.
+    pub async fn average_gradients_on(
+        &self,
+        terms: Terms,
+        vector: Vec<f32>,
+        weight: f64,
+    ) -> Outcome<Averaged> {
+        let averaged = self.inner.round(Channel::Gradients, vector, weight, terms).await;
         let mut core = self.inner.core();
         core.own.restart_clock(self.inner.env.now());
         if self.inner.config.policy == PolicyKind::DelayedOptimizer && !averaged.value.missed {
@@ -189,7 +202,7 @@ impl Session {
         self.inner.core().begin_background(Channel::Gradients);
         let inner = self.inner.clone();
         self.tasks.spawn(async move {
-            let averaged = inner.round(Channel::Gradients, vector, weight).await;
+            let averaged = inner.round(Channel::Gradients, vector, weight, Terms::default()).await;
             inner.finish_background(Channel::Gradients, averaged);
         });
     }
@@ -226,6 +239,14 @@ impl Session {
         }
     }
 
+    /// If the last round failed although others were here, and nothing was applied: everything is as it was before.
+    /// Whether it was so.
+    pub fn round_void(&self) -> bool {
+        let void = self.inner.core().round_void();
+        self.inner.tell(void);
+        void
+    }
+
     /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers. When the round
     /// failed although others were here, what was applied alone ends no epoch: `epoch` stays, and the history changes.
     pub fn epoch_done(&self, snapshot: Option<Snapshot>) {
@@ -248,18 +269,34 @@ impl Session {
     /// Get what others have, if any is ahead or has won: the next round that this peer missed, if somebody still has it,
     /// else their state. With [`Loaded::Nothing`] the program goes on; `step` says so again if it must.
     pub async fn load_state(&self) -> Outcome<Loaded> {
-        let loaded = self.inner.load_state(true).await;
+        let loaded = self.inner.load_state(true, self.inner.config.load_state_timeout).await;
         self.inner.core().own.forget_clock();
         self.inner.tell(true);
         loaded
     }
 
-    /// The same for a program that has no use for rounds which it missed: their whole state, or `None`.
-    pub async fn load_whole_state(&self) -> Outcome<Option<Snapshot>> {
-        let Outcome { value, faults } = self.inner.load_state(false).await;
+    /// For a program that has no use for rounds which it missed: the whole state of others or `None`, with a limit of this
+    /// call's own.
+    pub async fn load_whole_state(&self, limit: Option<Duration>) -> Outcome<Option<Snapshot>> {
+        let limit = limit.unwrap_or(self.inner.config.load_state_timeout);
+        let Outcome { value, faults } = self.inner.load_state(false, limit).await;
         self.inner.core().own.forget_clock();
         self.inner.tell(true);
         Outcome { value: if let Loaded::State(snapshot) = value { Some(snapshot) } else { None }, faults }
+    }
+
+    /// Take over the history of those who are ahead, without their state: for averages of values that differ on
+    /// purpose. Whether somebody was.
+    pub fn follow(&self) -> bool {
+        let now = self.inner.env.now();
+        let mut core = self.inner.core();
+        self.inner.look(&mut core);
+        let Some(winner) = core.winner(now) else { return false };
+        core.adopt_lineage(winner.lineage, now);
+        drop(core);
+        self.inner.drop_started();
+        self.inner.tell(true);
+        true
     }
 
     /// The parameters of the epoch that has just begun, for `StateEvery::Drift`.
@@ -402,7 +439,7 @@ impl Inner {
             let by_samples = self.config.policy.ends_epochs_with_state();
             (core.movement(&vector), if by_samples { core.own.samples as f64 } else { 1.0 })
         };
-        let mut outcome = self.round(Channel::State, movement, weight).await;
+        let mut outcome = self.round(Channel::State, movement, weight, Terms::default()).await;
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
         let mut core = self.core();
@@ -413,7 +450,14 @@ impl Inner {
     }
 
     /// One round; never an error.
-    async fn round(&self, channel: Channel, mut vector: Vec<f32>, weight: f64) -> Outcome<Averaged> {
+    async fn round(
+        &self,
+        channel: Channel,
+        mut vector: Vec<f32>,
+        weight: f64,
+        terms: Terms,
+    ) -> Outcome<Averaged> {
+        let until = terms.limit.map(|limit| self.env.now() + limit);
         let _held = self.ledger.hold(Purpose::Rounds, bytes_of(&vector));
         let (epoch, lineage) = {
             let core = self.core();
@@ -429,8 +473,13 @@ impl Inner {
             if channel == Channel::State {
                 self.wait_for_members().await;
             }
-            let timeout = self.config.averaging_timeout;
-            let call = RoundCall { epoch, lineage, vector, weight, timeout };
+            let left = until.map(|until| until.saturating_duration_since(self.env.now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            let timeout = left.into_iter().chain(self.config.averaging_timeout).min();
+            let gather = terms.gather.clone();
+            let call = RoundCall { epoch, lineage, vector, weight, timeout, gather };
             self.core().waiting = Some(channel);
             self.tell(true);
             let values = call.vector.len();
@@ -522,6 +571,7 @@ impl Inner {
         let value = Averaged {
             vector: result.vector,
             members: result.members,
+            gathered: result.gathered,
             weight_total: result.weight_total,
             alone,
             missed: false,
@@ -557,7 +607,8 @@ impl Inner {
         }
         let members = vec![self.dialect.local_peer()];
         let stats = RoundStats::default();
-        let value = Averaged { vector, members, weight_total: weight, alone: true, missed, stats };
+        let gathered = vec![Bytes::new()];
+        let value = Averaged { vector, members, gathered, weight_total: weight, alone: true, missed, stats };
         Outcome { value, faults }
     }
 }

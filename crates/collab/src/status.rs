@@ -78,6 +78,9 @@ pub struct PeerStatus {
     pub contributed: u64,
     /// It computes no gradients.
     pub auxiliary: bool,
+    /// It only dials out.
+    #[serde(default)]
+    pub client: bool,
     /// The last loss that it reported.
     pub loss: Option<f32>,
 }

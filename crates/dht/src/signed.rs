@@ -12,6 +12,8 @@ use std::time::Duration;
 /// What every signature starts with, so that one made for a record can never pass for anything else.
 const DOMAIN: &[u8] = b"potluck-dht-record-1";
 const TAG_OPEN: &[u8] = b"[owner:";
+/// What a name starts with in hivemind's tags. Its signatures are checked by the programs that use them, not here.
+const RSA_NAME: &[u8] = b"ssh-rsa ";
 /// Lifetime, version, signature.
 const TRAILER_BYTES: usize = 8 + 8 + 64;
 /// A remaining time may exceed the signed lifetime by this much: rounding on the wire.
@@ -150,6 +152,9 @@ fn owner(record: &Record) -> Owner {
             rest = rest.get(at + TAG_OPEN.len()..).unwrap_or_default();
             let name = rest.split(|byte| *byte == b']').next().unwrap_or_default();
             let closed = name.len() < rest.len();
+            if closed && name.starts_with(RSA_NAME) {
+                continue;
+            }
             let peer = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
             found = match (found, peer) {
                 (Owner::Nobody, Some(peer)) if closed => Owner::Peer(peer),
@@ -209,8 +214,18 @@ mod tests {
     fn odd_tags_are_refused_not_fatal() {
         let (alice, bob) = (Identity::from_seed(&[1; 32]), Identity::from_seed(&[2; 32]));
         let validator = Ed25519Validator::new(alice.clone(), 1);
+        let rsa = record("[owner:ssh-rsa AAAAB3NzaC1yc2E]".into());
+        assert!(validator.validate(&rsa), "hivemind's tag is checked elsewhere");
         let two = format!("{}{}", owner_tag(alice.peer_id()), owner_tag(bob.peer_id()));
-        for subkey in ["[owner:]".into(), "[owner:zzz".into(), "[owner:0OIl]".into(), two] {
+        let mixed = format!("[owner:ssh-rsa AAAA]{}", owner_tag(bob.peer_id()));
+        for subkey in [
+            "[owner:]".into(),
+            "[owner:zzz".into(),
+            "[owner:0OIl]".into(),
+            "[owner:ssh-rsa A".into(),
+            two,
+            mixed,
+        ] {
             let record = record(subkey);
             assert!(!validator.validate(&Record { value: validator.sign(&record), ..record }));
         }

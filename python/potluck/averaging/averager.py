@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -18,13 +17,20 @@ from potluck._state import encode_blobs, plain_blobs, tensor_of
 from potluck._tensors import FlatTensors, views_of
 from potluck.averaging.control import AveragingStage, StepControl
 from potluck.compression import CompressionBase, CompressionInfo, NoCompression
+from potluck.compression.adaptive import check_names
 from potluck.p2p.peer_id import PeerID
 from potluck.utils.logging import get_logger
 from potluck.utils.serializer import MSGPackSerializer
 from potluck.utils.timed_storage import DHTExpiration, get_dht_time
 
 logger = get_logger("potluck")
-_NO_EFFECT = ("bandwidth", "target_group_size", "min_vector_size", "initial_group_bits", "part_size_bytes")
+_NO_EFFECT = {
+    "bandwidth": None,
+    "target_group_size": None,
+    "min_vector_size": 0,
+    "initial_group_bits": "",
+    "part_size_bytes": 2**19,
+}
 
 
 class DecentralizedAverager:
@@ -75,13 +81,16 @@ class DecentralizedAverager:
             "initial_group_bits": initial_group_bits,
             "part_size_bytes": part_size_bytes,
         }
-        for name in _NO_EFFECT:
-            if given[name]:
-                raise ValueError(f"{name}={given[name]!r} cannot have an effect: {_settings.REASONS[name]}")
+        for name, value in given.items():
+            # Or hivemind's default.
+            if value not in (None, _NO_EFFECT[name]):
+                raise ValueError(f"{name}={value!r} cannot have an effect: {_settings.REASONS[name]}")
         if not 0 < averaging_alpha <= 1:
             raise ValueError(f"averaging_alpha={averaging_alpha!r}: expected 0 < alpha <= 1")
         if any(t.grad_fn is not None for t in averaged_tensors):
             raise ValueError("averaged_tensors: expected tensors that are not the result of a computation")
+        if isinstance(min_group_size, bool) or not isinstance(min_group_size, int) or min_group_size < 1:
+            raise ValueError(f"min_group_size={min_group_size!r}: expected a whole number of at least 1")
         self.dht, self.prefix = dht, prefix
         self.min_group_size, self.averaging_alpha = min_group_size, averaging_alpha
         self.compression = _settings.check_compression("compression", compression)
@@ -93,11 +102,17 @@ class DecentralizedAverager:
             raise ValueError(
                 "client_mode=True and auxiliary=True contradict: an auxiliary peer is there for others"
             )
-        sharing = not self.client_mode and not auxiliary
-        self._allow_state_sharing = sharing if allow_state_sharing is None else allow_state_sharing
+        if not daemon:
+            raise ValueError(
+                "daemon=False cannot have an effect: potluck runs in threads of this process, which end with it"
+            )
+        if allow_state_sharing is None:
+            allow_state_sharing = not self.client_mode and not auxiliary
+        self._allow_state_sharing = self._checked_sharing(allow_state_sharing)
         self._priority = 0.0
-        self.tensor_infos = tensor_infos
+        self._infos = tensor_infos
         self._tensors = list(averaged_tensors)
+        self._check_names()
         self._flat = flat or FlatTensors([t.shape for t in self._tensors])
         self.lock_averaged_tensors = threading.RLock()
         self._round_lock = threading.Lock()
@@ -107,13 +122,22 @@ class DecentralizedAverager:
         if start:
             self.run_in_background()
 
+    # Which compressions name tensors as rounds do.
+    _named_alike = ("compression", "state_compression")
+
+    def _check_names(self) -> None:
+        infos = self._infos or []
+        keys = [str(info.key) for info in infos] or [str(i) for i in range(len(self._tensors))]
+        for argument in self._named_alike:
+            check_names(argument, getattr(self, argument), keys)
+
     # Life.
 
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
         """Join the peers of this prefix."""
         if self._session is not None:
             raise RuntimeError("this averager runs already")
-        infos = self.tensor_infos or [
+        infos = self._infos or [
             CompressionInfo(index, _Shape(t.shape)) for index, t in enumerate(self._tensors)
         ]
         tensors = [
@@ -202,7 +226,9 @@ class DecentralizedAverager:
     ) -> Any:
         """Average once. ``{peer: its gather}`` of all members, or a :class:`StepControl` with ``wait=False``.
 
-        Without a group within ``timeout`` the tensors stay as they are and the answer is None.
+        Without a group within ``timeout`` the tensors stay as they are and the answer is None; the same where all
+        weights are 0. Without a timeout nobody is waited for who is not there. With one, a round that fails although
+        others are there is tried again until then, unless ``allow_retries=False``.
         """
         if require_trigger and wait:
             raise ValueError("require_trigger=True needs wait=False: the trigger comes from this thread")
@@ -216,6 +242,8 @@ class DecentralizedAverager:
         if deadline is not None and when >= deadline:
             raise ValueError("scheduled_time: expected a time before the timeout")
         data = MSGPackSerializer.dumps(gather)
+        if len(data) > _core.GATHER_BYTES_MAX:
+            raise ValueError(f"gather: {len(data)} bytes, expected at most {_core.GATHER_BYTES_MAX}")
         session = self.session
         control = StepControl(when, deadline, allow_retries, float(weight), data)
         if not require_trigger:
@@ -230,47 +258,78 @@ class DecentralizedAverager:
         return control
 
     def _round(self, session: _core.Session, control: StepControl) -> dict[PeerID, Any] | None:
-        control.stage = AveragingStage.LOOKING_FOR_GROUP
-        self._wait_until(session, control)
-        control.stage = AveragingStage.AWAITING_TRIGGER
-        control.wait_for_trigger()
-        with self._round_lock:
-            self._catch_up(session)
-            weight = control.begin()
-            key = f"{self.prefix}.gather.{session.epoch}"
-            self._announce(key, control)
-            self._fill()
-            averaged = session.average_gradients(self._flat.buffer, weight)
-            if averaged is None:  # the others have finished this round; the next one takes us in
-                self._log(session)
+        while True:
+            control.stage = AveragingStage.LOOKING_FOR_GROUP
+            if not self._wait_until(session, control):
                 return None
-            vector, alone, members, _ = averaged
-            used = not alone and len(members) >= self.min_group_size
-            if used:
-                self._use(vector)
+            control.stage = AveragingStage.AWAITING_TRIGGER
+            control.wait_for_trigger()
+            left = control.get_timeout()
+            if not self._round_lock.acquire(timeout=-1 if left is None else left):
+                return None
+            try:
+                outcome, failed = self._attempt(session, control)
+            finally:
+                self._round_lock.release()
+            if not failed or not control.allow_retries or not control.get_timeout():
+                return outcome
+            # Those who went on without us have their result in a moment.
+            session.changed(0.1)
+
+    def _attempt(self, session: _core.Session, control: StepControl) -> tuple[dict[PeerID, Any] | None, bool]:
+        """What came of one round, and whether it failed although others were there."""
+        self._catch_up(session)
+        weight = control.begin()
+        self._fill()
+        vector, alone, members, total = session.gather_gradients(
+            self._flat.buffer, weight, control.data_for_gather, control.get_timeout()
+        )
+        # Rounds that others do elsewhere are numbered on, too: who counted alone would part from them.
+        failed = alone and (session.round_void() or self._others_are_here(session))
+        enough = len(members) >= self.min_group_size
+        used = enough and not alone and total > 0
+        if used and not self.auxiliary:
+            self._use(vector)
+        if not failed:
             session.epoch_done(None)
             self._share(session, vector if used else None)
-            self._log(session)
-        if alone or len(members) < self.min_group_size:
-            return None
-        return self._gathered(key, members, control)
+        self._log(session)
+        done = used or (enough and alone and not failed)
+        if not done:
+            return None, failed
+        said = {**dict(members), str(self.peer_id): control.data_for_gather}
+        return {PeerID.from_base58(peer): _said(said[peer]) for peer, _ in members}, False
 
-    def _wait_until(self, session: _core.Session, control: StepControl) -> None:
+    @staticmethod
+    def _others_are_here(session: _core.Session) -> bool:
+        peers = json.loads(session.status())["peers"]
+        return any(not (peer["is_me"] or peer["auxiliary"]) for peer in peers)
+
+    def _wait_until(self, session: _core.Session, control: StepControl) -> bool:
+        """Until the round's time has come and somebody is there to average with; whether to begin."""
         while not control.done():
             left = control.scheduled_time - get_dht_time()
             if left <= 0:
                 # Somebody to average with: the round itself waits for no fixed time.
                 deadline = control.get_timeout()
-                if len(json.loads(session.status())["peers"]) >= min(2, self.min_group_size):
-                    return
-                if deadline is None or deadline <= 0:
-                    return
-                left = min(0.25, deadline)
+                here = len(json.loads(session.status())["peers"])
+                if deadline is None or here >= self.min_group_size:
+                    return True
+                if deadline <= 0:
+                    # Alone, it counts as a round: whoever comes later takes this peer's number.
+                    return here < 2
+                left = deadline
             session.changed(min(left, 0.25))
             session.step(0)
+        return True
 
     def _catch_up(self, session: _core.Session) -> None:
         # Rounds are numbered; who comes late takes the number of the others, not their tensors.
+        if self.powersgd() is None:
+            session.step(0)
+            session.follow()
+            return
+        # The factors go with the number.
         while session.step(0) == "load_state":
             if session.load_state() is None:
                 return
@@ -289,28 +348,8 @@ class DecentralizedAverager:
                 if self.averaging_alpha == 1.0:
                     tensor.copy_(mean)
                 else:
-                    tensor.add_((mean - tensor).to(tensor.dtype), alpha=self.averaging_alpha)
-
-    def _announce(self, key: str, control: StepControl) -> None:
-        if control.data_for_gather != b"\xc0":
-            with contextlib.suppress(RuntimeError):
-                self.dht.store(key, control.data_for_gather, get_dht_time() + 60, subkey=str(self.peer_id))
-
-    def _gathered(self, key: str, members: list[str], control: StepControl) -> dict[PeerID, Any]:
-        mine = str(self.peer_id)
-        try:
-            found = None if control.data_for_gather == b"\xc0" else self.dht.get(key, latest=True)
-        except RuntimeError:
-            found = None
-        values = {} if found is None or not isinstance(found.value, dict) else found.value
-        gathered: dict[PeerID, Any] = {}
-        for member in members:
-            raw = control.data_for_gather if member == mine else values.get(member, (b"\xc0",))[0]
-            try:
-                gathered[PeerID.from_base58(member)] = MSGPackSerializer.loads(raw)
-            except (ValueError, TypeError):
-                gathered[PeerID.from_base58(member)] = None
-        return gathered
+                    change = mean.to(tensor.device) - tensor
+                    tensor.add_(change.to(tensor.dtype), alpha=self.averaging_alpha)
 
     def _log(self, session: _core.Session) -> None:
         for loud, line, _ in session.take_events():
@@ -331,11 +370,16 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        if value and self.client_mode:
-            raise ValueError("a client-mode peer cannot be reached, and so it cannot share its state")
-        self._allow_state_sharing = bool(value)
+        self._allow_state_sharing = self._checked_sharing(value)
         if self._session is not None:
             self._share(self._session)
+
+    def _checked_sharing(self, value: bool) -> bool:
+        if value and self.client_mode:
+            raise ValueError("a client-mode peer cannot be reached, and so it cannot share its state")
+        if value and self.auxiliary:
+            raise ValueError("an auxiliary peer has no values of its own, and so it has no state to share")
+        return bool(value)
 
     @property
     def state_sharing_priority(self) -> float:
@@ -350,7 +394,11 @@ class DecentralizedAverager:
         """What others load: facts, tensors and their descriptions."""
         with self.get_tensors() as tensors:
             copies = [t.detach().cpu().clone() for t in tensors]
-        infos = [CompressionInfo.from_tensor(t, key=index) for index, t in enumerate(copies)]
+        described = self._infos or [CompressionInfo(index, None) for index in range(len(copies))]
+        infos = [
+            CompressionInfo.from_tensor(copy, key=info.key, role=info.role)
+            for copy, info in zip(copies, described, strict=True)
+        ]
         return {"group_key": self.get_group_bits()}, copies, infos
 
     def _share(self, session: _core.Session, average: _core.FlatBuffer | None = None) -> None:
@@ -378,13 +426,10 @@ class DecentralizedAverager:
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
         """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""
         if not wait:
-            control = StepControl(get_dht_time(), None, True, 0.0, b"")
-            work: Callable[[StepControl], Any] = lambda _: self.load_state_from_peers(timeout=timeout)  # noqa: E731
-            threading.Thread(target=control.run, args=(work,), name="potluck-load", daemon=True).start()
-            return control
+            return self._beside(lambda: self.load_state_from_peers(timeout=timeout))
         if self.session.step(0) != "load_state":
             return None
-        loaded = self.session.load_state()
+        loaded = self.session.load_state(timeout)
         if loaded is None or "facts" not in loaded[1]:
             return None
         _, meta, blobs = loaded
@@ -399,6 +444,17 @@ class DecentralizedAverager:
                 tensor.copy_(value)
         return json.loads(meta["facts"]), tensors
 
+    @staticmethod
+    def _beside(work: Callable[[], Any]) -> StepControl:
+        """The outcome of work that a thread of its own does."""
+        control = StepControl(get_dht_time(), None, True, 0.0, b"")
+        control.allow_allreduce()
+        control.thread = threading.Thread(
+            target=control.run, args=(lambda _: work(),), name="potluck-beside", daemon=True
+        )
+        control.thread.start()
+        return control
+
     def get_group_bits(self) -> str:
         """Always empty: potluck averages with every live peer, and divides large swarms by itself."""
         return ""
@@ -409,6 +465,14 @@ class DecentralizedAverager:
             raise ValueError(
                 f"group_bits={group_bits!r} cannot have an effect: potluck averages with every live peer"
             )
+
+
+def _said(raw: bytes) -> Any:
+    """What a peer handed to all; None where it is nothing that can be read."""
+    try:
+        return MSGPackSerializer.loads(raw)
+    except (ValueError, TypeError):
+        return None
 
 
 class _Shape:

@@ -99,6 +99,11 @@ class StepControl(Future):  # type: ignore[type-arg]
         """Seconds until the deadline."""
         return None if self.deadline is None else max(0.0, self.deadline - get_dht_time())
 
+    def end_within(self, timeout: float) -> None:
+        """Bring the deadline forward, if it is later than so many seconds from now."""
+        deadline = get_dht_time() + timeout
+        self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
+
     def cancel(self) -> bool:
         """Give the round up; false if it has ended."""
         with self._guard:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from potluck.compression.base import (
@@ -22,6 +23,13 @@ class AdaptiveCompressionBase(CompressionBase):
         """The rule that takes this tensor."""
         raise NotImplementedError
 
+    def rules(self) -> list[CompressionBase]:
+        """The rules inside."""
+        raise NotImplementedError
+
+    def names(self) -> set[str]:
+        return {name for rule in self.rules() for name in rule.names()}
+
 
 class SizeAdaptiveCompression(AdaptiveCompressionBase):
     """``less`` below ``threshold`` elements of the whole tensor, ``greater_equal`` from there on."""
@@ -35,6 +43,9 @@ class SizeAdaptiveCompression(AdaptiveCompressionBase):
 
     def choose_compression(self, info: CompressionInfo) -> CompressionBase:
         return self.greater_equal if info.descriptor.numel() >= self.threshold else self.less
+
+    def rules(self) -> list[CompressionBase]:
+        return [self.less, self.greater_equal]
 
     def policy(self) -> Any:
         return {
@@ -76,6 +87,10 @@ class RoleAdaptiveCompression(AdaptiveCompressionBase):
         }
         return by_role.get(info.role) or self.default
 
+    def rules(self) -> list[CompressionBase]:
+        given = (self.activation, self.parameter, self.gradient, self.optimizer, self.default)
+        return [rule for rule in given if rule is not None]
+
     def policy(self) -> Any:
         roles = ("activation", "parameter", "gradient", "optimizer")
         chosen: dict[str, Any] = {}
@@ -86,7 +101,11 @@ class RoleAdaptiveCompression(AdaptiveCompressionBase):
 
 
 class PerTensorCompression(AdaptiveCompressionBase):
-    """A rule per tensor: a sequence (by position) or a mapping (by key). Other keys are an error."""
+    """A rule per tensor: a sequence (by position) or a mapping (by key).
+
+    Tensors that are not named travel as they are. A rule for a tensor that does not exist is an error wherever the
+    tensors are known: where an optimizer or an averager is made.
+    """
 
     def __init__(self, tensor_compressions: Sequence[CompressionBase] | Mapping[Key, CompressionBase]):
         if isinstance(tensor_compressions, Mapping):
@@ -96,10 +115,14 @@ class PerTensorCompression(AdaptiveCompressionBase):
         self.tensor_compressions = {key: _checked(f"[{key!r}]", rule) for key, rule in pairs}
 
     def choose_compression(self, info: CompressionInfo) -> CompressionBase:
-        return self.tensor_compressions[info.key]
+        by_text = {key_text(key): rule for key, rule in self.tensor_compressions.items()}
+        return by_text.get(key_text(info.key), NoCompression())
 
-    def scheme_for(self, info: CompressionInfo) -> Any:
-        return self.choose_compression(info).scheme_for(info)
+    def rules(self) -> list[CompressionBase]:
+        return list(self.tensor_compressions.values())
+
+    def names(self) -> set[str]:
+        return super().names() | {key_text(key) for key in self.tensor_compressions}
 
     def policy(self) -> Any:
         tensors = {key_text(key): rule.policy() for key, rule in self.tensor_compressions.items()}
@@ -112,11 +135,27 @@ class ErrorFeedback(CompressionBase):
     def __init__(self, compression: CompressionBase):
         self.compression = _checked("compression", compression)
 
+    def names(self) -> set[str]:
+        return self.compression.names()
+
     def policy(self) -> Any:
         return {"ErrorFeedback": self.compression.policy()}
 
     def __repr__(self) -> str:
         return f"ErrorFeedback({self.compression!r})"
+
+
+def check_names(
+    argument: str, compression: CompressionBase, keys: Iterable[str], more: str | None = None
+) -> None:
+    """Refuse rules for tensors that do not exist: they would have no effect. ``more`` is a pattern of further keys."""
+    known = list(keys)
+    for name in sorted(compression.names() - set(known)):
+        if not (more and re.fullmatch(more, name)):
+            raise ValueError(
+                f"{argument}: PerTensorCompression names {name!r} and there is no such tensor. The keys are "
+                f"{', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+            )
 
 
 def _checked(name: str, rule: Any, optional: bool = False) -> Any:

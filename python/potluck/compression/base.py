@@ -78,6 +78,10 @@ class CompressionBase:
         """The rule as plain data: what the Rust core uses, and what peers compare."""
         raise NotImplementedError
 
+    def names(self) -> set[str]:
+        """The tensors that rules of it are for, by name."""
+        return set()
+
     @property
     def policy_json(self) -> str:
         """:meth:`policy` as text."""

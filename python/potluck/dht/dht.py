@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from potluck import _core
+from potluck.dht import _hivemind_options
 from potluck.dht.validation import CompositeValidator, DHTRecord, RecordValidatorBase
 from potluck.p2p.multiaddr import Multiaddr
 from potluck.p2p.peer_id import PeerID
@@ -26,27 +27,6 @@ logger = get_logger("potluck")
 # What the token of a `potluck node` says that was not told of a run: it is there for all of them.
 _NO_RUN = "potluck"
 T = TypeVar("T")
-# hivemind's tuning of its side daemon and node. Accepted so that scripts run; potluck measures or needs none of it.
-_NO_OP_KWARGS = frozenset(
-    {
-        "auto_nat", "backoff_rate", "blacklist_time", "bucket_size", "cache_locally", "cache_nearest",
-        "cache_on_store", "cache_refresh_before_expiry", "cache_size", "chunk_size", "conn_manager", "depth_modulo",
-        "dht_mode", "ensure_bootstrap_success", "idle_timeout", "parallel_rpc", "persistent_conn_max_msg_size",
-        "refresh_timeout", "relay_hop_limit", "reuse_get_requests", "startup_timeout", "strict", "tls", "use_relay",
-        "use_auto_relay", "check_if_identity_free", "quic", "use_relay_hop", "use_relay_discovery",
-    }
-)  # fmt: skip
-_REASONS = {
-    "use_ipfs": "potluck peers find each other through the run's own peers, not through IPFS: give initial_peers",
-    "p2p": "potluck has no side daemon to share",
-    "node_id": "the node id follows from the peer's key",
-    "force_reachability": "potluck finds out by itself who can be dialled",
-    "trusted_relays": "relays are found among the run's peers",
-    "no_listen": "use client_mode=True",
-    "authorizer": "closed runs use invites in the token",
-    "record_validator": "use record_validators=[...]",
-    "identity": "use identity_path",
-}
 _live: weakref.WeakSet[DHT] = weakref.WeakSet()
 
 
@@ -77,20 +57,16 @@ class DHT:
         wait_timeout: float = 3.0,
         bootstrap_timeout: float | None = None,
         relay_server: bool = False,
+        ensure_bootstrap_success: bool = True,
         **kwargs: Any,
     ):
-        for name, value in {"p2p": p2p, **kwargs}.items():
-            if name not in _NO_OP_KWARGS and (name in _REASONS or name != "p2p"):
-                if name in ("p2p", "use_ipfs") and not value:
-                    continue
-                if name not in _REASONS:
-                    raise TypeError(f"DHT() got an unexpected keyword argument {name!r}")
-                raise ValueError(f"{name}={value!r} cannot have an effect: {_REASONS[name]}")
+        _hivemind_options.check({"p2p": p2p, "daemon": daemon, **kwargs})
         self._invites: dict[str, str] = {}
         self._token_runs: set[str] = set()
         self.initial_peers = _addresses(initial_peers, self._invites, self._token_runs)
         self.client_mode = bool(client_mode)
         self.shutdown_timeout = shutdown_timeout
+        self._ensure_bootstrap = bool(ensure_bootstrap_success)
         self._bootstrap_seconds = 20.0 if bootstrap_timeout is None else float(bootstrap_timeout)
         self._options = {
             "listen": None if host_maddrs is None else [_modern(str(Multiaddr(a))) for a in host_maddrs],
@@ -127,7 +103,10 @@ class DHT:
     # Life.
 
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
-        """Start. Waits until an initial peer is connected, unless there is none or ``await_ready`` is false."""
+        """Start. Waits until an initial peer is connected, unless there is none or ``await_ready`` is false.
+
+        If none comes it is an error, or with ``ensure_bootstrap_success=False`` a warning: they are tried again.
+        """
         if self._node is not None:
             raise RuntimeError("this DHT runs already")
         self._node = _core.Node.start(json.dumps(self._options))
@@ -136,6 +115,11 @@ class DHT:
         if self.initial_peers and await_ready:
             try:
                 self.wait_until_ready(timeout)
+            except _core.PeerError as error:
+                if self._ensure_bootstrap:
+                    self.shutdown()
+                    raise
+                logger.warning("going on alone, and trying them again meanwhile: %s", error)
             except BaseException:
                 self.shutdown()
                 raise
@@ -181,7 +165,7 @@ class DHT:
             loop, self._loop = self._loop, None
             pool, self._pool = self._pool, None
         if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
+            loop.call_soon_threadsafe(_cancel_and_stop, loop)
         if node is not None:
             node.shutdown(float(self.shutdown_timeout))
         if pool is not None:
@@ -264,14 +248,18 @@ class DHT:
     def run_coroutine(
         self, coro: Callable[[DHT, DHTNode], Awaitable[T]], return_future: bool = False
     ) -> T | Future[T]:
-        """Run ``await coro(dht, node)`` in a thread of this process; ``node`` has async ``get`` and ``store``."""
+        """Run ``await coro(dht, node)`` in a thread of this process; ``node`` has async ``get`` and ``store``.
+
+        What still runs when the DHT is shut down is cancelled.
+        """
+        node = DHTNode(self)
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
                     target=_run_loop, args=(self._loop,), name="potluck-asyncio", daemon=True
                 ).start()
-        future = asyncio.run_coroutine_threadsafe(_awaited(coro(self, DHTNode(self))), self._loop)
+        future = asyncio.run_coroutine_threadsafe(_awaited(coro(self, node)), self._loop)
         return future if return_future else future.result()
 
     # Identity.
@@ -376,6 +364,18 @@ class DHTNode:
 
 async def _awaited(awaitable: Awaitable[T]) -> T:
     return await awaitable
+
+
+def _cancel_and_stop(loop: asyncio.AbstractEventLoop) -> None:
+    """Who waits for a coroutine that can no longer end learns so."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    ended = asyncio.gather(*tasks, return_exceptions=True) if tasks else None
+    if ended is None:
+        loop.stop()
+    else:
+        ended.add_done_callback(lambda _: loop.stop())
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -49,6 +49,12 @@ class GradientAverager(DecentralizedAverager):
             raise ValueError(
                 f"averaged_grads: expected {len(self.parameters)} tensors, got {len(averaged_grads)}"
             )
+        for index, (grad, parameter) in enumerate(zip(averaged_grads, self.parameters, strict=False)):
+            if grad.shape != parameter.shape:
+                raise ValueError(
+                    f"averaged_grads[{index}]: expected the shape {tuple(parameter.shape)} of its parameter, got "
+                    f"{tuple(grad.shape)}"
+                )
         self.reuse_grad_buffers = reuse_grad_buffers
         self.warn = warn
         self.local_samples_accumulated = 0
@@ -151,6 +157,9 @@ class GradientAverager(DecentralizedAverager):
                 view.zero_()
             else:
                 view.copy_(mean)
+        for view, grad in zip(self._flat.views, self._averaged_grads, strict=False):
+            if grad is not view:
+                grad.copy_(view)
 
     @torch.no_grad()
     def reset_accumulated_grads_(self) -> None:
@@ -178,7 +187,10 @@ class GradientAverager(DecentralizedAverager):
         wait: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Average the gathered gradients over peers. ``weight`` is the number of samples unless given."""
+        """Average the gathered gradients over peers. ``weight`` is the number of samples unless given.
+
+        None without a group within ``timeout``: what use_averaged_gradients() gives is this peer's own mean then.
+        """
         if control is not None and kwargs:
             raise ValueError(f"{', '.join(kwargs)}: given to schedule_step already")
         if control is None:
@@ -187,13 +199,15 @@ class GradientAverager(DecentralizedAverager):
             raise RuntimeError("this round was triggered before")
         elif control.done():
             raise RuntimeError("this round has ended before it was triggered: ask for a new one")
+        elif timeout is not None:
+            control.end_within(timeout)
         self.load_accumulators_into_averager_()
         control.weight = float(self.local_samples_accumulated) if weight is None else weight
         if reset_accumulators:
             self.reset_accumulated_grads_()
         control.add_done_callback(self._finished)
         control.allow_allreduce()
-        return control.result(timeout) if wait else control
+        return control.result() if wait else control
 
     def _finished(self, control: StepControl) -> None:
         self._new_averaged_grads = not control.cancelled() and control.exception() is None

@@ -68,7 +68,7 @@ class SessionTracker:
             samples_accumulated=status["samples"],
             target_batch_size=self.target_batch_size,
             num_peers=len(trainers),
-            num_clients=0,
+            num_clients=sum(peer["client"] for peer in trainers),
             eta_next_epoch=now + (float("inf") if eta is None else eta),
             next_fetch_time=now,
         )

@@ -44,6 +44,7 @@ impl Core {
             share: share(self.own.samples),
             contributed: self.contributed,
             auxiliary: self.config.auxiliary,
+            client: self.config.client_mode,
             loss: self.loss,
         };
         let others = views.iter().map(|view| {
@@ -63,6 +64,7 @@ impl Core {
                     .earlier(&view.peer)
                     .saturating_add(note.as_ref().map_or(0, |note| note.contributed)),
                 auxiliary: view.auxiliary,
+                client: view.client,
                 loss: note.and_then(|note| note.loss),
             }
         });

@@ -14,9 +14,9 @@ const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 impl Inner {
     /// Get what others have; with `by_rounds` the next round that this peer missed rather than the state.
-    pub(super) async fn load_state(&self, by_rounds: bool) -> Outcome<Loaded> {
+    pub(super) async fn load_state(&self, by_rounds: bool, limit: Duration) -> Outcome<Loaded> {
         let begun = self.env.now();
-        let deadline = begun + self.config.load_state_timeout;
+        let deadline = begun + limit;
         let mut faults = Vec::new();
         let mut pause = LOAD_PAUSE_MIN;
         loop {
