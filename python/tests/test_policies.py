@@ -79,7 +79,7 @@ def test_gradients_gathered_during_a_slow_step_do_not_change_it(local_dht: Calla
         assert opt.local_epoch == 0
         may_step.set()
         while opt.local_epoch < 2:
-            opt._worker.join(30)
+            opt._worker.wait(30)
             opt._follow(0)
     assert equal(replay(data, [0, 0], 2), model)
 

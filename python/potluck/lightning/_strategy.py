@@ -431,11 +431,12 @@ class HivemindStrategy(_StrategyBase):
         self._shadow(self.precision_plugin, "_clip_gradients", lambda *_args, **_kwargs: None)
 
     def _check_precision(self) -> None:
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        if scaler is not None and self._reuse_grad_buffers and not isinstance(scaler, potluck.GradScaler):
-            # The stock scaler would divide the gradients of earlier batches again and again.
-            replacement = potluck.GradScaler(device=self.root_device.type)
-            self._shadow(self.precision_plugin, "scaler", replacement)
+        if self._reuse_grad_buffers and getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "reuse_grad_buffers=True cannot work with 16-mixed precision: the gradient scaler would unscale the "
+                "gradients of earlier batches again, and one overflow would spoil them all. Leave reuse_grad_buffers "
+                "out, or take precision='bf16-mixed'"
+            )
 
     def _show_progress(self, trainer: Any) -> None:
         """Every peer has somebody watching; Lightning hides the bar where is_global_zero is false."""

@@ -43,8 +43,8 @@ class OptimizerFacts(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the optimizer inside; changes count."""
-        return self._inner.optimizer.param_groups
+        """The groups of the optimizer inside, with the model's parameters; changes count."""
+        return self._inner.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]

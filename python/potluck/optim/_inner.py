@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class InnerOptimizer:
         pairs = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if m.requires_grad]
         self.model = [m for m, _ in pairs]
         self.main = [c for _, c in pairs]
+        frozen = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if not m.requires_grad]
+        self._frozen, self._frozen_main = [m for m, _ in frozen], [c for _, c in frozen]
         if not self.model:
             raise ValueError("no parameter requires gradients: there is nothing to train")
         self.scheduler = self._make_scheduler(scheduler)
@@ -73,18 +75,67 @@ class InnerOptimizer:
             return scheduler
         return scheduler(self.optimizer)
 
+    @property
+    def param_groups(self) -> list[Any]:
+        """The optimizer's groups, with the parameters of the model: those are what gets gradients."""
+        groups: list[Any] = self.optimizer.param_groups
+        if not self.offload:
+            return groups
+        model = iter(self.model_all)
+        return [ModelGroup(group, [next(model) for _ in group["params"]]) for group in groups]
+
+    def check_frozen(self) -> None:
+        """Refuse to train a parameter that takes no part in the average."""
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} requires gradients now and was frozen when the "
+                    "optimizer was made: all peers agreed on what is averaged then. Make the optimizer before "
+                    "anything is frozen"
+                )
+
     @torch.no_grad()
-    def step(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays."""
-        before = [p.grad for p in self.main]
+    def step(self, grads: Sequence[torch.Tensor | None], beside: bool = False) -> None:
+        """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays.
+
+        Hooks of the optimizer see them in ``.grad`` of the model's parameters too, and may change them there. Only not
+        where the step runs beside the next backward pass, which uses ``.grad`` itself.
+        """
+        places = [*self.main, *self._frozen_main]
+        if self.offload and not beside:
+            places += self.model
+        before = [p.grad for p in places]
         try:
+            for parameter in self._frozen_main:
+                parameter.grad = None
             for parameter, grad in zip(self.main, grads, strict=True):
                 parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
-            with torch.enable_grad():
-                self.optimizer.step()
+            last = self._show_hooks_the_model() if self.offload and not beside else None
+            try:
+                with torch.enable_grad():
+                    self.optimizer.step()
+            finally:
+                if last is not None:
+                    last.remove()
         finally:
-            for parameter, grad in zip(self.main, before, strict=True):
+            for parameter, grad in zip(places, before, strict=True):
                 parameter.grad = grad
+
+    def _show_hooks_the_model(self) -> Any:
+        """Gradients at the model as well, and a last hook that takes over what the others made of them there."""
+        shown: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = []
+        for model, main in zip(self.model, self.main, strict=True):
+            # Of one type and place they are one tensor.
+            model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
+            if main.grad is not None:
+                shown.append((model, main, model.grad, model.grad._version))
+
+        def take_over(*_: Any) -> None:
+            for model, main, grad, version in shown:
+                if model.grad is not grad or grad._version != version:
+                    main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
+
+        return self.optimizer.register_step_pre_hook(take_over)
 
     def step_scheduler(self, loss: float | None) -> None:
         """One epoch of the schedule. A plateau scheduler looks at the loss averaged over peers."""
@@ -109,6 +160,30 @@ class InnerOptimizer:
         if self.offload:
             for model, main in zip(self.model, self.main, strict=True):
                 main.copy_(model)
+
+
+class ModelGroup(MutableMapping[str, Any]):
+    """A parameter group of an optimizer on copies, as one of the model's parameters; other changes go to the group."""
+
+    def __init__(self, group: dict[str, Any], params: list[torch.Tensor]):
+        self._group, self._params = group, params
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params if name == "params" else self._group[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "params":
+            raise ValueError("the parameters of a group cannot change: all peers agreed on them")
+        self._group[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._group[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -18,9 +17,10 @@ from potluck._tensors import FlatTensors, flat, views_of
 from potluck.compression import CompressionBase, NoCompression
 from potluck.optim._facts import OptimizerFacts
 from potluck.optim._inner import PLATEAU, InnerOptimizer
+from potluck.optim._marks import GradientMarks
 from potluck.optim._outlook import Outlook
+from potluck.optim._worker import StepWorker
 from potluck.optim.grad_averager import GradientAverager
-from potluck.optim.grad_scaler import GradScaler
 from potluck.optim.progress_tracker import SessionTracker
 from potluck.utils.logging import get_logger
 
@@ -51,7 +51,8 @@ class Optimizer(OptimizerFacts):
 
     To clip what all peers averaged, register a hook: ``opt.register_step_pre_hook(lambda opt, args, kwargs:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))``; clipping between ``backward()`` and ``step()`` clips
-    this peer's own gradients.
+    this peer's own gradients. With ``delay_optimizer_step=True`` the step runs beside the next ``backward()``, so that the
+    hook must clip the parameters of the ``opt`` that it is given.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Optimizer(OptimizerFacts):
         self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
         self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
         self._inner = InnerOptimizer(optimizer, params, offload_optimizer, scheduler)
+        self._marks = GradientMarks(self._inner.model, reuse_grad_buffers)
         self._adopt_hooks()
         self._hold_state(average_opt_statistics, extra_tensors, load_state_compression)
         self.grad_averager = self._make_grad_averager(grad_averager_factory)
@@ -205,9 +207,9 @@ class Optimizer(OptimizerFacts):
             alpha=alpha,
         )
         self._outlook = Outlook(self.target_batch_size)
-        self._worker: threading.Thread | None = None
-        self._worker_error: BaseException | None = None
+        self._worker = StepWorker(self._session.optimizer_ready)
         self._loss: float | None = None
+        self._untouched = [True] * len(self._inner.model)
         self._closed = False
         self._pid = os.getpid()
         if not self.auxiliary:
@@ -260,43 +262,61 @@ class Optimizer(OptimizerFacts):
 
     # Training.
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What every scaler asks first of all in its ``step()``."""
+        if self.reuse_grad_buffers:
+            raise ValueError(
+                "reuse_grad_buffers=True cannot work with a gradient scaler: it would unscale the gradients of earlier "
+                "passes in .grad again, and one overflow would spoil them all. Leave reuse_grad_buffers out"
+            )
+        return False
+
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], torch.Tensor] | None = None,
         batch_size: int | None = None,
-        grad_scaler: GradScaler | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> torch.Tensor | None:
         """Count the gradients of one backward pass, and do whatever the run asks for next.
 
         ``batch_size`` is the number of samples behind the gradients, unless ``batch_size_per_step`` said it.
+        ``step(grad_scaler=scaler)`` is ``scaler.step(optimizer)``. A pass without any gradients (a skipped batch) counts
+        no samples.
         """
         self._check_usable()
-        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
-            raise TypeError(
-                "grad_scaler: call scaler.step(optimizer) instead; any torch scaler will do there"
-            )
+        self._inner.check_frozen()
+        samples = self._samples(batch_size, closure, grad_scaler)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             if isinstance(loss, torch.Tensor):  # Lightning's closure has no loss when a batch is skipped
                 self.report_loss(loss.detach())
-        samples = self._samples(batch_size, closure)
         if self.auxiliary:
             self._assist()
             return None
-        if self.use_local_updates:
+        if self._marks.nothing_new(closure is not None and loss is None):
+            samples = 0
+        elif grad_scaler is not None:
+            # It calls step() again, with gradients of their own scale, or not at all after an overflow.
+            grad_scaler.step(self, batch_size=samples)
+            return loss
+        elif self.use_local_updates:
             with torch.no_grad():
                 self._inner.step([p.grad for p in self._inner.model])
                 self._inner.copy_to_model()
         else:
             self._gradients.accumulate_grads_(samples)
         self._follow(samples)
+        self._marks.take()
         return loss
 
-    def _samples(self, batch_size: int | None, closure: Any) -> int:
+    def _samples(self, batch_size: int | None, closure: Any, grad_scaler: Any) -> int:
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler={grad_scaler!r}: expected a torch.amp.GradScaler or potluck's")
         if self.auxiliary:
-            if batch_size is not None or closure is not None:
+            if batch_size is not None or closure is not None or grad_scaler is not None:
                 raise ValueError("an auxiliary peer has no samples: call step() without arguments")
             return 0
         samples = self.batch_size_per_step if batch_size is None else batch_size
@@ -332,7 +352,7 @@ class Optimizer(OptimizerFacts):
         grads, loss = self._average_to_grads(averaged, alone, local)
         if self.delay_optimizer_step:
             self._gradients.reset_accumulated_grads_()
-            self._start_worker(lambda: self._step_inner(grads, loss))
+            self._worker.start(lambda: self._step_inner(grads, loss))
             return
         self._step_inner(grads, loss)
         self._gradients.reset_accumulated_grads_()
@@ -348,6 +368,7 @@ class Optimizer(OptimizerFacts):
     def _gathered(self) -> tuple[Any, float, list[torch.Tensor | None] | None]:
         averager = self._gradients
         weight = float(averager.local_samples_accumulated)
+        self._untouched = [not touched for touched in averager._touched]
         averager.load_accumulators_into_averager_()
         if self._averages_loss:
             averager.extra_view.fill_(0.0 if self._loss is None else self._loss)
@@ -370,21 +391,18 @@ class Optimizer(OptimizerFacts):
         if alone and local is not None:
             # The gathered gradients themselves: not one bit differs from plain torch.
             return local, self._loss if self._averages_loss else None
-        return list(views_of(averaged, shapes)), loss
+        # Where nobody's loss touched a parameter plain torch has no gradient, and not one of zeros.
+        views = zip(views_of(averaged, shapes), self._untouched, strict=True)
+        return [None if untouched and not bool(grad.any()) else grad for grad, untouched in views], loss
 
     def _step_inner(self, grads: Sequence[torch.Tensor | None], loss: float | None) -> None:
         if any(grad is not None for grad in grads):
-            self._expose_and_step(grads)
+            self._inner.step(grads, beside=self._worker.is_here)
         self._inner.step_scheduler(loss)
 
-    def _expose_and_step(self, grads: Sequence[torch.Tensor | None]) -> None:
-        self._inner.step(grads)
-
     def _do_apply(self) -> None:
-        if self._worker is not None:
-            self._join_worker()
-            self._inner.copy_to_model()
-            self._epoch_done()
+        if self._worker.waits:
+            self._finish_step()
             return
         started = self._session.take_started()
         if started is None:
@@ -478,27 +496,12 @@ class Optimizer(OptimizerFacts):
             self._session.load_state()
         self._log_events()
 
-    # The delayed optimizer step runs in a thread of its own: torch releases the GIL inside its operations.
-
-    def _start_worker(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._worker_error = error
-            finally:
-                self._session.optimizer_ready()
-
-        self._worker = threading.Thread(target=run, name="potluck-optimizer", daemon=True)
-        self._worker.start()
-
-    def _join_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.join()
-            self._worker = None
-        if self._worker_error is not None:
-            error, self._worker_error = self._worker_error, None
-            raise error
+    def _finish_step(self, timeout: float | None = None, show: bool = True) -> None:
+        """End a delayed step that is on its way: weights, optimizer and epoch belong together again."""
+        if self._worker.take(timeout):
+            if show:
+                self._inner.copy_to_model()
+            self._epoch_done()
 
     # State of others, checkpoints.
 
@@ -523,7 +526,7 @@ class Optimizer(OptimizerFacts):
             self._session.changed(0.1)
 
     def _load_state(self) -> bool:
-        self._join_worker()
+        self._finish_step()
         found = self._session.catch_up()
         self._log_events()
         if self.grad_averager is not None:
@@ -548,8 +551,12 @@ class Optimizer(OptimizerFacts):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own state, with ``local_epoch`` beside it. A plain torch optimizer can load it."""
-        self._join_worker()
+        """torch's own state, with ``local_epoch`` beside it. A plain torch optimizer can load it.
+
+        A delayed step that is on its way ends first, in the model too: what ``model.state_dict()`` gave before still
+        belongs to it unless it was copied.
+        """
+        self._finish_step()
         return {**self._inner.optimizer.state_dict(), "local_epoch": self.local_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -562,7 +569,8 @@ class Optimizer(OptimizerFacts):
         epoch = state_dict.pop("local_epoch", None)
         in_state = state.pop("local_epoch", None)
         epoch = int(in_state or 0) if epoch is None else int(epoch)
-        self._join_worker()
+        # The model may hold the weights of the checkpoint already.
+        self._finish_step(show=False)
         self._inner.optimizer.load_state_dict({**state_dict, "state": state})
         self._inner.copy_from_model()
         while self._session.epoch < epoch:
@@ -596,8 +604,10 @@ class Optimizer(OptimizerFacts):
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        if self._worker is not None:
-            self._worker.join(self.shutdown_timeout)
+        try:
+            self._finish_step(self.shutdown_timeout)
+        except Exception as error:  # to leave in good manners matters more than the last step
+            logger.warning("%s: the last optimizer step failed: %s", self.run_id, error)
         self._release_memory()
         self._session.leave(float(self.shutdown_timeout))
         self._log_events()
