@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,3 +131,76 @@ def test_a_delayed_step_that_fails_says_so(local_dht: Callable[[], DHT]) -> None
         with pytest.raises(RuntimeError, match="out of memory"):
             opt.state_dict()
         assert distance(model, make_model()) == 0
+
+
+SCHEDULES: dict[str, Any] = {
+    "StepLR": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1),
+    "OneCycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=20),
+    "Sequential": lambda opt: torch.optim.lr_scheduler.SequentialLR(
+        opt,
+        [
+            torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=2),
+            torch.optim.lr_scheduler.ExponentialLR(opt, 0.9),
+        ],
+        [2],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["ours", "hivemind's", "torch's"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_goes_on_where_it_was(local_dht: Callable[[], DHT], name: str, form: str) -> None:
+    """hivemind's checkpoint has the epoch among the state and no schedule; torch's has neither."""
+    whole, model, data = make_model(), make_model(), batches(6, 8)
+    plain(SGD, data, whole, SCHEDULES[name])
+
+    def train(opt: potluck.Optimizer, part: list[Any]) -> None:
+        for x, y in part:
+            backward(model, x, y)
+            opt.step()
+            opt.zero_grad()
+
+    def make(optimizer: torch.optim.Optimizer) -> potluck.Optimizer:
+        return potluck.Optimizer(dht=local_dht(), optimizer=optimizer, scheduler=SCHEDULES[name], **COMMON)
+
+    with make(SGD(model.parameters())) as opt:
+        train(opt, data[:3])
+        saved = copy.deepcopy(opt.state_dict())
+        schedule = saved["scheduler"]["last_epoch"] if name != "Sequential" else 3
+        assert saved["local_epoch"] == schedule == 3
+    with make(SGD(model.parameters())) as opt:
+        if form != "ours":
+            del saved["scheduler"]
+            epoch = saved.pop("local_epoch")
+            if form == "hivemind's":
+                saved["state"]["local_epoch"] = epoch
+        opt.load_state_dict(saved)
+        if form == "torch's":
+            assert opt.local_epoch == opt.scheduler.last_epoch == 0
+            return
+        assert opt.local_epoch == opt.scheduler.last_epoch == 3
+        train(opt, data[3:])
+        assert opt.local_epoch == 6
+    assert equal(whole, model)
+
+
+def test_an_older_checkpoint_is_refused(local_dht: Callable[[], DHT]) -> None:
+    """An epoch that others know as another one must not come twice."""
+    model, data = make_model(), batches(4, 8)
+    with potluck.Optimizer(dht=local_dht(), optimizer=SGD(model.parameters()), **COMMON) as opt:
+        for index, (x, y) in enumerate(data):
+            if index == 2:
+                old = copy.deepcopy(opt.state_dict())
+            backward(model, x, y)
+            opt.step()
+            opt.zero_grad()
+        before, now = copy.deepcopy(model), copy.deepcopy(opt.state_dict())
+        with pytest.raises(ValueError, match="of epoch 2 and this optimizer is at epoch 4"):
+            opt.load_state_dict(old)
+        assert opt.local_epoch == 4 and equal(before, model)
+        for name, value in now["state"][0].items():
+            assert torch.equal(opt.state[model[0].weight][name], value)
+        # The state of a plain optimizer says nothing of an epoch.
+        plain_state = {"state": old["state"], "param_groups": old["param_groups"]}
+        opt.load_state_dict(plain_state)
+        assert opt.local_epoch == 4

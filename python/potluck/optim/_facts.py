@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from potluck._tensors import FlatTensors
 from potluck.optim._inner import InnerOptimizer
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.progress_tracker import SessionTracker
+from potluck.utils.logging import get_logger
+
+logger = get_logger("potluck")
 
 
 class OptimizerFacts(torch.optim.Optimizer):
@@ -24,6 +28,8 @@ class OptimizerFacts(torch.optim.Optimizer):
     grad_averager: GradientAverager | None
     _closed: bool
     _loss: float | None
+    _said_no_loss = False
+    run_id: str
     tracker: SessionTracker
 
     @property
@@ -88,6 +94,28 @@ class OptimizerFacts(torch.optim.Optimizer):
         """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""
         self._loss = float(loss)
         self._session.report_loss(self._loss)
+
+    def _own_loss(self) -> torch.Tensor:
+        """This peer's part in the mean loss: the loss and that there is one, or zeros."""
+        if self._loss is None or not math.isfinite(self._loss):
+            return torch.zeros(2)
+        return torch.tensor([self._loss, 1.0])
+
+    def _mean_loss(self, averaged: torch.Tensor | None) -> float | None:
+        """The loss that a plateau looks at: of averaged parts, or of this peer alone."""
+        loss = self._loss
+        if averaged is not None:
+            total, share = averaged.tolist()
+            # Rounding may leave a trace of nobody's share.
+            loss = total / share if share > 1e-6 else None
+        if loss is None and not self._said_no_loss:
+            self._said_no_loss = True
+            logger.warning(
+                "%s: ReduceLROnPlateau has no loss to look at, so the rate stays: call report_loss(loss) before step(), "
+                "or give step() a closure",
+                self.run_id,
+            )
+        return loss
 
     def is_alive(self) -> bool:
         """Whether this peer takes part."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -50,6 +52,7 @@ class InnerOptimizer:
             raise TypeError(
                 f"optimizer={optimizer!r}: expected a torch optimizer or a function of the parameters"
             )
+        _check_kind(self.optimizer)
         self.offload = offload
         pairs = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if m.requires_grad]
         self.model = [m for m, _ in pairs]
@@ -58,6 +61,11 @@ class InnerOptimizer:
         self._frozen, self._frozen_main = [m for m, _ in frozen], [c for _, c in frozen]
         if not self.model:
             raise ValueError("no parameter requires gradients: there is nothing to train")
+        if any(p.is_complex() for p in self.model):
+            raise ValueError(
+                "complex parameters cannot be averaged: give torch.view_as_real(parameter), and compute with "
+                "torch.view_as_complex of it"
+            )
         self.scheduler = self._make_scheduler(scheduler)
 
     @property
@@ -66,14 +74,39 @@ class InnerOptimizer:
         return sum(p.nbytes for p in self.main_all) if self.offload else 0
 
     def _make_scheduler(self, scheduler: Any) -> Any:
-        if scheduler is None or not callable(scheduler) or hasattr(scheduler, "step"):
+        if isinstance(scheduler, type) or (callable(scheduler) and not hasattr(scheduler, "step")):
+            scheduler = scheduler(self.optimizer)
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"scheduler={scheduler!r}: expected a scheduler, or a function that makes one of the optimizer"
+            )
+        if scheduler is not None:
             owner = getattr(scheduler, "optimizer", self.optimizer)
-            if scheduler is not None and owner is not self.optimizer:
+            if owner is not self.optimizer:
                 raise ValueError(
                     "scheduler was made for another optimizer: give a function, scheduler=lambda opt: …(opt)"
                 )
-            return scheduler
-        return scheduler(self.optimizer)
+        return scheduler
+
+    def statistics(self) -> set[str] | None:
+        """The names of what the optimizer keeps in the shape of each parameter; None if that cannot be told."""
+        several = [p for p in self.main if p.numel() > 1]
+        if not several:
+            return None
+        # With as many dimensions as there are: some optimizers keep other things of vectors.
+        like = min(several, key=lambda p: (-p.dim(), p.numel()))
+        stand_in = torch.nn.Parameter(torch.zeros_like(like))
+        stand_in.grad = torch.zeros_like(like)
+        try:
+            probe = copy.copy(self.optimizer)
+            probe.state = defaultdict(dict)
+            probe.param_groups = [{**self.optimizer.param_groups[0], "params": [stand_in]}]
+            probe.step()
+        except Exception:
+            # An optimizer of somebody's own need not be one that can be copied.
+            return None
+        kept = probe.state[stand_in].items()
+        return {name for name, value in kept if getattr(value, "shape", None) == like.shape}
 
     @property
     def param_groups(self) -> list[Any]:
@@ -184,6 +217,16 @@ class ModelGroup(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._group)
+
+
+def _check_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers that cannot step with one averaged gradient."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times per step; peers average one gradient per step"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam takes sparse gradients only; averaged ones are dense: take Adam")
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

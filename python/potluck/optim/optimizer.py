@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from potluck import _core, _dashboard, _settings
-from potluck._state import StateCodec
-from potluck._tensors import FlatTensors, flat, views_of
+from potluck._tensors import flat, views_of
 from potluck.compression import CompressionBase, NoCompression
-from potluck.optim._facts import OptimizerFacts
-from potluck.optim._inner import PLATEAU, InnerOptimizer
+from potluck.optim import _checkpoint
+from potluck.optim._inner import InnerOptimizer
 from potluck.optim._marks import GradientMarks
 from potluck.optim._outlook import Outlook
+from potluck.optim._parts import OptimizerParts
 from potluck.optim._worker import StepWorker
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.progress_tracker import SessionTracker
@@ -27,17 +26,9 @@ from potluck.utils.logging import get_logger
 logger = get_logger("potluck")
 # How long a newcomer that found nobody yet waits before it takes itself for the first.
 _HEARING_SECONDS = 3.0
-_HOOKS = (
-    "step_pre",
-    "step_post",
-    "state_dict_pre",
-    "state_dict_post",
-    "load_state_dict_pre",
-    "load_state_dict_post",
-)
 
 
-class Optimizer(OptimizerFacts):
+class Optimizer(OptimizerParts):
     """Gathers gradients, and steps ``optimizer`` once ``target_batch_size`` samples are in over all peers.
 
     Arguments are hivemind's. Timing arguments (``matchmaking_time`` and so on) are accepted and none is needed:
@@ -119,10 +110,9 @@ class Optimizer(OptimizerFacts):
         self._hold_state(average_opt_statistics, extra_tensors, load_state_compression)
         self.grad_averager = self._make_grad_averager(grad_averager_factory)
         self._join(
-            grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
-            state_compression=_settings.check_compression(
-                "state_averaging_compression", state_averaging_compression
-            ).policy(),
+            grad_compression=grad_compression,
+            state_compression=state_averaging_compression,
+            load_compression=load_state_compression,
             average_state_every=_settings.positive(
                 "average_state_every", average_state_every, most=2**32 - 1
             ),
@@ -132,56 +122,29 @@ class Optimizer(OptimizerFacts):
         )
         self.dashboard_url = _dashboard.serve(self._session, run_id, dashboard)
 
-    def _hold_state(
-        self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor], compression: CompressionBase
-    ) -> None:
-        """Memory for what state averaging exchanges, and the codec of what newcomers load."""
-        for name in statistics:
-            if not isinstance(name, str):
-                raise TypeError(f"average_opt_statistics: expected names such as 'exp_avg', got {name!r}")
-        self._statistics, self._extra_tensors = tuple(statistics), list(extra_tensors)
-        self._state = FlatTensors(
-            [p.shape for p in self._inner.main] * (1 + len(self._statistics))
-            + [t.shape for t in self._extra_tensors]
-        )
-        self._codec = StateCodec(
-            self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler, compression
-        )
-
-    def _tensor_infos(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """What gradient rounds and state rounds carry, in order."""
-        shapes = [p.shape for p in self._inner.main]
-        names = [f"{i:06}" for i in range(len(shapes))]
-        state = _settings.tensor_infos([f"param.{n}" for n in names], shapes, "Parameter")
-        for statistic in self._statistics:
-            state += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
-        extra = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
-        state += _settings.tensor_infos(extra, [t.shape for t in self._extra_tensors], "Unspecified")
-        if self.use_local_updates:
-            return [], state
-        losses = [("loss", (1,))] if self._averages_loss else []
-        # Keys by position, as in hivemind: PerTensorCompression names them so.
-        keys = [str(i) for i in range(len(shapes))] + [n for n, _ in losses]
-        return _settings.tensor_infos(keys, [*shapes, *(s for _, s in losses)], "Gradient"), state
-
     def _join(
         self,
         *,
-        grad_compression: Any,
-        state_compression: Any,
+        grad_compression: CompressionBase,
+        state_compression: CompressionBase,
+        load_compression: CompressionBase,
         average_state_every: int,
         load_state_timeout: float,
         alpha: float,
         admission: tuple[str | None, str | None],
     ) -> None:
         tensors, state_tensors = self._tensor_infos()
+        _settings.check_keys("grad_compression", grad_compression, tensors)
+        _settings.check_keys("state_averaging_compression", state_compression, state_tensors)
+        # What an optimizer keeps is known after its first step only.
+        _settings.check_keys("load_state_compression", load_compression, state_tensors, r"\D.*\.\d{6}")
         options = _settings.session_options(
             run_id=self.run_id,
             target_batch_size=self.target_batch_size,
             tensors=tensors,
             state_tensors=state_tensors,
-            grad_compression=grad_compression,
-            state_compression=state_compression,
+            grad_compression=grad_compression.policy(),
+            state_compression=state_compression.policy(),
             powersgd=None if self.grad_averager is None else self.grad_averager.powersgd(),
             policy=_settings.choose_policy(
                 use_local_updates=self.use_local_updates,
@@ -215,36 +178,6 @@ class Optimizer(OptimizerFacts):
         if not self.auxiliary:
             self._publish()
         self.dht.own(weakref.WeakMethod(self.shutdown))
-
-    def _adopt_hooks(self) -> None:
-        # torch's own constructor would add parameter groups; hooks, groups and state are those of the inner optimizer.
-        for kind in _HOOKS:
-            name = f"_optimizer_{kind}_hooks"
-            setattr(self, name, getattr(self._inner.optimizer, name, OrderedDict()))
-        self.defaults = self._inner.optimizer.defaults
-
-    def _make_grad_averager(self, factory: Callable[..., GradientAverager] | None) -> GradientAverager | None:
-        if self.use_local_updates:
-            return None
-        averager = (factory or GradientAverager)(
-            self._inner.model,
-            dht=self.dht,
-            prefix=f"{self.run_id}_grad_averager",
-            reuse_grad_buffers=self.reuse_grad_buffers,
-            client_mode=self.client_mode,
-            warn=False,
-            start=False,
-            extra_values=int(self._averages_loss),
-        )
-        if not isinstance(averager, GradientAverager):
-            raise TypeError(
-                f"grad_averager_factory returned a {type(averager).__name__}, not a potluck GradientAverager"
-            )
-        return averager
-
-    @property
-    def _averages_loss(self) -> bool:
-        return isinstance(self._inner.scheduler, PLATEAU)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``."""
@@ -371,7 +304,7 @@ class Optimizer(OptimizerFacts):
         self._untouched = [not touched for touched in averager._touched]
         averager.load_accumulators_into_averager_()
         if self._averages_loss:
-            averager.extra_view.fill_(0.0 if self._loss is None else self._loss)
+            averager.extra_view.copy_(self._own_loss())
         if self.delay_grad_averaging:
             averager.reset_accumulated_grads_()
             return averager.flat_buffer, weight, None
@@ -387,10 +320,10 @@ class Optimizer(OptimizerFacts):
         loss = None
         shapes = [p.shape for p in self._inner.model]
         if self._averages_loss:
-            loss = float(flat(averaged)[-1])
+            loss = self._mean_loss(flat(averaged)[-2:])
         if alone and local is not None:
             # The gathered gradients themselves: not one bit differs from plain torch.
-            return local, self._loss if self._averages_loss else None
+            return local, self._mean_loss(None) if self._averages_loss else None
         # Where nobody's loss touched a parameter plain torch has no gradient, and not one of zeros.
         views = zip(views_of(averaged, shapes), self._untouched, strict=True)
         return [None if untouched and not bool(grad.any()) else grad for grad, untouched in views], loss
@@ -422,6 +355,8 @@ class Optimizer(OptimizerFacts):
         self._publish()
 
     def _do_average_state(self) -> None:
+        for cell in self._loss_cells:
+            cell.copy_(self._own_loss())
         self._read_state()
         background = self.delay_state_averaging and not (
             self.delay_grad_averaging or self.delay_optimizer_step
@@ -437,7 +372,8 @@ class Optimizer(OptimizerFacts):
         if not alone:
             self._write_state(views_of(averaged, self._state.shapes), sent=None)
         if self.use_local_updates:
-            self._inner.step_scheduler(self._loss)
+            loss = self._mean_loss(None if alone else self._loss_cells[0]) if self._loss_cells else None
+            self._inner.step_scheduler(loss)
             self._epoch_done()
         else:
             self._publish()
@@ -447,7 +383,7 @@ class Optimizer(OptimizerFacts):
         tensors: list[torch.Tensor | None] = list(inner.main)
         for name in self._statistics:
             tensors += [inner.optimizer.state.get(p, {}).get(name) for p in inner.main]
-        return tensors + self._extra_tensors
+        return tensors + self._extra_tensors + self._loss_cells
 
     @torch.no_grad()
     def _read_state(self) -> None:
@@ -492,6 +428,8 @@ class Optimizer(OptimizerFacts):
             self._session.epoch_done(None)
         elif action == "average_state":
             self._session.average_state(self._state.buffer)
+            if self.use_local_updates:
+                self._session.epoch_done(None)
         elif action == "load_state":
             self._session.load_state()
         self._log_events()
@@ -551,28 +489,29 @@ class Optimizer(OptimizerFacts):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own state, with ``local_epoch`` beside it. A plain torch optimizer can load it.
+        """torch's own state, with ``local_epoch`` and ``scheduler`` beside it. A plain torch optimizer can load it.
 
         A delayed step that is on its way ends first, in the model too: what ``model.state_dict()`` gave before still
         belongs to it unless it was copied.
         """
         self._finish_step()
-        return {**self._inner.optimizer.state_dict(), "local_epoch": self.local_epoch}
+        return _checkpoint.saved(self._inner, self.local_epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of this class, of hivemind's, or of a plain torch optimizer.
 
         Call it after the model's weights were loaded: an offloaded optimizer copies them.
         """
-        state_dict = dict(state_dict)
-        state = dict(state_dict.get("state", {}))
-        epoch = state_dict.pop("local_epoch", None)
-        in_state = state.pop("local_epoch", None)
-        epoch = int(in_state or 0) if epoch is None else int(epoch)
         # The model may hold the weights of the checkpoint already.
         self._finish_step(show=False)
-        self._inner.optimizer.load_state_dict({**state_dict, "state": state})
-        self._inner.copy_from_model()
+        saved = _checkpoint.epoch_of(state_dict)
+        epoch = self.local_epoch if saved is None else saved
+        if epoch < self.local_epoch:
+            raise ValueError(
+                f"the checkpoint is of epoch {epoch} and this optimizer is at epoch {self.local_epoch}: a run never goes "
+                "back. Load it into a new potluck.Optimizer, under another run_id if others train on"
+            )
+        _checkpoint.load(self._inner, state_dict, saved)
         while self._session.epoch < epoch:
             self._session.epoch_done(None)
         self._publish()
