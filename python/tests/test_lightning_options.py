@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import test_lightning_strategy
 import torch
+from conftest import together
 from lightning_support import QUIET, equal, loader, model_class, regression, trainer, weights
 from test_lightning_strategy import fit, strategy
+
+from potluck import _core
+from potluck.dht import DHT
 
 lightning, local = test_lightning_strategy.lightning, test_lightning_strategy.local
 shut_down = test_lightning_strategy.shut_down
@@ -94,3 +98,67 @@ def test_a_skipped_batch_has_no_samples(lightning: Any, options: dict[str, Any])
     data = torch.utils.data.DataLoader(every_other, batch_size=8)
     trainer(lightning, "auto", max_epochs=1, accumulate_grad_batches=2).fit(alone, data)
     torch.testing.assert_close(weights(together), weights(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_two_peers_clip_their_average(lightning: Any) -> None:
+    """Each batch clipped by itself would give another mean. SGD, as Adam hardly sees the length of a gradient."""
+
+    class Plain(model_class(lightning)):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class InStep(lightning.Callback):  # type: ignore[name-defined]
+        """One batch of each peer is an epoch."""
+
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            while trainer.strategy.num_peers < 2:
+                trainer.strategy._optimizer._session.changed(0.05)
+                trainer.strategy._optimizer._follow(0)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            while trainer.strategy.local_epoch <= index:
+                trainer.strategy._optimizer._session.changed(0.05)
+                trainer.strategy._optimizer._follow(0)
+
+    hub, data = _core.Hub(), regression()
+    settings = {"max_epochs": 1, "gradient_clip_val": 0.1}
+
+    def peer(index: int) -> Any:
+        part = torch.utils.data.Subset(data, [i for i in range(64) if i % 16 // 8 == index])
+        dht = DHT.within_process(hub)
+        module = Plain()
+        chosen = strategy(target_batch_size=16, dht=dht, shuffle_differently=False)
+        driver = trainer(lightning, chosen, callbacks=[InStep()], **settings)
+        driver.fit(module, torch.utils.data.DataLoader(part, batch_size=8))
+        dht.shutdown()
+        return module
+
+    modules = together(lambda: peer(0), lambda: peer(1))
+    whole = Plain()
+    trainer(lightning, "auto", **settings).fit(whole, loader(16))
+    assert equal(*map(weights, modules))
+    torch.testing.assert_close(weights(modules[0]), weights(whole), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_true_precision_equals_plain_lightning(lightning: Any, precision: str, clip: Any) -> None:
+    ended = [
+        weights(fit(lightning, chosen, precision=precision, gradient_clip_val=clip)[0])
+        for chosen in (strategy(), "auto")
+    ]
+    assert ended[0][0].dtype == (torch.float64 if precision == "64-true" else torch.bfloat16)
+    assert equal(*ended)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_an_offloaded_optimizer_resumes(lightning: Any, clip: Any, tmp_path: Path) -> None:
+    options = {"offload_optimizer": True}
+    whole, _ = fit(lightning, "auto", max_epochs=4, gradient_clip_val=clip)
+    _, driver = fit(lightning, strategy(**options), gradient_clip_val=clip)
+    driver.save_checkpoint(tmp_path / "half.ckpt")
+    second = model_class(lightning)()
+    driver = trainer(lightning, strategy(**options), max_epochs=4, gradient_clip_val=clip)
+    driver.fit(second, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert driver.strategy.local_epoch == 32
+    assert equal(weights(second), weights(whole))
