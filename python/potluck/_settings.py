@@ -91,6 +91,14 @@ def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str
         raise ValueError(f"{name}[{key!r}] cannot have an effect: {reason}")
 
 
+def check_factory(averager: Any) -> None:
+    """The same for a function as factory, whose arguments nobody sees: by what the averager it made has of them."""
+    plain = {"averaging_alpha": 1.0, "auxiliary": False, "min_group_size": 2}
+    plain.update(compression=NoCompression(), state_compression=NoCompression())
+    set_differently = {name: None for name, value in plain.items() if getattr(averager, name) != value}
+    check_opts("grad_averager_factory", set_differently, FACTORY)
+
+
 def check_compression(name: str, value: Any) -> CompressionBase:
     """A compression, or an error that says what is expected."""
     if not isinstance(value, CompressionBase):

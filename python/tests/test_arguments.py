@@ -317,6 +317,11 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
     for name in ("averaging_alpha", "min_group_size", "compression", "auxiliary", "warn", "prefix"):
         factory = partial(potluck.GradientAverager, **{name: 1})
         refused(rf"grad_averager_factory\['{name}'\] cannot have an effect", grad_averager_factory=factory)
+    for name, value in (("averaging_alpha", 0.5), ("min_group_size", 3), ("compression", HALF)):
+        function = lambda *args, name=name, value=value, **kwargs: potluck.GradientAverager(  # noqa: E731
+            *args, **kwargs, **{name: value}
+        )
+        refused(rf"grad_averager_factory\['{name}'\] cannot have an effect", grad_averager_factory=function)
 
 
 @pytest.mark.parametrize("where", ["grad", "state_averaging", "load_state"])

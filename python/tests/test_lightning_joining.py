@@ -103,7 +103,8 @@ def test_two_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", " , ", "192.0.2.7:4001", "/ip4/192.0.2.7/tcp/4001", f"{ADDRESS},nonsense"]
+    "value",
+    ["", " , ", "192.0.2.7:4001", "/ip4/192.0.2.7/tcp/4001", f"{ADDRESS},nonsense", f"{ADDRESS} {OTHER}"],
 )
 def test_a_malformed_value_is_an_error_that_names_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INITIAL_PEERS", value)
@@ -117,7 +118,9 @@ def test_a_malformed_token_is_an_error(value: str) -> None:
         _joining.whom_to_join(None, value)
 
 
-@pytest.mark.parametrize("name", ["INITIAL_PEER", "PL_INITIAL_PEER", "POTLUCK_TOKN", "INTIAL_PEERS"])
+@pytest.mark.parametrize(
+    "name", ["INITIAL_PEER", "PL_INITIAL_PEER", "POTLUCK_TOKN", "INTIAL_PEERS", "initial_peers"]
+)
 def test_a_misspelled_variable_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, ADDRESS)
     with pytest.raises(ValueError, match=f"{name} has no effect; did you mean"):

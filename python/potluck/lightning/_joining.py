@@ -78,7 +78,7 @@ def _addresses(source: str, value: str | Sequence[str]) -> list[str]:
             f"{source} is empty: leave it out to start a new run, or give addresses like /ip4/192.0.2.7/tcp/4001/p2p/12D3..."
         )
     for address in addresses:
-        if not address.startswith("/") or "/p2p/" not in address:
+        if not address.startswith("/") or "/p2p/" not in address or any(map(str.isspace, address)):
             raise ValueError(
                 f"{source} holds {address!r}, which is not a peer's address; expected a comma-separated list like "
                 "/ip4/192.0.2.7/tcp/4001/p2p/12D3..., or one token, copied from what a running peer printed"
@@ -88,11 +88,12 @@ def _addresses(source: str, value: str | Sequence[str]) -> list[str]:
 
 def _refuse_misspelled_variables() -> None:
     for name in os.environ:
+        upper = name.upper()
         if name in _KNOWN:
             continue
-        if not ("PEERS" in name or "PEER" in name.split("_") or name.startswith("POTLUCK_TO")):
+        if not ("PEERS" in upper or "PEER" in upper.split("_") or upper.startswith("POTLUCK_TO")):
             continue
-        close = difflib.get_close_matches(name.upper(), _KNOWN, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(upper, _KNOWN, n=1, cutoff=0.85)
         if close:
             raise ValueError(f"the environment variable {name} has no effect; did you mean {close[0]}?")
 

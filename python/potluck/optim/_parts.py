@@ -101,6 +101,7 @@ class OptimizerParts(OptimizerFacts):
             raise TypeError(
                 f"grad_averager_factory returned a {type(averager).__name__}, not a potluck GradientAverager"
             )
+        _settings.check_factory(averager)
         return averager
 
     @property
