@@ -91,3 +91,20 @@ def test_gradients_are_cleared_as_by_torch(local_dht: Callable[[], DHT], set_to_
         opt.zero_grad(set_to_none=set_to_none)
         assert all((p.grad is None) == set_to_none for p in model.parameters())
     assert equal(reference, model)
+
+
+@OFFLOAD
+def test_the_state_is_found_by_the_groups_parameters(local_dht: Callable[[], DHT], offload: bool) -> None:
+    model = make_model()
+    with make(local_dht, model, offload) as opt:
+        (group,) = opt.param_groups
+        assert not any(p in opt.state for p in group["params"]) and len(opt.state) == 0
+        assert [opt.state[p].get("momentum_buffer") for p in group["params"]] == [None] * 4
+        backward(model, *batches(1, 8)[0])
+        grads = [p.grad.clone() for p in group["params"]]
+        opt.step()
+        assert list(opt.state) == list(group["params"]) == list(model.parameters())
+        for parameter, grad in zip(group["params"], grads, strict=True):
+            assert torch.equal(opt.state[parameter]["momentum_buffer"], grad)
+        opt.state[group["params"][0]]["momentum_buffer"].zero_()
+        assert not opt.state_dict()["state"][0]["momentum_buffer"].any()

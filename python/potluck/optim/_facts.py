@@ -54,8 +54,8 @@ class OptimizerFacts(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The state of the optimizer inside."""
-        return self._inner.optimizer.state
+        """The state of the optimizer inside, by the model's parameters."""
+        return self._inner.state
 
     @property
     def local_epoch(self) -> int:

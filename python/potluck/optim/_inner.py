@@ -117,6 +117,11 @@ class InnerOptimizer:
         model = iter(self.model_all)
         return [ModelGroup(group, [next(model) for _ in group["params"]]) for group in groups]
 
+    @property
+    def state(self) -> Any:
+        """The optimizer's state by the model's parameters."""
+        return ModelState(self) if self.offload else self.optimizer.state
+
     def check_frozen(self) -> None:
         """Refuse to train a parameter that takes no part in the average."""
         for parameter in self._frozen:
@@ -217,6 +222,33 @@ class ModelGroup(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._group)
+
+
+class ModelState(MutableMapping[Any, Any]):
+    """The state of an optimizer on copies, under the model's parameters or under the copies."""
+
+    def __init__(self, inner: InnerOptimizer):
+        self._state = inner.optimizer.state
+        self._main = dict(zip(inner.model_all, inner.main_all, strict=True))
+        self._model = dict(zip(inner.main_all, inner.model_all, strict=True))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._state[self._main.get(key, key)]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._state[self._main.get(key, key)] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._state[self._main.get(key, key)]
+
+    def __contains__(self, key: Any) -> bool:
+        return self._main.get(key, key) in self._state
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._model.get(key, key) for key in self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _check_kind(optimizer: torch.optim.Optimizer) -> None:
