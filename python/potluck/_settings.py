@@ -93,8 +93,9 @@ def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str
 
 def check_factory(averager: Any) -> None:
     """The same for a function as factory, whose arguments nobody sees: by what the averager it made has of them."""
-    plain = {"averaging_alpha": 1.0, "auxiliary": False, "min_group_size": 2}
-    plain.update(compression=NoCompression(), state_compression=NoCompression())
+    none = NoCompression()
+    plain: dict[str, Any] = {"averaging_alpha": 1.0, "auxiliary": False, "min_group_size": 2}
+    plain.update(compression=none, state_compression=none)
     set_differently = {name: None for name, value in plain.items() if getattr(averager, name) != value}
     check_opts("grad_averager_factory", set_differently, FACTORY)
 

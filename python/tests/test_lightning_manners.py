@@ -131,7 +131,7 @@ def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
         asked = time.monotonic()
         rest, _ = process.communicate(timeout=60)
         assert time.monotonic() - asked < 5, rest
-        assert process.returncode != 0 and members(process.pid) == []
+        assert members(process.pid) == []
     finally:
         process.kill()
         process.communicate()

@@ -543,7 +543,7 @@ class HivemindStrategy(_StrategyBase):
 
 
 def _require_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) <= 0:
         raise ValueError(f"{name} must be a whole number of samples above 0, got {value!r}")
-    if value >= 2**63:
+    if int(value) >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value!r}")

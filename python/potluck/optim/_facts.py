@@ -128,5 +128,6 @@ class OptimizerFacts(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: all peers agreed on the tensors when they joined."""
         raise ValueError(
-            "parameters cannot be added while a run is on: all peers agreed on them when they joined"
+            "parameters cannot be added while a run is on: all peers agreed on them when they joined. Give the optimizer "
+            "all of them, and freeze those that are to wait after it was made"
         )

@@ -42,8 +42,8 @@ class OptimizerParts(OptimizerFacts):
             if not isinstance(name, str):
                 raise TypeError(f"average_opt_statistics: expected names such as 'exp_avg', got {name!r}")
         known = self._inner.statistics() if statistics else None
-        for name in statistics if known is not None else ():
-            if name not in known:
+        for name in statistics:
+            if known is not None and name not in known:
                 raise ValueError(
                     f"average_opt_statistics: this optimizer keeps no {name!r} in the shape of the parameters; it keeps "
                     f"{', '.join(sorted(known)) or 'nothing'}"
