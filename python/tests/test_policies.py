@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import together
+from test_checkpoints import Gate
 from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
 
 import potluck
@@ -63,22 +64,16 @@ def test_a_delayed_step_is_plain_torch_with_gradients_of_before(
 
 
 def test_gradients_gathered_during_a_slow_step_do_not_change_it(local_dht: Callable[[], DHT]) -> None:
-    may_step, model, data = threading.Event(), make_model(), batches(2, 8)
-
-    def slow(parameters: Any) -> torch.optim.Optimizer:
-        made = SGD(parameters)
-        made.register_step_pre_hook(lambda *_: may_step.wait(30) and None)
-        return made
-
+    gate, model, data = Gate(), make_model(), batches(2, 8)
     with potluck.Optimizer(
-        dht=local_dht(), optimizer=slow, params=model.parameters(), delay_optimizer_step=True, **COMMON
+        dht=local_dht(), optimizer=gate, params=model.parameters(), delay_optimizer_step=True, **COMMON
     ) as opt:
         for x, y in data:
             backward(model, x, y)
             opt.step()
             opt.zero_grad()
         assert opt.local_epoch == 0
-        may_step.set()
+        gate.may_step.set()
         while opt.local_epoch < 2:
             opt._worker.wait(30)
             opt._follow(0)

@@ -207,7 +207,7 @@ def test_clipping_what_everybody_averaged(local_dht: Callable[[], DHT]) -> None:
     assert equal(models[0], models[1])
 
 
-@pytest.mark.parametrize("how", ["in place", "offload", "delayed average"])
+@pytest.mark.parametrize("how", ["in place", "offload", "delayed average", "delayed step"])
 def test_the_docstrings_hook_clips_what_is_applied(local_dht: Callable[[], DHT], how: str) -> None:
     data, reference, model = batches(6, 8), make_model(), make_model()
     optimizer = SGD(reference.parameters())
@@ -220,7 +220,11 @@ def test_the_docstrings_hook_clips_what_is_applied(local_dht: Callable[[], DHT],
     if how == "in place":
         given = {"optimizer": SGD(model.parameters())}
     with potluck.Optimizer(
-        dht=local_dht(), delay_grad_averaging=how == "delayed average", **given, **COMMON
+        dht=local_dht(),
+        delay_grad_averaging=how == "delayed average",
+        delay_optimizer_step=how.startswith("delayed"),
+        **given,
+        **COMMON,
     ) as opt:
         opt.register_step_pre_hook(
             lambda opt, args, kwargs: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) and None

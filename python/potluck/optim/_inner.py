@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -132,48 +133,57 @@ class InnerOptimizer:
                     "anything is frozen"
                 )
 
-    @torch.no_grad()
-    def step(self, grads: Sequence[torch.Tensor | None], beside: bool = False) -> None:
-        """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays.
+    def step(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays."""
+        self.apply(self.hooked(grads) if self.offload else grads)
 
-        Hooks of the optimizer see them in ``.grad`` of the model's parameters too, and may change them there. Only not
-        where the step runs beside the next backward pass, which uses ``.grad`` itself.
+    @torch.no_grad()
+    def hooked(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What the step hooks make of gradients for :meth:`apply` on copies.
+
+        They find them in ``.grad`` of the model's parameters as well, and may change them there.
         """
-        places = [*self.main, *self._frozen_main]
-        if self.offload and not beside:
-            places += self.model
-        before = [p.grad for p in places]
-        try:
+        with _kept([*self.main, *self.model]):
+            self._place(grads)
+            shown = []
+            for model, main in zip(self.model, self.main, strict=True):
+                # Of one type and place they are one tensor.
+                model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
+                if model.grad is not None:
+                    shown.append((model, main, model.grad, model.grad._version))
+            with torch.enable_grad():
+                for hook in list(self._hooks.values()):
+                    hook(self.optimizer, (), {})
+            for model, main, grad, version in shown:
+                if model.grad is not grad or grad._version != version:
+                    main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
+            return [p.grad for p in self.main]
+
+    @torch.no_grad()
+    def apply(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """The optimizer's step; on copies without the hooks, which are through then."""
+        with _kept([*self.main, *self._frozen_main]):
+            self._place(grads)
             for parameter in self._frozen_main:
                 parameter.grad = None
-            for parameter, grad in zip(self.main, grads, strict=True):
-                parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
-            last = self._show_hooks_the_model() if self.offload and not beside else None
+            hooks = self._hooks
+            if self.offload and hooks:
+                self.optimizer._optimizer_step_pre_hooks = OrderedDict()
             try:
                 with torch.enable_grad():
                     self.optimizer.step()
             finally:
-                if last is not None:
-                    last.remove()
-        finally:
-            for parameter, grad in zip(places, before, strict=True):
-                parameter.grad = grad
+                if self.offload and hooks:
+                    self.optimizer._optimizer_step_pre_hooks = hooks
 
-    def _show_hooks_the_model(self) -> Any:
-        """Gradients at the model as well, and a last hook that takes over what the others made of them there."""
-        shown: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = []
-        for model, main in zip(self.model, self.main, strict=True):
-            # Of one type and place they are one tensor.
-            model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
-            if main.grad is not None:
-                shown.append((model, main, model.grad, model.grad._version))
+    @property
+    def _hooks(self) -> OrderedDict[int, Any]:
+        hooks: OrderedDict[int, Any] = getattr(self.optimizer, "_optimizer_step_pre_hooks", OrderedDict())
+        return hooks
 
-        def take_over(*_: Any) -> None:
-            for model, main, grad, version in shown:
-                if model.grad is not grad or grad._version != version:
-                    main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
-
-        return self.optimizer.register_step_pre_hook(take_over)
+    def _place(self, grads: Sequence[torch.Tensor | None]) -> None:
+        for parameter, grad in zip(self.main, grads, strict=True):
+            parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
 
     def step_scheduler(self, loss: float | None) -> None:
         """One epoch of the schedule. A plateau scheduler looks at the loss averaged over peers."""
@@ -198,6 +208,17 @@ class InnerOptimizer:
         if self.offload:
             for model, main in zip(self.model, self.main, strict=True):
                 main.copy_(model)
+
+
+@contextmanager
+def _kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, ``.grad`` may be anything; after it, what it was."""
+    before = [p.grad for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
 
 
 class ModelGroup(MutableMapping[str, Any]):

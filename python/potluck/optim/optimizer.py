@@ -42,8 +42,7 @@ class Optimizer(OptimizerParts):
 
     To clip what all peers averaged, register a hook: ``opt.register_step_pre_hook(lambda opt, args, kwargs:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))``; clipping between ``backward()`` and ``step()`` clips
-    this peer's own gradients. With ``delay_optimizer_step=True`` the step runs beside the next ``backward()``, so that the
-    hook must clip the parameters of the ``opt`` that it is given.
+    this peer's own gradients.
     """
 
     def __init__(
@@ -285,7 +284,9 @@ class Optimizer(OptimizerParts):
         grads, loss = self._average_to_grads(averaged, alone, local)
         if self.delay_optimizer_step:
             self._gradients.reset_accumulated_grads_()
-            self._worker.start(lambda: self._step_inner(grads, loss))
+            # Hooks may look at the model, which the next batch uses meanwhile.
+            ready = self._inner.hooked(grads) if any(grad is not None for grad in grads) else grads
+            self._worker.start(lambda: self._step_inner(ready, loss))
             return
         self._step_inner(grads, loss)
         self._gradients.reset_accumulated_grads_()
@@ -330,7 +331,8 @@ class Optimizer(OptimizerParts):
 
     def _step_inner(self, grads: Sequence[torch.Tensor | None], loss: float | None) -> None:
         if any(grad is not None for grad in grads):
-            self._inner.step(grads, beside=self._worker.is_here)
+            apply = self._inner.apply if self._worker.is_here else self._inner.step
+            apply(grads)
         self._inner.step_scheduler(loss)
 
     def _do_apply(self) -> None:
