@@ -374,11 +374,14 @@ class Optimizer(OptimizerParts):
         if not alone:
             self._write_state(views_of(averaged, self._state.shapes), sent=None)
         if self.use_local_updates:
-            loss = self._mean_loss(None if alone else self._loss_cells[0]) if self._loss_cells else None
-            self._inner.step_scheduler(loss)
+            self._inner.step_scheduler(self._local_updates_loss(alone))
             self._epoch_done()
         else:
             self._publish()
+
+    def _local_updates_loss(self, alone: bool) -> float | None:
+        """What a plateau looks at; the mean came with the state."""
+        return self._mean_loss(None if alone else self._loss_cells[0]) if self._loss_cells else None
 
     def _state_tensors(self) -> list[torch.Tensor | None]:
         inner = self._inner
@@ -483,7 +486,7 @@ class Optimizer(OptimizerParts):
         else:
             self._write_state(list(views_of(value, self._state.shapes)), sent=None)
             if self.use_local_updates:
-                self._inner.step_scheduler(self._loss)
+                self._inner.step_scheduler(self._local_updates_loss(alone=False))
         self._inner.copy_to_model()
         if kind == "gradients" or (kind == "parameters" and self.use_local_updates):
             self._session.epoch_done(None)
