@@ -45,7 +45,7 @@ def scales_of(line: str, monkeypatch: pytest.MonkeyPatch) -> Scale:
         (["--host", "--quick"], QUICK, 40, True),
         (["--host", "--quick", "--epochs", "9"], QUICK, 9, False),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_who_joins_trains_the_same_model_by_the_same_schedule(
     started: list[str],
