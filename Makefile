@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTHON ?= python3
 LOCK := python/requirements.lock
 SEED ?= 1
 SEEDS ?= 1
@@ -10,7 +11,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test test-rust test-python oldest-lightning check fix bench sim nat neon hard-days fuzz clean
+.PHONY: help setup wheel demo test test-rust test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +19,8 @@ help:  ## Show this list
 setup: $(VENV)/.installed .build/system  ## Make .venv and install what the rest needs
 
 $(VENV)/.installed: $(LOCK)
-	python3 -m venv $(VENV)
+	tools/check-needs $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	@touch $@
 
@@ -82,6 +84,9 @@ nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root
 
 neon:  ## Test the codecs as an aarch64 program under qemu (about two minutes)
 	tools/neon $(APT)
+
+windows:  ## Check that the command and the wheel's core compile for Windows (some minutes)
+	tools/windows $(APT)
 
 bench: wheel  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
 	cargo build --release -p potluck-cli

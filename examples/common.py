@@ -51,8 +51,10 @@ def spirals(samples: int = 8192) -> DataLoader:
 
 
 def arguments() -> argparse.Namespace:
-    """``--epochs``: passes over the data; ``--target-batch-size``: samples of all peers per optimizer step."""
+    """What the command line says."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--target-batch-size", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=-1, help="passes over the data (default: until Ctrl-C)")
+    parser.add_argument(
+        "--target-batch-size", type=int, default=2048, help="samples of all peers per optimizer step"
+    )
     return parser.parse_args()

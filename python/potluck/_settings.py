@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from potluck.compression import CompressionBase, NoCompression
+from potluck.compression import CompressionBase, NoCompression, PerTensorCompression
+from potluck.compression.base import key_text
 
 # Accepted and without effect, because potluck measures what they guess. hivemind's scripts set them.
 TIMING = frozenset(
@@ -32,6 +36,8 @@ TRACKER_TIMING = frozenset(
         "performance_ema_alpha",
     }
 )
+# What a factory of the gradient averager may set; the rest belongs to the session of the optimizer.
+FACTORY = frozenset({"accumulate_grads_on", "averager_rank", "min_compression_ratio", *TIMING})
 REASONS = {
     "bandwidth": "potluck measures every peer's bandwidth",
     "part_size_bytes": "potluck sizes parts by measured bandwidth",
@@ -44,7 +50,36 @@ REASONS = {
     "client_mode": "use client_mode of the optimizer",
     "auxiliary": "use auxiliary of the optimizer",
     "tensor_infos": "the optimizer describes its tensors itself",
+    "min_group_size": "alone the optimizer goes on with its own gradients",
+    "averaged_grads": "the optimizer takes the average from where it arrives",
+    "allow_state_sharing": "the optimizer shares its whole state",
+    "reuse_grad_buffers": "use reuse_grad_buffers of the optimizer",
+    "warn": "the optimizer uses every average",
 }
+
+
+def check_keys(name: str, rule: Any, tensors: Sequence[Mapping[str, Any]], more: str | None = None) -> None:
+    """Refuse a rule for a tensor that there is not: it would have no effect. ``more`` is a pattern of further keys."""
+    keys = {tensor["key"] for tensor in tensors}
+    if isinstance(rule, PerTensorCompression):
+        unknown = [
+            key
+            for key in map(key_text, rule.tensor_compressions)
+            if key not in keys and not (more and re.fullmatch(more, key))
+        ]
+        if unknown:
+            raise ValueError(
+                f"{name}: PerTensorCompression names {unknown[0]!r} and there is no such tensor. The keys are "
+                f"{', '.join(sorted(keys)[:8])}{', …' if len(keys) > 8 else ''}"
+            )
+    for inner in _rules_within(rule):
+        check_keys(name, inner, tensors, more)
+
+
+def _rules_within(rule: Any) -> list[CompressionBase]:
+    parts = list(vars(rule).values()) if isinstance(rule, CompressionBase) else []
+    parts += [value for part in parts if isinstance(part, dict) for value in part.values()]
+    return [part for part in parts if isinstance(part, CompressionBase)]
 
 
 def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str]) -> None:
@@ -54,6 +89,15 @@ def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str
             continue
         reason = REASONS.get(key, f"expected one of {', '.join(sorted(allowed))}")
         raise ValueError(f"{name}[{key!r}] cannot have an effect: {reason}")
+
+
+def check_factory(averager: Any) -> None:
+    """The same for a function as factory, whose arguments nobody sees: by what the averager it made has of them."""
+    none = NoCompression()
+    plain: dict[str, Any] = {"averaging_alpha": 1.0, "auxiliary": False, "min_group_size": 2}
+    plain.update(compression=none, state_compression=none)
+    set_differently = {name: None for name, value in plain.items() if getattr(averager, name) != value}
+    check_opts("grad_averager_factory", set_differently, FACTORY)
 
 
 def check_compression(name: str, value: Any) -> CompressionBase:
@@ -67,22 +111,32 @@ def positive(name: str, value: Any, optional: bool = False, most: int = 2**63 - 
     """A whole number of at least 1 and at most ``most``, by default what 64 bits with a sign hold."""
     if optional and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    try:
+        # NumPy's and torch's whole numbers are some too.
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    if value > most:
+    if number > most:
         raise ValueError(f"{name}={value!r}: expected at most {most}")
-    return value
+    return number
 
 
 def check_arguments(**given: Any) -> None:
     """Refuse combinations in which an argument of the optimizer cannot have an effect."""
     check_opts("averager_opts", given["averager_opts"], TIMING)
     check_opts("tracker_opts", given["tracker_opts"], TRACKER_TIMING)
-    load = check_compression("load_state_compression", given["load_state_compression"])
-    if given["auxiliary"] and load != NoCompression():
-        raise ValueError(
-            "load_state_compression cannot have an effect with auxiliary=True: it has no state to offer"
-        )
+    if isinstance(given["grad_averager_factory"], functools.partial):
+        check_opts("grad_averager_factory", given["grad_averager_factory"].keywords, FACTORY)
+    for name in ("grad_compression", "state_averaging_compression", "load_state_compression"):
+        check_compression(name, given[name])
+    _check_local_updates(given)
+    _check_delays(given)
+    _check_roles(given)
+
+
+def _check_local_updates(given: Mapping[str, Any]) -> None:
     if given["use_local_updates"]:
         for name in (
             "delay_grad_averaging",
@@ -103,6 +157,19 @@ def check_arguments(**given: Any) -> None:
             raise ValueError(
                 "grad_compression cannot have an effect with use_local_updates=True: use state_averaging_compression"
             )
+        if given["average_state_every"] != 1:
+            raise ValueError(
+                "average_state_every cannot have an effect with use_local_updates=True: the average of the parameters "
+                "ends every epoch. Raise target_batch_size to average less often"
+            )
+
+
+def _check_delays(given: Mapping[str, Any]) -> None:
+    if given["delay_state_averaging"] and (given["delay_grad_averaging"] or given["delay_optimizer_step"]):
+        raise ValueError(
+            "delay_state_averaging=True cannot have an effect beside a delayed step: one thing at a time runs beside the "
+            "training, and the state is averaged between the epochs"
+        )
     if given["delay_grad_averaging"] and not given["delay_optimizer_step"]:
         raise ValueError(
             "delay_grad_averaging=True implies a delayed optimizer step: leave delay_optimizer_step out"
@@ -116,10 +183,25 @@ def check_arguments(**given: Any) -> None:
         raise ValueError(
             "reuse_grad_buffers cannot work with a delayed step: the next gradients would gather in the same memory"
         )
+
+
+def _check_roles(given: Mapping[str, Any]) -> None:
+    if given["client_mode"] is False and getattr(given["dht"], "client_mode", False):
+        raise ValueError(
+            "client_mode=False cannot have an effect: the DHT is in client mode, where nobody can dial it"
+        )
     if given["auxiliary"]:
-        if given["batch_size_per_step"] is not None:
+        useless = {
+            "batch_size_per_step": "it has no samples",
+            "scheduler": "it makes no steps",
+            "reuse_grad_buffers": "it has no gradients",
+        }
+        for name, reason in useless.items():
+            if given[name]:
+                raise ValueError(f"{name} cannot have an effect with auxiliary=True: {reason}")
+        if given["load_state_compression"] != NoCompression():
             raise ValueError(
-                "batch_size_per_step cannot have an effect with auxiliary=True: it has no samples"
+                "load_state_compression cannot have an effect with auxiliary=True: it has no state to offer"
             )
         if given["client_mode"]:
             raise ValueError(

@@ -25,37 +25,62 @@ Bytes = bytes | _core.Elements
 SCALARS = (bool, int, float, str, type(None))
 
 
+class _Own:
+    """Stands where something could not travel: functions and objects stay what they are at the receiver."""
+
+
+OWN = _Own()
+
+
 def encode_value(value: Any) -> Any:
-    """A plain value as JSON that keeps tuples and non-text keys apart. Raises ``TypeError`` for anything else."""
+    """A value as JSON that keeps tuples and non-text keys apart. What is not plain leaves only its place."""
     if type(value) in SCALARS:
         return value
     if type(value) in (list, tuple):
         return {"list" if type(value) is list else "tuple": [encode_value(item) for item in value]}
-    if type(value) is dict:
-        return {"dict": [[encode_value(key), encode_value(item)] for key, item in value.items()]}
-    raise TypeError(f"{type(value).__name__} is no plain value")
+    if type(value) is dict and all(type(key) in SCALARS for key in value):
+        return {"dict": [[key, encode_value(item)] for key, item in value.items()]}
+    return {"own": []}
 
 
 def decode_value(value: Any) -> Any:
-    """The inverse of :func:`encode_value`."""
+    """The inverse of :func:`encode_value`, with :data:`OWN` for what did not travel."""
     if not isinstance(value, dict):
         return value
     ((kind, items),) = value.items()
+    if kind == "own":
+        return OWN
     if kind == "dict":
-        return {decode_value(key): decode_value(item) for key, item in items}
+        return {key: decode_value(item) for key, item in items}
     decoded = [decode_value(item) for item in items]
     return tuple(decoded) if kind == "tuple" else decoded
 
 
+def merged(mine: Any, received: Any) -> Any:
+    """What was received, with this side's own values at the places of those that could not travel."""
+    if received is OWN:
+        return mine
+    if isinstance(received, dict):
+        mine = mine if isinstance(mine, dict) else {}
+        taken = {key: merged(mine.get(key, OWN), value) for key, value in received.items()}
+        return {**mine, **{key: value for key, value in taken.items() if value is not OWN}}
+    if isinstance(received, (list, tuple)) and any(map(_lacks, received)):
+        # Places mean the same only in a list of one length.
+        if not isinstance(mine, (list, tuple)) or len(mine) != len(received):
+            return mine
+        return type(received)(merged(a, b) for a, b in zip(mine, received, strict=True))
+    return received
+
+
+def _lacks(value: Any) -> bool:
+    """Whether something in it did not travel."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return value is OWN or any(map(_lacks, items))
+
+
 def plain_part(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that can travel: functions and objects of a scheduler stay what they are at the receiver."""
-    kept = {}
-    for name, value in values.items():
-        try:
-            kept[name] = encode_value(value)
-        except TypeError:
-            continue
-    return kept
+    """The entries that can travel, or the parts of them that can."""
+    return {name: encode_value(value) for name, value in values.items()}
 
 
 # The fact that lists which blobs are compressed messages instead of the plain values.
@@ -80,11 +105,12 @@ def encode_blobs(
         tensor = blobs[name]
         if not tensor.is_floating_point() or not 1 < tensor.numel() <= _ENCODED_VALUES_MAX:
             continue
-        if compression.scheme_for(info) == CompressionType.NONE:
-            continue
         try:
+            if compression.scheme_for(info) == CompressionType.NONE:
+                continue
             message = compression.compress(tensor, info).SerializeToString()
-        except ValueError:
+        except (KeyError, ValueError):
+            # Without a rule for it (or one that can express it) a tensor travels as it is, as in rounds.
             continue
         blobs[name] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         encoded.append(name)
@@ -178,11 +204,11 @@ class StateCodec:
         for group, received in zip(new["param_groups"], groups, strict=True):
             for name, value in received.items():
                 if name in group and name != "params":
-                    group[name] = _like(group[name], decode_value(value))
+                    group[name] = _like(group[name], merged(group[name], decode_value(value)))
         self.optimizer.load_state_dict({"state": state, "param_groups": new["param_groups"]})
         if self.scheduler is not None and "scheduler" in meta:
             received = {k: decode_value(v) for k, v in _parse(meta, "scheduler", dict).items()}
-            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **received})
+            self.scheduler.load_state_dict(merged(self.scheduler.state_dict(), received))
 
     def _optimizer_state(self, described: Any, blobs: Mapping[str, Bytes]) -> dict[int, dict[str, Any]]:
         count = sum(len(group["params"]) for group in self.optimizer.param_groups)
@@ -259,4 +285,8 @@ def _number(value: Any) -> Any:
 
 def _like(mine: Any, received: Any) -> Any:
     """A learning rate may be a tensor here: keep it one."""
-    return torch.full_like(mine, received) if isinstance(mine, torch.Tensor) else received
+    return (
+        torch.full_like(mine, received)
+        if isinstance(mine, torch.Tensor) and received is not mine
+        else received
+    )

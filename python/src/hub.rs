@@ -144,7 +144,16 @@ impl LocalDialect {
         plan_hash[..8].copy_from_slice(&key.1.to_le_bytes());
         plan_hash[8..16].copy_from_slice(&weight_total.to_le_bytes());
         let stats = RoundStats { attempts: 1, bytes_plain: 4 * vector.len() as u64, ..RoundStats::default() };
-        Some(RoundResult { vector, members, gathered, weight_total, plan_hash, unchanged: false, stats })
+        Some(RoundResult {
+            vector,
+            members,
+            gathered,
+            weight_total,
+            plan_hash,
+            unchanged: false,
+            record: None,
+            stats,
+        })
     }
 }
 

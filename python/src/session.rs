@@ -9,7 +9,7 @@ use crate::node::Node;
 use crate::runtime;
 use bytes::Bytes;
 use potluck_collab::{
-    Averaged, Event, Policy, PolicyKind, PowerSgd, Purpose, Session as Core, SessionConfig, Snapshot,
+    Averaged, Event, Loaded, Policy, PolicyKind, PowerSgd, Purpose, Session as Core, SessionConfig, Snapshot,
     StateEvery, Step, TensorInfo, Terms,
 };
 use potluck_dashboard::Dashboard;
@@ -72,7 +72,10 @@ impl Options {
 }
 
 /// The epoch, facts and blobs of a state that others sent.
-type Loaded<'py> = (u64, BTreeMap<String, String>, Bound<'py, PyDict>);
+type LoadedState<'py> = (u64, BTreeMap<String, String>, Bound<'py, PyDict>);
+
+/// What others sent, under its name: `("state", (epoch, facts, blobs))`, `("gradients", average)`, `("parameters", average)`.
+type Found<'py> = (&'static str, Bound<'py, PyAny>);
 
 /// One peer's part in a run.
 #[pyclass(frozen, module = "potluck._core")]
@@ -92,10 +95,11 @@ type Average = (FlatBuffer, bool, Vec<String>, f64);
 /// The same with what each member handed to all.
 type Gathered<'py> = (FlatBuffer, bool, Vec<(String, Bound<'py, PyBytes>)>, f64);
 
-fn average(outcome: Outcome<Averaged>, home: &Arc<Shelf>) -> Average {
-    let Averaged { vector, members, weight_total, alone, .. } = outcome.value;
+/// `None`: the others have finished the round without us and gone on, so there is nothing to apply.
+fn average(outcome: Outcome<Averaged>, home: &Arc<Shelf>) -> Option<Average> {
+    let Averaged { vector, members, weight_total, alone, missed, .. } = outcome.value;
     let members = members.iter().map(ToString::to_string).collect();
-    (FlatBuffer::from_vec(vector, home.clone()), alone, members, weight_total)
+    (!missed).then(|| (FlatBuffer::from_vec(vector, home.clone()), alone, members, weight_total))
 }
 
 #[pymethods]
@@ -153,8 +157,13 @@ impl Session {
         })
     }
 
-    /// Average gradients; waits.
-    fn average_gradients(&self, py: Python<'_>, vector: &FlatBuffer, weight: f64) -> Result<Average, Error> {
+    /// Average gradients; waits. `None`: the others finished without us; `load_state` follows.
+    fn average_gradients(
+        &self,
+        py: Python<'_>,
+        vector: &FlatBuffer,
+        weight: f64,
+    ) -> Result<Option<Average>, Error> {
         let vector = vector.copy_out(&self.gradients);
         let averaged = runtime::wait(py, async { Ok(self.core.average_gradients(vector, weight).await) })?;
         Ok(average(averaged, &self.gradients))
@@ -198,8 +207,8 @@ impl Session {
         Ok(self.core.follow())
     }
 
-    /// Average parameters; waits.
-    fn average_state(&self, py: Python<'_>, vector: &FlatBuffer) -> Result<Average, Error> {
+    /// Average parameters; waits. `None`: the others finished without us; `load_state` follows.
+    fn average_state(&self, py: Python<'_>, vector: &FlatBuffer) -> Result<Option<Average>, Error> {
         let vector = vector.copy_out(&self.state);
         let averaged = runtime::wait(py, async { Ok(self.core.average_state(vector).await) })?;
         Ok(average(averaged, &self.state))
@@ -221,8 +230,8 @@ impl Session {
         Ok(())
     }
 
-    /// What was started and is ready: `("gradients" | "state", average)`.
-    fn take_started(&self) -> Option<(&'static str, Average)> {
+    /// What was started and is ready: `("gradients" | "state", average)`; no average if the others finished without us.
+    fn take_started(&self) -> Option<(&'static str, Option<Average>)> {
         let started = self.core.take_started()?;
         let (name, home) = match started.channel {
             potluck_collab::Channel::Gradients => ("gradients", &self.gradients),
@@ -295,15 +304,32 @@ impl Session {
 
     /// Load the state of others: `(epoch, facts, blobs)`, or `None` if nobody is ahead or it did not work.
     #[pyo3(signature = (seconds=None))]
-    fn load_state<'py>(&self, py: Python<'py>, seconds: Option<f64>) -> Result<Option<Loaded<'py>>, Error> {
+    fn load_state<'py>(
+        &self,
+        py: Python<'py>,
+        seconds: Option<f64>,
+    ) -> Result<Option<LoadedState<'py>>, Error> {
         let limit = runtime::seconds("timeout", seconds)?;
-        let loaded = runtime::wait(py, async { Ok(self.core.load_state_within(limit).await) })?;
-        let Some(Snapshot { epoch, meta, blobs, .. }) = loaded.value else { return Ok(None) };
-        let dict = PyDict::new(py);
-        for (name, blob) in blobs {
-            dict.set_item(name, Elements::of_bytes(blob))?;
-        }
-        Ok(Some((epoch, meta, dict)))
+        let loaded = runtime::wait(py, async { Ok(self.core.load_whole_state(limit).await) })?;
+        loaded.value.map(|snapshot| loaded_state(py, snapshot)).transpose()
+    }
+
+    /// Get what others have: `("state", (epoch, facts, blobs))`, or the average of the next round that this peer missed,
+    /// `("gradients", average)` or `("parameters", average)`. `None` if nobody is ahead or it did not work.
+    fn catch_up<'py>(&self, py: Python<'py>) -> Result<Option<Found<'py>>, Error> {
+        let loaded = runtime::wait(py, async { Ok(self.core.load_state().await) })?;
+        let buffer = |vector, home: &Arc<Shelf>| {
+            let buffer = FlatBuffer::from_vec(vector, home.clone());
+            Bound::new(py, buffer).map(Bound::into_any)
+        };
+        Ok(match loaded.value {
+            Loaded::Nothing => None,
+            Loaded::Gradients(vector) => Some(("gradients", buffer(vector, &self.gradients)?)),
+            Loaded::Parameters(vector) => Some(("parameters", buffer(vector, &self.state)?)),
+            Loaded::State(snapshot) => {
+                Some(("state", loaded_state(py, snapshot)?.into_pyobject(py)?.into_any()))
+            }
+        })
     }
 
     /// Show a buffer in the status, under the name of a purpose, for as long as it lives.
@@ -359,6 +385,15 @@ impl Session {
             Ok(())
         })
     }
+}
+
+fn loaded_state(py: Python<'_>, snapshot: Snapshot) -> Result<LoadedState<'_>, Error> {
+    let Snapshot { epoch, meta, blobs, .. } = snapshot;
+    let dict = PyDict::new(py);
+    for (name, blob) in blobs {
+        dict.set_item(name, Elements::of_bytes(blob))?;
+    }
+    Ok((epoch, meta, dict))
 }
 
 fn named(purpose: &str) -> Result<Purpose, Error> {

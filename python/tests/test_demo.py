@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning_support import environment
 
+from potluck.demo._invite import hosting_line
 from potluck.demo._report import report
-from potluck.demo._scale import FULL, QUICK
+from potluck.demo._scale import FULL, QUICK, Scale
 from potluck.demo._story import PeerStory, Story
 from potluck.demo._view import View
 
@@ -22,8 +25,9 @@ EPOCHS = 20
 
 def told(**changes: Any) -> Story:
     """A story that went well, but for the changes."""
-    story = Story(EPOCHS)
-    for name, born, dies in (("peer A", 0, None), ("peer B", 0, 12), ("peer C", 5, None)):
+    story = Story(EPOCHS, join_epoch=4)
+    late, killed = changes.get("late", 5), changes.get("killed", 12)
+    for name, born, dies in (("peer A", 0, None), ("peer B", 0, killed), ("peer C", late, None)):
         peer = story.peers[name] = PeerStory(name)
         for epoch in range(born, dies or EPOCHS):
             peer.take(
@@ -53,7 +57,7 @@ def test_a_good_story_has_no_problems(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told().verdict() == []
     assert report(told(), QUICK, tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "weights are equal to the bit" in printed and "python -m potluck.demo --host" in printed
+    assert "weights are equal to the bit" in printed and f"\n  {hosting_line()}\n" in printed
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "results.json").read_text())["problems"] == []
 
@@ -79,6 +83,8 @@ def test_the_plot_shows_epochs_that_overshoot_whole() -> None:
         ({"loss": lambda epoch: float("nan")}, "the loss did not fall"),
         ({"digests": {"peer C": "cd" * 32}}, "the survivors' weights differ"),
         ({"digests": {"peer C": None}}, "no final weights from peer C"),
+        ({"killed": None}, "nobody was killed"),
+        ({"late": 0}, "nobody joined the running training"),
     ],
 )
 def test_a_bad_story_fails(changes: dict[str, Any], problem: str, tmp_path: Path, capsys: Any) -> None:
@@ -103,6 +109,9 @@ def test_a_plain_console_gets_plain_lines() -> None:
     text = out.getvalue()
     assert "\x1b" not in text and "\r" not in text
     assert text.count("epoch") == 1
+    assert re.search(
+        r"epoch +20/20  peer A: loss 3\.100, 2 peers, 8 samples/s, sent 0\.0 MB \(33% of raw\)\n", text
+    )
 
 
 def test_a_terminal_gets_bars() -> None:
@@ -111,16 +120,82 @@ def test_a_terminal_gets_bars() -> None:
             return True
 
     out = Terminal()
-    View(out).draw(told())
-    assert "█" in out.getvalue() and "killed" in out.getvalue() and "33%" in out.getvalue()
+    story = told()
+    story.peers["peer A"].bytes_sent, story.peers["peer A"].bytes_uncompressed = 1_500_000, 5_000_000
+    View(out).draw(story)
+    header, first, second, third = out.getvalue().splitlines()[-4:]
+    assert header.split() == ["epoch", "peers", "loss", "samples/s", "sent", "of", "raw"]
+    assert re.fullmatch(r"peer A +█+ +20/20 +2 +3\.100 +8\.\d +1\.5 MB +30%", first), first
+    assert re.fullmatch(r"peer B +█+░+ +12/20 +killed", second), second
+    assert re.fullmatch(r"peer C +█+ +20/20 +2 +3\.100 +8\.\d +0\.0 MB +33%", third), third
 
 
-def test_the_scale_has_both_kinds_of_tensors() -> None:
+def test_the_picture_shows_both_losses_the_contributions_and_the_bytes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from potluck.demo._plot import draw
+
+    story, drawn = told(), []
+    story.plain = PeerStory("plain", joined_at=0)
+    for epoch in range(EPOCHS):
+        step = {"epoch": epoch + 1, "loss": 4.0 - 0.1 * epoch, "samples": 64 * (epoch + 1), "peers": 1}
+        story.plain.take({"kind": "step", "at": float(epoch), **step})
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _path: drawn.append(figure))
+    draw(story, QUICK, tmp_path / "loss.png")
+    losses, contributions, bytes_sent = drawn[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
+    assert curves["one plain process"] == pytest.approx([4.0 - 0.1 * epoch for epoch in range(EPOCHS)])
+    assert curves["potluck, all peers"] == [loss for _, loss in story.curve()]
+    marks = {text.get_text() for text in losses.texts}
+    assert marks == {"peer C\njoins", "peer B\nis killed"}
+    assert contributions.get_title(loc="left").startswith("Samples per epoch")
+    assert len(contributions.collections) == len(story.peers)
+    widths = [bar.get_width() for bar in bytes_sent.patches]
+    peers = story.peers.values()
+    assert widths == [peer.bytes_uncompressed / 1e6 for peer in peers] + [
+        peer.bytes_sent / 1e6 for peer in peers
+    ]
+    assert all("33%" in text.get_text() for text in bytes_sent.texts) and len(bytes_sent.texts) == 3
+
+
+def bytes_per_value(scale: Scale) -> float:
+    """What the rule of the demonstration comes to: large tensors in 8 bits, small ones in 16."""
     from potluck.demo._model import NextByte
 
+    sizes = [parameter.numel() for parameter in NextByte(scale).parameters()]
+    return sum(size * (1 if size >= scale.size_threshold else 2) for size in sizes) / sum(sizes)
+
+
+def test_both_kinds_of_averages_are_compressed_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from potluck import deserialize_torch_tensor
+    from potluck.compression import CompressionInfo
+    from potluck.demo import _peer
+    from potluck.demo._model import NextByte
+
+    class Strategy:
+        dht, joining_text = None, ""
+
+        def __init__(self, **arguments: Any) -> None:
+            self.arguments = arguments
+
+    monkeypatch.setattr(_peer, "HivemindStrategy", Strategy)
     for scale in (FULL, QUICK):
-        sizes = [parameter.numel() for parameter in NextByte(scale).parameters()]
-        assert min(sizes) < scale.size_threshold <= max(sizes)
+        arguments = _peer._strategy(scale, None).arguments
+        kinds = set()
+        for name in ("grad_compression", "state_averaging_compression"):
+            for parameter in NextByte(scale).parameters():
+                values = parameter.detach()
+                message = arguments[name].compress(values, CompressionInfo.from_tensor(values))
+                large = values.numel() >= scale.size_threshold
+                kinds.add((large, message.compression))
+                # A code book of 256 values comes with the 8 bits.
+                extra = len(message.buffer) - values.numel() * (1 if large else 2)
+                assert 0 <= extra < 1100, (name, values.shape)
+                assert torch.allclose(deserialize_torch_tensor(message), values, atol=0.1)
+        assert len(kinds) == 2, "large and small tensors each have their own scheme"
 
 
 def demo(*arguments: str, timeout: float) -> subprocess.CompletedProcess:
@@ -143,8 +218,19 @@ def test_the_whole_demonstration_in_small(tmp_path: Path) -> None:
     assert peers["peer B"]["killed_at"] is not None and peers["peer A"]["digest"] == peers["peer C"]["digest"]
     assert peers["peer C"]["joined_at"] > 0 and peers["peer C"]["samples"] > 0
     assert results["loss"][-1][1] < 0.8 * results["loss"][0][1]
-    assert all(peer["bytes_sent"] < 0.6 * peer["bytes_uncompressed"] for peer in peers.values())
-    assert "python -m potluck.demo --join" in done.stdout
+    # Neither all in 8 bits nor all in 16; code books and headers are on top.
+    expected = bytes_per_value(QUICK) / 4
+    assert 0.25 + 0.03 < expected < 0.5 - 0.03
+    for peer in peers.values():
+        assert expected <= peer["bytes_sent"] / peer["bytes_uncompressed"] < expected + 0.03
+    plain = results["plain"]
+    assert plain["digest"] and plain["epoch"] == results["epochs"] == len(results["plain_loss"])
+    assert results["plain_loss"][-1][1] < 0.8 * results["plain_loss"][0][1]
+    assert re.search(r"in one plain process \([+-]\d+\.\d%\)", done.stdout)
+    assert re.search(
+        r"epoch +\d+/40  peer A: loss .* \d+ peers, \d+ samples/s, sent .* \(\d+% of raw\)", done.stdout
+    )
+    assert re.search(r"python -m potluck.demo --join potluck1\w+ --quick --epochs 40\n", done.stdout)
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 

@@ -168,7 +168,7 @@ def test_an_example_is_joined_by_pasting_what_it_prints(
     for file in ("common.py", f"{name}.py"):
         (tmp_path / file).write_text((EXAMPLES / file).read_text())
     more_often = () if name == "powersgd" else ("--target-batch-size", "1024")
-    command = shlex.join(["python", f"{name}.py", "--epochs", "1000", *more_often])
+    command = shlex.join(["python", f"{name}.py", *more_often])
     peers = [Peer(on_machine(machines[0], command, tmp_path))]
     try:
         line = peers[0].wait_for(r"\n\s+((POTLUCK_TOKEN|INITIAL_PEERS)=.*)\n").group(1)

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from potluck.lightning import _joining
+from potluck.dht import DHT
+from potluck.lightning import HivemindStrategy, _joining
 
 ADDRESS = "/ip4/192.0.2.7/tcp/4001/p2p/12D3KooWPeer"
 OTHER = "/dns4/seed.example.org/tcp/4001/p2p/12D3KooWOther"
+FAR = "/ip4/192.0.2.7/tcp/4001/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 RELAYED = "/p2p/12D3KooWRelay/p2p-circuit/p2p/12D3KooWPeer"
 
 
@@ -43,9 +45,52 @@ def test_the_token_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _joining.whom_to_join(None, None) == "potluck1abc"
 
 
-def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_and_the_environment_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INITIAL_PEERS", OTHER)
-    assert _joining.whom_to_join([ADDRESS], None) == [ADDRESS]
+    assert _joining.whom_to_join([OTHER], None) == [OTHER]
+    for arguments in (([ADDRESS], None), (None, "potluck1abc")):
+        with pytest.raises(ValueError, match="and INITIAL_PEERS name different peers"):
+            _joining.whom_to_join(*arguments)
+    monkeypatch.setenv("INITIAL_PEERS", "garbage")
+    with pytest.raises(ValueError, match=r"INITIAL_PEERS holds 'garbage'.*or one token"):
+        _joining.whom_to_join(None, "potluck1abc")
+
+
+@pytest.mark.parametrize("given", ["potluck1abc", " potluck1abc\n", ["potluck1abc"]])
+def test_a_token_is_taken_where_addresses_are(given: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _joining.whom_to_join(given, None) == "potluck1abc"
+    monkeypatch.setenv("POTLUCK_TOKEN", "potluck1abc")
+    assert _joining.whom_to_join(given, "potluck1abc") == "potluck1abc"
+    if isinstance(given, str):
+        monkeypatch.setenv("INITIAL_PEERS", given)
+        assert _joining.whom_to_join(None, None) == "potluck1abc"
+
+
+def test_variables_beside_a_dht_agree_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
+    addresses = [str(address) for address in first.get_visible_maddrs()]
+    joined, alone = DHT(addresses, start=False), DHT(start=False)
+    try:
+        for variable, value in (("POTLUCK_TOKEN", first.token("r")), ("INITIAL_PEERS", ",".join(addresses))):
+            with monkeypatch.context() as scope:
+                scope.setenv(variable, value)
+                _joining.check_beside(joined)
+                for other, whom in ((alone, "nobody"), (DHT([FAR], start=False), "other peers")):
+                    with pytest.raises(ValueError, match=f"{variable} cannot have an effect.*joins {whom}"):
+                        _joining.check_beside(other)
+                scope.setenv(variable, "gar bage")
+                with pytest.raises(ValueError, match=variable):
+                    _joining.check_beside(alone)
+        monkeypatch.setenv("POTLUCK_TOKEN", "potluck1abc")
+        with pytest.raises(ValueError, match="token"):
+            HivemindStrategy(8, dht=alone)
+    finally:
+        first.shutdown()
+
+
+def test_an_option_without_effect_is_refused() -> None:
+    with pytest.raises(ValueError, match="use_relay=False cannot have an effect"):
+        HivemindStrategy(8, use_relay=False)
 
 
 def test_two_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +103,8 @@ def test_two_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", " , ", "192.0.2.7:4001", "/ip4/192.0.2.7/tcp/4001", f"{ADDRESS},nonsense"]
+    "value",
+    ["", " , ", "192.0.2.7:4001", "/ip4/192.0.2.7/tcp/4001", f"{ADDRESS},nonsense", f"{ADDRESS} {OTHER}"],
 )
 def test_a_malformed_value_is_an_error_that_names_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INITIAL_PEERS", value)
@@ -72,7 +118,9 @@ def test_a_malformed_token_is_an_error(value: str) -> None:
         _joining.whom_to_join(None, value)
 
 
-@pytest.mark.parametrize("name", ["INITIAL_PEER", "PL_INITIAL_PEER", "POTLUCK_TOKN", "INTIAL_PEERS"])
+@pytest.mark.parametrize(
+    "name", ["INITIAL_PEER", "PL_INITIAL_PEER", "POTLUCK_TOKN", "INTIAL_PEERS", "initial_peers"]
+)
 def test_a_misspelled_variable_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, ADDRESS)
     with pytest.raises(ValueError, match=f"{name} has no effect; did you mean"):

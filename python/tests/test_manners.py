@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import json
 import logging
 import os
 import signal
@@ -77,12 +79,26 @@ print(resident() - before)
 def test_the_wheel_is_small_and_asks_for_nothing_that_others_pin() -> None:
     needed = [text for text in importlib.metadata.requires("potluck") or () if "extra ==" not in text]
     assert needed == ["msgpack>=1.0"]
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "No broken requirements found."), done.stdout
     wheels = list((Path(__file__).resolve().parents[2] / ".build" / "wheels").glob("potluck-*.whl"))
     if not wheels:
         pytest.skip("the wheel was not built here")
     assert max(wheel.stat().st_size for wheel in wheels) < 20 * MEGABYTE
-    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=60)
-    assert "potluck" not in done.stdout, done.stdout
+
+
+def test_current_transformers_can_be_installed_beside_it() -> None:
+    """pip's own answer, of descriptions alone: nothing is downloaded, and nothing of ours has to change for it."""
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "10")
+    plan = ("--dry-run", "--only-binary", ":all:", "--report", "-")
+    command = [sys.executable, "-m", "pip", "install", *quiet, *plan, "potluck[lightning]", "transformers"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    if "No matching distribution found for transformers" in done.stderr:
+        pytest.skip("no package index can be reached from here")
+    assert done.returncode == 0, done.stderr
+    planned = {entry["metadata"]["name"] for entry in json.loads(done.stdout)["install"]}
+    assert "transformers" in planned or importlib.util.find_spec("transformers")
+    assert not planned & {"potluck", "msgpack", "torch", "lightning"}, planned
 
 
 def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
@@ -156,7 +172,7 @@ dht = potluck.DHT(start=True, host_maddrs=[f"/ip4/127.0.0.1/tcp/{sys.argv[1]}"],
                   identity_path="key")
 model = torch.nn.Linear(16, 1)
 optimizer = potluck.Optimizer(dht=dht, run_id="r", target_batch_size=32, batch_size_per_step=16,
-                              optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+                              dashboard=len(sys.argv) > 2, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
 while True:
     model(torch.randn(16, 16)).square().mean().backward()
     optimizer.step()
@@ -167,7 +183,8 @@ while True:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dashboard", [False, True], ids=["plain", "dashboard"])
+def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path, dashboard: bool) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -177,11 +194,11 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> N
     names = []
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-c", FOREVER, port],
+            [sys.executable, "-c", FOREVER, port, *(["dashboard"] if dashboard else [])],
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "TMPDIR": str(temporary)},
+            env={**os.environ, "TMPDIR": str(temporary), "POTLUCK_RUNTIME_DIR": str(temporary / "notices")},
             start_new_session=True,
         )
         try:
@@ -193,7 +210,10 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> N
             process.communicate()
         assert members(process.pid) == []
     assert names[0] and names[0] == names[1], "the same port and identity could be used at once"
-    assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"} and not list(temporary.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"}
+    # The notice by which `potluck status` finds a dashboard: the second start has removed that of the first.
+    left = [path for path in temporary.rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ([f"{process.pid}-0.json"] if dashboard else [])
     assert set(os.listdir("/dev/shm")) <= shared_before
 
 

@@ -288,6 +288,53 @@ def test_a_newcomer_loads_everything(local_dht: Callable[[], DHT]) -> None:
             assert opt.tracker.global_progress.num_peers >= 1
 
 
+class Decay:
+    """A schedule's own object, with a part that is no plain value."""
+
+    def __init__(self) -> None:
+        self.factor, self.calls = torch.tensor(0.5), 0
+
+    def __call__(self, epoch: int) -> float:
+        self.calls += 1
+        return float(self.factor) ** epoch
+
+
+def test_a_newcomer_keeps_its_own_of_what_cannot_travel(local_dht: Callable[[], DHT]) -> None:
+    made: list[Decay] = []
+
+    def schedule(optimizer: Any) -> Any:
+        kinds = torch.optim.lr_scheduler
+        made.append(Decay())
+        inner = [kinds.LambdaLR(optimizer, made[-1]), kinds.StepLR(optimizer, 3, 0.1)]
+        return kinds.SequentialLR(optimizer, inner, [2])
+
+    common: dict[str, Any] = {"run_id": "r", "target_batch_size": 8, "batch_size_per_step": 8}
+    model, late = make_model(0), make_model(5)
+    with potluck.Optimizer(
+        dht=local_dht(), optimizer=SGD(model.parameters()), scheduler=schedule, **common
+    ) as opt:
+        for x, y in batches(4, 8):
+            backward(model, x, y)
+            opt.step()
+            opt.zero_grad()
+        with potluck.Optimizer(
+            dht=local_dht(), optimizer=SGD(late.parameters()), scheduler=schedule, **common
+        ) as newcomer:
+            newcomer.load_state_from_peers()
+            mine, theirs = newcomer.scheduler, opt.scheduler
+            assert mine.last_epoch == theirs.last_epoch == 4
+            positions = [[s.last_epoch for s in chain._schedulers] for chain in (mine, theirs)]
+            assert positions[0] == positions[1] and positions[0][1] > 0
+            assert made[1].calls == made[0].calls and made[1].factor is not made[0].factor
+            rates = []
+            for chain, peer in ((mine, newcomer), (theirs, opt)):
+                peer.opt._opt_called = True
+                for _ in range(4):
+                    chain.step()
+                    rates.append(peer.param_groups[0]["lr"])
+            assert rates[:4] == rates[4:] and len(set(rates)) == 2
+
+
 def test_what_was_downloaded_is_served_on_as_it_came(
     local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import together
+from test_checkpoints import Gate
 from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
 
 import potluck
@@ -62,26 +64,85 @@ def test_a_delayed_step_is_plain_torch_with_gradients_of_before(
 
 
 def test_gradients_gathered_during_a_slow_step_do_not_change_it(local_dht: Callable[[], DHT]) -> None:
-    may_step, model, data = threading.Event(), make_model(), batches(2, 8)
-
-    def slow(parameters: Any) -> torch.optim.Optimizer:
-        made = SGD(parameters)
-        made.register_step_pre_hook(lambda *_: may_step.wait(30) and None)
-        return made
-
+    gate, model, data = Gate(), make_model(), batches(2, 8)
     with potluck.Optimizer(
-        dht=local_dht(), optimizer=slow, params=model.parameters(), delay_optimizer_step=True, **COMMON
+        dht=local_dht(), optimizer=gate, params=model.parameters(), delay_optimizer_step=True, **COMMON
     ) as opt:
         for x, y in data:
             backward(model, x, y)
             opt.step()
             opt.zero_grad()
         assert opt.local_epoch == 0
-        may_step.set()
+        gate.may_step.set()
         while opt.local_epoch < 2:
-            opt._worker.join(30)
+            opt._worker.wait(30)
             opt._follow(0)
     assert equal(replay(data, [0, 0], 2), model)
+
+
+def replay_together(data: list[Any], computed_at: list[list[int]]) -> torch.nn.Module:
+    """Plain torch on the means of stale gradients: peer p's i-th is of the weights after ``computed_at[p][i]`` steps."""
+    net, probe = make_model(), make_model()
+    optimizer, history = SGD(net.parameters()), [copy.deepcopy(net.state_dict())]
+    size = len(data[0][0]) // len(computed_at)
+    for epoch, (x, y) in enumerate(data):
+        probe.zero_grad()
+        for peer, at in enumerate(computed_at):
+            probe.load_state_dict(history[at[epoch]])
+            mine = slice(peer * size, peer * size + size)
+            backward(probe, x[mine], y[mine])
+        for parameter, gathered in zip(net.parameters(), probe.parameters(), strict=True):
+            parameter.grad = gathered.grad / len(computed_at)
+        optimizer.step()
+        history.append(copy.deepcopy(net.state_dict()))
+    return net
+
+
+@pytest.mark.parametrize("policy", ["delay_optimizer_step", "delay_grad_averaging"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_two_peers_with_delayed_steps_are_plain_torch_with_gradients_of_before(
+    local_dht: Callable[[], DHT], policy: str, every: int
+) -> None:
+    data, models = batches(9, 16), [make_model(), make_model()]
+    opts = [
+        potluck.Optimizer(
+            dht=local_dht(),
+            run_id="r",
+            target_batch_size=16,
+            batch_size_per_step=8,
+            optimizer=SGD,
+            params=model.parameters(),
+            average_state_every=every,
+            **{policy: True},
+        )
+        for model in models
+    ]
+
+    def peer(index: int) -> Callable[[], list[int]]:
+        def run() -> list[int]:
+            opt, model, computed_at = opts[index], models[index], []
+            for x, y in data:
+                computed_at.append(opt.local_epoch)
+                backward(model, x[8 * index : 8 * index + 8], y[8 * index : 8 * index + 8])
+                opt.step()
+                opt.zero_grad()
+                # One batch of each peer is an epoch: the next one when this one is on its way.
+                while opt._gradients.local_samples_accumulated:
+                    opt._session.changed(0.05)
+                    opt._follow(0)
+            while opt.local_epoch < len(data):
+                opt._session.changed(0.05)
+                opt._follow(0)
+            return computed_at
+
+        return run
+
+    computed_at = together(peer(0), peer(1))
+    for opt in opts:
+        opt.shutdown()
+    assert equal(*models)
+    assert distance(replay_together(data, computed_at), models[0]) < 1e-6
+    assert all(epoch - at in (0, 1) for ats in computed_at for epoch, at in enumerate(ats))
 
 
 @pytest.mark.parametrize("every", [1, 3])

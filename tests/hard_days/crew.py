@@ -1,5 +1,6 @@
 """Processes of a hard day: training peers and `potluck` commands on the hosts of a lab, what they say, and waiting for it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ class Running:
         self.lines = []
         self.news = threading.Condition()
         self.killed = False
+        self.told = None
         with open(self.log_path, "a") as log:
             self.process = subprocess.Popen(
                 host.command(*command),
@@ -124,6 +126,13 @@ class Running:
         self.reader.join(10)
         return code
 
+    def close(self):
+        """After its end: nothing of it stays open here."""
+        self.reader.join(10)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
     def alive(self):
         """Whether it runs."""
         return self.process.poll() is None
@@ -131,6 +140,10 @@ class Running:
     def log(self):
         """What it wrote to stderr so far."""
         return self.log_path.read_text(errors="replace")
+
+    def story(self):
+        """What it wrote until the peers were told to leave: who leaves first is gone for those who follow."""
+        return self.log() if self.told is None else self.told
 
     @property
     def epoch(self):
@@ -210,6 +223,8 @@ class Crew:
         except HardDay:
             pass  # The rule says it, with the figures.
         for peer in peers:
+            peer.told = peer.log()
+        for peer in peers:
             peer.order("leave")
         ends = []
         for peer in peers:
@@ -232,7 +247,7 @@ class Crew:
                 self.check("ends at SIGTERM", f"{running.name} had to be killed", False)
                 running.signal(signal.SIGKILL)
                 running.process.wait()
-            running.reader.join(10)
+            running.close()
 
 
 def words(options):

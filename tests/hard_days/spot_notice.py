@@ -58,9 +58,10 @@ def play(crew):
     stay[0].wait("epoch", lambda line: line["epoch"] > joined["epoch"] and line["peers"] == 3)
     crew.arrive([*stay, back])
     after = stay[0].credit(me)
+    # Before everybody leaves: at the end it goes a second time, and whoever is slower sees it.
+    rules.named_once(crew, "its leave", stay, rf"peer {me[-6:]} is gone")
     ends = crew.finish([*stay, back])
     crew.check(
         "credit goes on", f"{before} samples before, {after} at the end", before and after and after > before
     )
-    rules.named_once(crew, "its leave", stay, rf"peer {me[-6:]} is gone")
     rules.all_of_them(crew, ends, stay, **TRAINING)

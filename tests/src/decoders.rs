@@ -21,6 +21,7 @@ pub const DECODERS: &[Decoder] = &[
     ("averaging_control", potluck_averaging::fuzz::control),
     ("averaging_invite", potluck_averaging::fuzz::invite),
     ("averaging_pair", potluck_averaging::fuzz::pair),
+    ("averaging_record", potluck_averaging::fuzz::record),
     ("collab_note", potluck_collab::fuzz::note),
     ("collab_question", potluck_collab::fuzz::question),
     ("collab_sight", potluck_collab::fuzz::sight),

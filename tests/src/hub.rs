@@ -88,8 +88,16 @@ impl Round {
         }
         let stats = RoundStats { attempts: 1, ..RoundStats::default() };
         let gathered = self.contributions.values().map(|(.., gather)| gather.clone()).collect();
-        let result =
-            RoundResult { vector, members, gathered, weight_total, plan_hash: hash, unchanged: false, stats };
+        let result = RoundResult {
+            vector,
+            members,
+            gathered,
+            weight_total,
+            plan_hash: hash,
+            unchanged: false,
+            record: None,
+            stats,
+        };
         self.result = Some(result.clone());
         result
     }

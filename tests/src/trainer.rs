@@ -2,7 +2,7 @@
 
 use crate::models::{Model, Optimizer};
 use crate::record::{Entry, Record, hash_of};
-use potluck_collab::{Averaged, PolicyKind, Session, Snapshot, Step};
+use potluck_collab::{Averaged, Loaded, PolicyKind, Session, Snapshot, Step};
 use potluck_net::{Env, Outcome, PeerId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -164,6 +164,9 @@ impl Trainer {
             PolicyKind::DelayedGradient => self.session.start_gradients(gradient, count as f64),
             PolicyKind::DelayedOptimizer => {
                 let averaged = self.averaged(epoch, gradient, count).await;
+                if averaged.value.missed {
+                    return;
+                }
                 let mut params = self.params.clone();
                 self.optimizer.step(&mut params, &averaged.value.vector);
                 self.next_params = Some(params);
@@ -171,6 +174,9 @@ impl Trainer {
             }
             _ => {
                 let averaged = self.averaged(epoch, gradient, count).await;
+                if averaged.value.missed {
+                    return;
+                }
                 self.optimizer.step(&mut self.params, &averaged.value.vector);
                 self.end_epoch();
             }
@@ -205,6 +211,9 @@ impl Trainer {
         let averaged = self
             .timed("average_state", async |trainer: &mut Self| trainer.session.average_state(params).await)
             .await;
+        if averaged.value.missed {
+            return;
+        }
         self.params = averaged.value.vector;
         if matches!(self.training.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. }) {
             self.end_epoch();
@@ -220,10 +229,18 @@ impl Trainer {
             return self.end_epoch();
         }
         let Some(started) = self.session.take_started() else { return };
+        if started.averaged.value.missed {
+            return;
+        }
         if started.channel == potluck_collab::Channel::State {
             let averaged = started.averaged.value.vector;
-            for ((param, averaged), sent) in self.params.iter_mut().zip(averaged).zip(&self.sent_state) {
-                *param += averaged - sent;
+            if self.params == self.sent_state {
+                // To the bit what everybody has.
+                self.params = averaged;
+            } else {
+                for ((param, averaged), sent) in self.params.iter_mut().zip(averaged).zip(&self.sent_state) {
+                    *param += averaged - sent;
+                }
             }
             return self.session.publish(self.snapshot());
         }
@@ -253,16 +270,29 @@ impl Trainer {
         let from = self.session.epoch();
         let loaded =
             self.timed("load_state", async |trainer: &mut Self| trainer.session.load_state().await).await;
-        if loaded.value.is_none() && !self.training.auxiliary {
-            return;
-        }
-        if let Some(snapshot) = loaded.value {
-            self.params = floats(&snapshot.blobs["params"]);
-            self.optimizer.velocity = floats(&snapshot.blobs["velocity"]);
-        }
         self.sum.iter_mut().for_each(|value| *value = 0.0);
         self.count = 0;
         self.next_params = None;
+        let ends_epochs =
+            matches!(self.training.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. });
+        match loaded.value {
+            Loaded::Nothing if self.training.auxiliary => {}
+            Loaded::Nothing => return,
+            Loaded::State(snapshot) => {
+                self.params = floats(&snapshot.blobs["params"]);
+                self.optimizer.velocity = floats(&snapshot.blobs["velocity"]);
+            }
+            Loaded::Gradients(average) => {
+                self.optimizer.step(&mut self.params, &average);
+                self.session.epoch_done(None);
+            }
+            Loaded::Parameters(average) => {
+                self.params = average;
+                if ends_epochs {
+                    self.session.epoch_done(None);
+                }
+            }
+        }
         self.record.push(Entry::Loaded { peer: self.me(), from, to: self.session.epoch() });
         self.note_epoch();
     }

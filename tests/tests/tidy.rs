@@ -245,6 +245,89 @@ fn nothing_names_this_machine_or_is_unfinished() {
     assert_none(problems, "no paths of a machine, no unfinished work, no ignored test");
 }
 
+/// What only some systems have. A doc comment may name it, code outside `cfg` may not.
+const SYSTEM_SPECIFIC: &[&str] = &[
+    "signal::unix",
+    "signal::windows",
+    "os::unix",
+    "os::windows",
+    "os::linux",
+    "os::fd",
+    "libc::",
+    "\"/proc",
+    "\"/dev/",
+    "\"/tmp",
+    "\"/etc/",
+];
+
+/// Lines that use one of those outside an item, a statement or a file under a `cfg` of a system or of tests.
+fn unguarded(text: &str) -> Vec<(usize, &str)> {
+    let systems = ["unix", "windows", "target_os", "(test)"];
+    let attribute = |line: &str, opening: &str| {
+        line.trim_start().starts_with(opening) && systems.iter().any(|system| line.contains(system))
+    };
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.iter().any(|line| attribute(line, "#![cfg(")) {
+        return Vec::new();
+    }
+    let (mut found, mut at) = (Vec::new(), 0);
+    while at < lines.len() {
+        let line = lines[at];
+        if attribute(line, "#[cfg(") {
+            at += 1 + guarded_length(&lines[at + 1..], line.len() - line.trim_start().len());
+            continue;
+        }
+        let code = !line.trim_start().starts_with("//");
+        if code && SYSTEM_SPECIFIC.iter().any(|name| line.contains(name)) {
+            found.push((at + 1, line.trim()));
+        }
+        at += 1;
+    }
+    found
+}
+
+/// How many lines an attribute of this indentation governs: rustfmt ends an item or a statement at its own indentation.
+fn guarded_length(lines: &[&str], indent: usize) -> usize {
+    let ends = |line: &&str| {
+        let own = line.trim_start();
+        let whole = !own.starts_with("//") && !own.starts_with("#[");
+        whole && line.len() - own.len() == indent && own.ends_with([';', '}', ','])
+    };
+    lines.iter().position(ends).map_or(lines.len(), |last| last + 1)
+}
+
+#[test]
+fn what_only_some_systems_have_is_under_cfg() {
+    let mut problems = Vec::new();
+    for (path, text) in tracked(&[".rs"]) {
+        let name = path.to_string_lossy().into_owned();
+        let shipped =
+            name.starts_with("python/src/") || (name.starts_with("crates/") && name.contains("/src/"));
+        if shipped {
+            let lines = unguarded(&text).into_iter();
+            problems.extend(lines.map(|(number, line)| format!("{name}:{number}: {line}")));
+        }
+    }
+    assert_none(problems, "the wheel and the command are built for Linux, macOS and Windows");
+}
+
+#[test]
+fn the_finder_of_unguarded_code_finds_it() {
+    let unix = "use tokio::signal::unix::signal;";
+    assert_eq!(unguarded(unix), [(1, unix)]);
+    assert_eq!(unguarded(&format!("#[cfg(unix)]\n{unix}\n")), []);
+    assert_eq!(unguarded(&format!("#[cfg(unix)]\nuse a::b;\n{unix}\n")), [(3, unix)]);
+    assert_eq!(unguarded(&format!("#[cfg(feature = \"x\")]\n{unix}\n")), [(2, unix)]);
+    assert_eq!(unguarded(&format!("//! {unix}\n#![cfg(unix)]\n{unix}\n")), []);
+    let function =
+        "#[cfg(target_os = \"linux\")]\n/// Why.\nfn f(\n    a: u8,\n) {\n    libc::f(a);\n}\nlibc::g();\n";
+    assert_eq!(unguarded(function), [(8, "libc::g();")]);
+    let statement = "fn f() {\n    #[cfg(unix)]\n    if a {\n        libc::f();\n    }\n    libc::g();\n}\n";
+    assert_eq!(unguarded(statement), [(6, "libc::g();")]);
+    assert_eq!(unguarded("#[cfg(test)]\nmod tests {\n    use std::os::unix::fs;\n}\n"), []);
+    assert_eq!(unguarded("if cfg!(unix) {\n    read(\"/proc/self/stat\");\n}\n").len(), 1);
+}
+
 #[test]
 fn the_length_counters_count() {
     let rust = ["    pub async fn f(", "        a: u8,", "    ) {", "        g();", "    }", "}"];

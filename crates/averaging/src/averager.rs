@@ -2,6 +2,7 @@
 //! the round fails it comes back unchanged inside the error.
 
 use crate::phases::{Finished, Own, everybody};
+use crate::record::Record;
 use crate::spans::Layout;
 use crate::station::{Out, Station, Wish};
 use crate::swarm::{ChannelHandler, Inner, Swarm};
@@ -145,6 +146,8 @@ pub struct Round {
     pub attempt: u32,
     /// Which members (bit i: the i-th) are in all of the averages.
     pub full_contributors: u64,
+    /// The averages as they travelled; `None` where this peer has none, or nothing was averaged.
+    pub record: Option<Record>,
     /// Figures.
     pub stats: RoundStats,
 }
@@ -378,11 +381,12 @@ impl Averager {
                     unchanged: true,
                     attempt: plan.attempt,
                     full_contributors: everybody(&plan),
+                    record: None,
                     stats,
                 };
                 Ok(Outcome { value: round, faults })
             }
-            Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats }) => {
+            Ok(Finished::Averaged { average, second, plan, hash, result, contributors, record, stats }) => {
                 *self.spare() = original;
                 name_missing(&plan, contributors, &mut faults);
                 let members: Vec<MemberReport> = plan.members.iter().map(report).collect();
@@ -396,12 +400,18 @@ impl Averager {
                     unchanged: false,
                     attempt: plan.attempt,
                     full_contributors: contributors,
+                    record: (!self.channel.swarm.config.auxiliary).then_some(record),
                     stats,
                 };
                 Ok(Outcome { value: round, faults })
             }
             Err(kind) => Err(RoundError { kind, vector: original, faults }),
         }
+    }
+
+    /// What is averaged here.
+    pub fn config(&self) -> &AveragerConfig {
+        &self.config
     }
 
     fn spare(&self) -> MutexGuard<'_, Vec<f32>> {
@@ -460,6 +470,7 @@ impl Averager {
             unchanged: false,
             attempt: 0,
             full_contributors: 1,
+            record: None,
             stats: RoundStats::default(),
         }
     }

@@ -1,8 +1,9 @@
 //! The decoders of this crate for fuzz targets and property tests: each takes any bytes and asserts what must hold.
 
-use crate::Invite;
 use crate::wire::{PairFrame, decode_control, encode_control};
+use crate::{AveragerConfig, Invite};
 use bytes::Bytes;
+use potluck_compression::{Policy, Scheme, TensorInfo, TensorRole};
 use potluck_net::Identity;
 
 /// A message of a control stream; what decodes survives another round trip.
@@ -31,6 +32,29 @@ pub fn invite(input: &[u8]) {
     }
 }
 
+/// The averages of a missed round: the first byte is the length of the text that says how they were cut. What decodes is
+/// finite.
+pub fn record(input: &[u8]) {
+    let Some((len, rest)) = input.split_first() else { return };
+    let (cut, bytes) = rest.split_at(usize::from(*len % 64).min(rest.len()));
+    let phases = [Bytes::copy_from_slice(bytes)];
+    if let Ok((vector, second)) = of_record().decode(&String::from_utf8_lossy(cut), &phases) {
+        assert!(vector.len() == RECORD_VALUES && second.is_empty());
+        assert!(vector.iter().all(|value| value.is_finite()));
+    }
+}
+
+const RECORD_VALUES: usize = 40;
+
+fn of_record() -> AveragerConfig {
+    let tensors = vec![TensorInfo::vector("w", RECORD_VALUES, TensorRole::Gradient)];
+    AveragerConfig::new(tensors, Policy::Fixed(Scheme::Float16))
+}
+
+fn a_record() -> Bytes {
+    [&[9][..], b"65536 1,2", &[0x3c; 2 * RECORD_VALUES]].concat().into()
+}
+
 /// Inputs that decode, for a corpus: a decoder's name and the bytes.
 pub fn seeds() -> Vec<(&'static str, Bytes)> {
     use crate::wire::{Control, Hello, News, Plan, PlanMember, Pulse, Ready, RoundMessage, Standing};
@@ -46,8 +70,8 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         peers: 3,
         pulse: pulse.clone(),
     };
-    let (standing, beat, addresses) = (Standing::Alive, Some(pulse.clone()), Vec::new());
-    let news = vec![News { peer, incarnation: 3, standing, addresses, beat }];
+    let (standing, beat) = (Standing::Alive, Some(pulse.clone()));
+    let news = vec![News { peer, incarnation: 3, standing, addresses: Vec::new(), beat }];
     let ready = Ready {
         epoch: Some(3),
         nonce: 5,
@@ -106,9 +130,9 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         PairFrame::Prefix { part: 1, generation: 2, chunks: 3 },
         PairFrame::Complain { part: 1, generation: 2 },
     ];
-    let owner = Identity::from_seed(&[1; 32]);
     let mut seeds: Vec<_> = controls.map(|message| ("averaging_control", encode_control(&message))).collect();
     seeds.extend(pairs.iter().map(|frame| ("averaging_pair", frame.encode())));
-    seeds.push(("averaging_invite", Bytes::copy_from_slice(&Invite::new(&owner, "run").to_bytes())));
+    let invite = Invite::new(&Identity::from_seed(&[1; 32]), "run").to_bytes();
+    seeds.extend([("averaging_invite", invite.to_vec().into()), ("averaging_record", a_record())]);
     seeds
 }

@@ -25,6 +25,7 @@ mod partition;
 mod phases;
 mod plan;
 mod rates;
+mod record;
 mod reducer;
 mod reducing;
 mod router;
@@ -45,6 +46,7 @@ pub use averager::{
 pub use detector::HEARTBEAT;
 pub use invite::Invite;
 pub use plan::GROUP_MAX;
+pub use record::Record;
 pub use spans::{Chunk, Layout};
 pub use swarm::{Directory, JoinError, Manifest, Swarm, SwarmConfig};
 pub use view::{Member, View};

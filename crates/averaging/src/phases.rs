@@ -8,10 +8,12 @@ use crate::averager::{Averager, Between, RoundErrorKind, RoundRequest, RoundStat
 use crate::detector::HEARTBEAT;
 use crate::exchange::Exchange;
 use crate::pair::Event;
+use crate::record::{Cut, Record};
 use crate::spans::{Chunk, Layout};
 use crate::station::{Agreed, Gathering, PlanHash};
 use crate::view::Member;
 use crate::wire::{Plan, PlanMember};
+use bytes::Bytes;
 use potluck_compression::TensorInfo;
 use potluck_net::{FaultKind, PeerFault, PeerId};
 use std::sync::Arc;
@@ -47,6 +49,7 @@ pub(crate) enum Finished {
         hash: PlanHash,
         result: [u8; 32],
         contributors: u64,
+        record: Record,
         stats: RoundStats,
     },
 }
@@ -57,6 +60,7 @@ struct Phase {
     /// Members that are in every chunk.
     contributors: u64,
     agreed: Agreed,
+    encoded: Vec<Bytes>,
 }
 
 /// Whether another process than the one that promised to take part is there now. It owes nothing, and nobody may wait
@@ -107,6 +111,7 @@ impl Averager {
         let phase = self.phase(&mut first, None, &plan, deadline, &mut stats, faults).await?;
         let (average, mut contributors) = (phase.average, phase.contributors);
         let mut agreed = phase.agreed.digests.clone();
+        let mut phases = vec![phase.encoded];
         let mut second = Vec::new();
         if let Some(tensors) = &self.config.second {
             let (average, between) = (average.clone(), own.between);
@@ -125,10 +130,13 @@ impl Averager {
             second = phase.average;
             contributors &= phase.contributors;
             agreed.extend(phase.agreed.digests);
+            phases.push(phase.encoded);
         }
         let contributors = contributors & everybody(&plan);
         let result = result_name(&hash, &agreed);
-        Ok(Finished::Averaged { average, second, plan, hash, result, contributors, stats })
+        let shares = plan.members.iter().map(|member| member.share).collect();
+        let record = Record { cut: Cut { shares, chunk_bytes: plan.chunk_bytes }, phases };
+        Ok(Finished::Averaged { average, second, plan, hash, result, contributors, record, stats })
     }
 
     fn check_second(&self, values: usize, tensors: &[TensorInfo]) -> Result<(), RoundErrorKind> {
@@ -203,7 +211,8 @@ impl Averager {
         let board = exchange.shared.board();
         stats.bytes_sent += board.traffic.sent;
         stats.bytes_received += board.traffic.received;
-        Ok(Phase { average, contributors, agreed })
+        let encoded = if auxiliary { Vec::new() } else { board.store.encoded() };
+        Ok(Phase { average, contributors, agreed, encoded })
     }
 
     async fn gather(&self, deadline: Instant) -> Result<Option<(Arc<Plan>, PlanHash)>, RoundErrorKind> {

@@ -35,6 +35,11 @@ impl Average {
         self.frame.get(AVERAGE_HEAD_BYTES..).unwrap_or_default()
     }
 
+    /// The encoded values, on the memory that they came in.
+    fn encoded(&self) -> Bytes {
+        self.frame.slice(AVERAGE_HEAD_BYTES.min(self.frame.len())..)
+    }
+
     /// The frame for another member: the one that we have, unless its head must differ.
     pub(crate) fn frame(&self, part: u16, generation: u16, chunk: u32) -> Bytes {
         let head = average_head(part, generation, chunk, self.mask);
@@ -83,6 +88,11 @@ impl Store {
 
     pub(crate) fn is_complete(&self) -> bool {
         self.parts.iter().all(Part::is_complete)
+    }
+
+    /// Everything, encoded, in the order of the vector.
+    pub(crate) fn encoded(&self) -> Vec<Bytes> {
+        self.parts.iter().flat_map(|part| part.done.iter().map(Average::encoded)).collect()
     }
 
     pub(crate) fn digests(&self) -> Vec<[u8; 32]> {

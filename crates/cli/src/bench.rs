@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
+use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
@@ -21,8 +22,6 @@ const PROTOCOL: &str = "/potluck/bench/1";
 pub(crate) const FRAME_BYTES: usize = 512 << 10;
 /// One measurement may take this long.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Clock ticks per second in /proc: fixed by Linux for user space.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 pub(crate) const HELP: &str = "Example:\n  potluck bench net > net.json";
 
@@ -265,10 +264,38 @@ async fn transfer(transport: &Arc<Libp2pTransport>, peer: PeerId, frames: usize)
 
 /// Processor seconds of this process, user and system.
 pub(crate) fn cpu_seconds() -> Result<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").context("processor time is read from /proc")?;
-    let fields: Vec<&str> = stat.rsplit(')').next().context("no fields")?.split_ascii_whitespace().collect();
-    let ticks =
-        |index: usize| -> Result<f64> { Ok(fields.get(index).context("field missing")?.parse::<f64>()?) };
-    // Fields 14 and 15 of proc(5), counted from behind the name.
-    Ok((ticks(11)? + ticks(12)?) / TICKS_PER_SECOND)
+    used_milliseconds()
+        .map(|used| used as f64 / 1000.0)
+        .context("the system does not say how much processor time this process has used")
+}
+
+fn used_milliseconds() -> Option<u64> {
+    let own = sysinfo::get_current_pid().ok()?;
+    let mut system = System::new().ok()?;
+    let kinds = ProcessRefreshKind::nothing().with_cpu();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[own]), false, kinds);
+    Some(system.process(own)?.accumulated_cpu_time())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_counts_what_this_process_computes() {
+        let before = cpu_seconds().unwrap();
+        let start = Instant::now();
+        let mut digest = [0; 32];
+        // Computing for as long as it takes to be seen; the clock's tick is 10 ms.
+        while cpu_seconds().unwrap() < before + 0.05 {
+            for _ in 0..1000 {
+                digest = *blake3::hash(&digest).as_bytes();
+            }
+            assert!(start.elapsed() < LIMIT, "no processor time in {LIMIT:?}");
+        }
+        let spent = cpu_seconds().unwrap() - before;
+        let possible =
+            start.elapsed().as_secs_f64() * std::thread::available_parallelism().unwrap().get() as f64;
+        assert!(spent <= possible + 0.1, "{spent} s of processor time in {possible} s");
+    }
 }

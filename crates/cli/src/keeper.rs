@@ -4,6 +4,7 @@
 use crate::checkpoint::{self, Checkpoint};
 use crate::failure::Failure;
 use crate::invite::text_of;
+use crate::stop::Stop;
 use crate::view;
 use crate::visit::{DhtDirectory, Visit};
 use anyhow::Result;
@@ -14,7 +15,6 @@ use potluck_net_libp2p::{Config, identity_file};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 pub(crate) const HELP: &str = "Needs no GPU and no model: memory for three states, and disk for --keep of them. Nobody waits for \
@@ -63,8 +63,7 @@ pub(crate) struct Args {
 
 /// Keep until SIGINT or SIGTERM.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = Stop::listen()?;
     checkpoint::prepare(&args.dir)?;
     let found = newest(&args)?;
     let held = found.as_ref().map(|(_, held)| held.clone());
@@ -96,8 +95,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let visit = Visit::with(config(&args, identity), env, &token).await?;
     let result = tokio::select! {
         biased;
-        _ = interrupt.recv() => Ok(()),
-        _ = terminate.recv() => Ok(()),
+        () = stop.asked() => Ok(()),
         result = keep(&args, &visit, held) => result,
     };
     visit.leave().await;

@@ -24,6 +24,7 @@ mod raw_tcp;
 mod rehearsal;
 mod sim;
 mod status;
+mod stop;
 mod view;
 mod visit;
 

@@ -1,5 +1,6 @@
 //! `potluck monitor`: the dashboard of a run for people who only watch.
 
+use crate::stop::Stop;
 use crate::visit::Visit;
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
@@ -11,7 +12,6 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, watch};
 
 pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
@@ -48,24 +48,15 @@ pub(crate) struct Args {
 
 /// Serve until SIGINT or SIGTERM.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = Stop::listen()?;
     let Some(token) = &args.token else {
         let replayed = replay(&args).await?;
         println!("dashboard {}", replayed.url());
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
+        stop.asked().await;
         return Ok(());
     };
     let visit = Visit::enter(token).await?;
-    let mut stopped = std::pin::pin!(async {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-    });
+    let mut stopped = std::pin::pin!(stop.asked());
     let started = tokio::select! {
         biased;
         () = &mut stopped => Ok(None),

@@ -1,5 +1,6 @@
 //! `potluck node`: a peer that newcomers ask first, and that carries the connections of those behind NAT.
 
+use crate::stop::Stop;
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use potluck_dht::{Dht, DhtConfig};
@@ -10,7 +11,6 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 /// How long a goodbye may take; the issue allows five seconds.
@@ -101,8 +101,7 @@ async fn tell_joining(args: &Args, transport: &Libp2pTransport) {
 /// Run until SIGINT or SIGTERM.
 pub(crate) async fn run(args: Args) -> Result<()> {
     // Before anything else, so that a signal during the start is not lost.
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = Stop::listen()?;
     let env = Env::real();
     let path = args.identity.clone().unwrap_or_else(identity_file::default_path);
     let (identity, _held) = identity_file::load_or_create(&path, &env)?;
@@ -127,8 +126,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let _notice = crate::nearby::post(run, token);
     tokio::select! {
         biased;
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+        () = stop.asked() => {}
         () = tell_joining(&args, &transport) => {}
         () = crate::company::keep(&*transport, args.join.is_some()) => {}
     }

@@ -2,6 +2,7 @@
 //! connected. It is what the NAT test runs, and what a user runs who wonders why two machines do not meet.
 
 use crate::failure::Failure;
+use crate::stop::Stop;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::Args as ClapArgs;
@@ -13,7 +14,6 @@ use serde::Serialize;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) const PROTOCOL: &str = "/potluck/probe/1";
@@ -65,8 +65,7 @@ struct Ready {
 
 /// Wait for callers, or call.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = Stop::listen()?;
     let env = Env::real();
     let mut config = Config::new(Identity::from_seed(&env.random_bytes()));
     config.bootstrap.clone_from(&args.join.bootstrap);
@@ -88,8 +87,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     };
     let result = tokio::select! {
         biased;
-        _ = interrupt.recv() => Ok(()),
-        _ = terminate.recv() => Ok(()),
+        () = stop.asked() => Ok(()),
         result = probe => result,
     };
     transport.close().await;

@@ -2,7 +2,7 @@
 //! asked for. Nothing here is computed from a formula; what `potluck sim` prints is what these peers measured.
 
 use potluck_collab::{
-    Policy, Scheme, Session, SessionConfig, Snapshot, Status, Step, TensorInfo, TensorRole,
+    Loaded, Policy, Scheme, Session, SessionConfig, Snapshot, Status, Step, TensorInfo, TensorRole,
 };
 use potluck_net::{Env, PeerId, Tasks, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, SimTransport, Traffic};
@@ -272,7 +272,7 @@ impl Program {
                 Step::Average => self.average(std::mem::take(&mut gathered)).await,
                 Step::LoadState => {
                     let begun = Instant::now();
-                    if self.session.load_state().await.value.is_some() {
+                    if self.session.load_state().await.value != Loaded::Nothing {
                         lock(&self.log).loads.push(begun.elapsed().as_secs_f64());
                     }
                     gathered = 0;

@@ -1,6 +1,7 @@
 //! `potluck status`: how a run is going, asked from outside. Once, repeatedly, or as a view that fills the terminal.
 
 use crate::nearby::{Source, Target};
+use crate::stop::Stop;
 use crate::view;
 use anyhow::Result;
 use clap::Args as ClapArgs;
@@ -10,7 +11,6 @@ use ratatui::layout::{Constraint, Layout};
 use ratatui::widgets::{Block, Gauge, Paragraph, Row, Table};
 use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) const HELP: &str = "Whoever only looks is no member of the run: nobody waits for it.\n\nExamples:\n  \
 potluck status                  # the runs with a peer on this machine\n  potluck status my-run\n  potluck status potluck1…\n  potluck status potluck1… --json | jq .epoch\n  potluck status potluck1… --watch";
@@ -50,15 +50,13 @@ pub(crate) fn positive(text: &str) -> Result<f64, String> {
 
 /// Look.
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = Stop::listen()?;
     let sources = Source::find(args.target.as_ref(), args.watch || args.json).await?;
     let last = sources.len();
     for (at, source) in sources.into_iter().enumerate() {
         let result = tokio::select! {
             biased;
-            _ = interrupt.recv() => Ok(()),
-            _ = terminate.recv() => Ok(()),
+            () = stop.asked() => Ok(()),
             result = show(&source, &args) => result,
         };
         source.leave().await;

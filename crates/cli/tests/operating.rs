@@ -161,7 +161,7 @@ fn the_container_file_builds_this_command_and_its_default_serves() {
     let image = of("FROM")[0];
     let version = env!("CARGO_PKG_RUST_VERSION");
     assert!(image.contains(&format!("rust:{version}-")), "{image} has another Rust than {version}");
-    let package = format!("cargo build --release -p {}", env!("CARGO_PKG_NAME"));
+    let package = format!("cargo build --release --locked -p {}", env!("CARGO_PKG_NAME"));
     assert!(of("RUN")[0].ends_with(&package), "{:?}", of("RUN"));
     assert_eq!(of("COPY")[1], "--from=build /src/target/release/potluck /usr/local/bin/potluck");
     assert_eq!(of("ENTRYPOINT"), ["[\"potluck\"]"]);

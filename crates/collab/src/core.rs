@@ -1,5 +1,6 @@
 //! Sans-I/O. Everything that a session remembers, and its decisions: events in, a step or a report out.
 
+mod sequels;
 mod shown;
 
 use crate::dialect::{PeerView, Report, RoundResult};
@@ -13,9 +14,10 @@ use crate::progress::{self, Behind, Own, Winner};
 use crate::sketch::Sketch;
 use crate::status::RoundStatus;
 use crate::wire::Note;
-use crate::{Channel, Event, Lineage, PolicyKind, SessionConfig, Snapshot, StateEvery};
+use crate::{Channel, Event, Lineage, PolicyKind, Sequel, SessionConfig, Snapshot, StateEvery};
 use bytes::Bytes;
 use potluck_net::{PeerFault, PeerId};
+use sequels::Applied;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,10 +50,12 @@ pub(crate) struct Core {
     pub(crate) background: Background,
     /// The epoch in which background work was started.
     background_epoch: u64,
-    /// The plan of a state average that is ready but not applied.
-    state_plan: Option<[u8; 32]>,
-    /// The round whose average the next `epoch_done` applies: plan hash and samples.
-    applied: Option<([u8; 32], u64)>,
+    /// A state average that is ready but not applied.
+    state_next: Option<Applied>,
+    /// The round whose average the next `epoch_done` applies.
+    applied: Option<Applied>,
+    /// What led from one history to the next, and nobody was told yet.
+    sequels: Vec<Sequel>,
     /// The round failed although others were here: what this peer applies alone ends no epoch.
     void: bool,
     /// The round in which this peer waits for the others.
@@ -105,8 +109,9 @@ impl Core {
             own: Own::new(),
             background: Background::Idle,
             background_epoch: 0,
-            state_plan: None,
+            state_next: None,
             applied: None,
+            sequels: Vec::new(),
             void: false,
             waiting: None,
             retry: None,
@@ -286,14 +291,14 @@ impl Core {
         self.bytes_encoded += result.stats.bytes_encoded;
         let samples = if result.weight_total.is_finite() { result.weight_total.max(0.0) as u64 } else { 0 };
         if channel == Channel::Gradients || self.config.policy.ends_epochs_with_state() {
-            self.applied = Some((result.plan_hash, samples));
+            self.applied = Some(Applied::new(channel, result, samples));
         } else {
             self.state_is_done();
             match self.background {
                 // Who has not been there, such as a newcomer, has missed nothing.
                 _ if result.unchanged => {}
-                Background::Idle => self.lineage = self.lineage.state_averaged(&result.plan_hash),
-                _ => self.state_plan = Some(result.plan_hash),
+                Background::Idle => self.state_goes_on(Applied::new(channel, result, samples)),
+                _ => self.state_next = Some(Applied::new(channel, result, samples)),
             }
         }
         self.void = false;
@@ -358,9 +363,20 @@ impl Core {
         if let Some(agreed) = self.agreed_next.take() {
             self.agreed = Some(agreed);
         }
-        if let Some(plan_hash) = self.state_plan.take() {
-            self.lineage = self.lineage.state_averaged(&plan_hash);
+        if let Some(mut averaged) = self.state_next.take() {
+            if self.background_epoch != self.lineage.epoch {
+                // It adds to parameters that have moved meanwhile: nobody else can tell from it what came of them.
+                averaged.record = None;
+            }
+            self.state_goes_on(averaged);
         }
+    }
+
+    /// The parameters themselves were averaged.
+    fn state_goes_on(&mut self, by: Applied) {
+        let before = self.lineage;
+        self.lineage = before.state_averaged(&by.plan_hash);
+        self.went_on(&before, by);
     }
 
     fn state_is_done(&mut self) {
@@ -419,8 +435,14 @@ impl Core {
             return;
         }
         self.settle_factors(self.applied.is_some());
-        let (plan_hash, samples) = self.applied.take().unwrap_or_else(|| (self.alone_hash(), used));
-        self.lineage = self.lineage.next_epoch(&plan_hash, samples);
+        let before = self.lineage;
+        match self.applied.take() {
+            Some(applied) => {
+                self.lineage = before.next_epoch(&applied.plan_hash, applied.samples);
+                self.went_on(&before, applied);
+            }
+            None => self.lineage = before.next_epoch(&self.alone_hash(), used),
+        }
         self.past.note(&self.lineage);
         self.contributed = self.contributed.saturating_add(used);
         self.gradients_are_applied();
@@ -550,7 +572,7 @@ impl Core {
         self.void = false;
         self.state_due = false;
         self.state_averaged_at = None;
-        self.state_plan = None;
+        self.state_next = None;
         self.agreed_next = None;
         self.sketch = None;
         self.behind = Behind::default();

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::Rates;
+use crate::dialect::MissedRound;
 use crate::status::Status;
 
 const TARGET: u64 = 64;
@@ -105,4 +106,62 @@ fn memory_is_that_of_the_vectors_which_the_policy_keeps() {
     assert_eq!(held(&core), [("agreed".to_owned(), 40)]);
     core.agree(vec![0.5; 10]);
     assert_eq!(held(&core), [("agreed".to_owned(), 40), ("velocity".to_owned(), 40)]);
+}
+
+/// A peer that was in the round, and one that makes up for it later, go on alike.
+#[test]
+fn a_round_that_is_made_up_for_leads_to_the_same_history_and_parameters() {
+    let member_of = |policy| {
+        let mut config = SessionConfig::new("run", TARGET, Vec::new());
+        config.policy = policy;
+        let start = Lineage::genesis("run", &[0; 32]);
+        let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7);
+        core.agree(vec![1.0, 2.0]);
+        core
+    };
+    let result = |seed| RoundResult {
+        vector: Vec::new(),
+        members: Vec::new(),
+        gathered: Vec::new(),
+        weight_total: 64.0,
+        plan_hash: [seed; 32],
+        unchanged: false,
+        record: Some(crate::Record::default()),
+        stats: crate::RoundStats::default(),
+    };
+    let outer = PolicyKind::DiLoCo { inner_steps: 4, outer_lr: 0.7, outer_momentum: 0.9 };
+    for (policy, channel) in [
+        (PolicyKind::Synchronous, Channel::Gradients),
+        (PolicyKind::Synchronous, Channel::State),
+        (PolicyKind::LocalUpdates, Channel::State),
+        (outer, Channel::State),
+    ] {
+        let (mut member, mut late) = (member_of(policy), member_of(policy));
+        let ends = channel == Channel::Gradients || policy.ends_epochs_with_state();
+        for seed in 0..3 {
+            let movement = vec![f32::from(seed), 0.5];
+            member.averaged(channel, &result(seed), &[]);
+            let parameters =
+                if channel == Channel::State { member.agree(movement.clone()) } else { movement.clone() };
+            if ends {
+                member.epoch_done();
+            }
+            let sequel = member.take_sequels().remove(0);
+            assert_eq!((sequel.before, sequel.after), (late.lineage.hash, member.lineage.hash));
+            let missed = MissedRound {
+                channel,
+                plan_hash: sequel.plan_hash,
+                samples: sequel.samples,
+                after: sequel.after,
+                vector: movement,
+            };
+            let odd = MissedRound { plan_hash: [99; 32], ..missed.clone() };
+            assert!(late.make_up(odd, Instant::now()).is_err(), "it leads elsewhere");
+            assert_eq!(late.make_up(missed, Instant::now()), Ok(parameters), "{policy:?} {channel:?}");
+            if ends {
+                late.epoch_done();
+            }
+            assert_eq!(late.lineage, member.lineage, "{policy:?} {channel:?}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 use crate::Purpose;
 use bytes::Bytes;
 use futures::future::BoxFuture;
+pub use potluck_averaging::Record;
 use potluck_net::{Outcome, Path, PeerFault, PeerId};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -120,8 +121,44 @@ pub struct RoundResult {
     pub plan_hash: [u8; 32],
     /// All members had the same vector, and this is it: nothing was averaged.
     pub unchanged: bool,
+    /// The average as it travelled, if the protocol can give it to those who missed the round.
+    pub record: Option<Record>,
     /// What it cost.
     pub stats: RoundStats,
+}
+
+/// A round that led from one history to the next.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequel {
+    /// The hash of the history before.
+    pub before: [u8; 32],
+    /// The epoch after it.
+    pub epoch: u64,
+    /// The hash of the history after it.
+    pub after: [u8; 32],
+    /// What was averaged.
+    pub channel: Channel,
+    /// The hash of the plan under which it was.
+    pub plan_hash: [u8; 32],
+    /// The samples in it.
+    pub samples: u64,
+    /// The average.
+    pub record: Record,
+}
+
+/// A round of others that this peer has missed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MissedRound {
+    /// What was averaged.
+    pub channel: Channel,
+    /// The hash of the plan under which it was.
+    pub plan_hash: [u8; 32],
+    /// The samples in it.
+    pub samples: u64,
+    /// The hash of the history after it, as its members say.
+    pub after: [u8; 32],
+    /// The average, bit-identical to that of its members.
+    pub vector: Vec<f32>,
 }
 
 /// What a round cost this peer.
@@ -237,6 +274,20 @@ pub trait Dialect: Send + Sync + 'static {
         epoch_min: u64,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>>;
+
+    /// Keep what led from one history to the next for those who have missed it. Never waits for anybody.
+    fn remember(&self, _sequel: Sequel) {}
+
+    /// What led on from `lineage`, from peers whose history is `winner` if there are any; `None` if nobody knows, or the
+    /// protocol knows no such thing.
+    fn missed(
+        &self,
+        _lineage: [u8; 32],
+        _winner: [u8; 32],
+        _timeout: Duration,
+    ) -> BoxFuture<'_, Option<Outcome<MissedRound>>> {
+        Box::pin(futures::future::ready(None))
+    }
 
     /// Bytes so far.
     fn traffic(&self) -> Traffic;

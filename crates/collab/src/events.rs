@@ -27,6 +27,17 @@ pub enum Event {
         /// Who failed.
         faults: Vec<PeerFault>,
     },
+    /// The others finished a round without this peer and went on; it applies nothing, and gets what they have.
+    RoundMissed {
+        /// Which epoch.
+        epoch: u64,
+        /// What was averaged.
+        channel: Channel,
+        /// Why it was not there.
+        reason: String,
+        /// Who failed.
+        faults: Vec<PeerFault>,
+    },
     /// A peer is here.
     Joined {
         /// Who.
@@ -68,6 +79,15 @@ pub enum Event {
         from_epoch: u64,
         /// The epoch now.
         to_epoch: u64,
+        /// What it cost.
+        seconds: f64,
+    },
+    /// A round that this peer missed was fetched from others, and is applied.
+    MadeUp {
+        /// Whose round.
+        epoch: u64,
+        /// What was averaged.
+        channel: Channel,
         /// What it cost.
         seconds: f64,
     },
@@ -122,6 +142,12 @@ impl fmt::Display for Event {
                 channel(*what),
                 faults(who)
             ),
+            Self::RoundMissed { epoch, channel: what, reason, faults: who } => write!(
+                f,
+                "epoch {epoch}: missed the average of {}: {reason}; getting what the others have{}",
+                channel(*what),
+                faults(who)
+            ),
             Self::Joined { peer, peers: now } => write!(f, "peer {} is here; {}", peer.short(), peers(*now)),
             Self::Lost { peer, peers: now } => write!(f, "peer {} is gone; {}", peer.short(), peers(*now)),
             Self::Copied { peer, is_me } => write!(
@@ -142,6 +168,10 @@ impl fmt::Display for Event {
             Self::StateLoaded { from_epoch, to_epoch, seconds: took } => {
                 let took = seconds(*took);
                 write!(f, "loaded the state of epoch {to_epoch} (was at {from_epoch}) in {took}")
+            }
+            Self::MadeUp { epoch, channel: what, seconds: took } => {
+                let (what, took) = (channel(*what), seconds(*took));
+                write!(f, "epoch {epoch}: made up for the average of {what} that it had missed, in {took}")
             }
             Self::StateFailed { reason } => f.write_str(reason),
             Self::Left => f.write_str("left the run"),

@@ -204,6 +204,15 @@ impl Factors {
         Ok(vector)
     }
 
+    /// The averaged gradients of a round that others made, from the averages of both its phases; what to keep of it is
+    /// decided as for an own one, and nothing is owed for it.
+    pub(crate) fn replay(&self, first: &[f32], second: &[f32]) -> Result<Vec<f32>, String> {
+        let zeros = vec![0.0; self.slots.iter().map(|slot| slot.values()).sum()];
+        let round = self.begin(&zeros).round;
+        self.between(round, first)?;
+        self.finish(round, first, second, false)
+    }
+
     /// The average is applied: keep the new Q, and what the factors lost of our own values. Nothing happens if there is
     /// no result that waits for this.
     pub(crate) fn commit(&self) {
@@ -345,6 +354,22 @@ mod tests {
         assert_eq!(ours.q(), theirs.q());
         assert!(ours.memory().iter().all(|value| *value == 0.0));
         assert!(theirs.memory().iter().any(|value| *value != 0.0));
+    }
+
+    #[test]
+    fn a_round_that_was_missed_is_made_up_for() {
+        let (member, late) = (factors(), factors());
+        for seed in 1..4 {
+            let begun = member.begin(&gradient(seed));
+            let second = member.between(begun.round, &begun.first).unwrap();
+            let average = member.finish(begun.round, &begun.first, &second, true).unwrap();
+            member.commit();
+            assert_eq!(late.replay(&begun.first, &second).unwrap(), average);
+            late.commit();
+            assert_eq!(late.q(), member.q());
+        }
+        assert!(late.memory().iter().all(|value| *value == 0.0));
+        assert!(late.replay(&[], &[]).is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //!         Step::Accumulate => samples = forward_and_backward(),
 //!         Step::Average => {
 //!             let averaged = session.average_gradients(mean_gradients, samples_so_far as f64).await;
+//!             if averaged.value.missed { continue; } // the others have applied it already: `LoadState` follows
 //!             optimizer_step(averaged.value.vector);
 //!             session.epoch_done(Some(snapshot()));
 //!         }
@@ -18,8 +19,14 @@
 //!             session.publish(snapshot()); // local updates and DiLoCo: session.epoch_done(Some(snapshot()))
 //!         }
 //!         Step::Apply => apply(session.take_started()),
-//!         Step::LoadState => {
-//!             if let Some(state) = session.load_state().await.value { restore(state); }
+//!         Step::LoadState => match session.load_state().await.value {
+//!             Loaded::State(state) => restore(state),
+//!             Loaded::Gradients(average) => {
+//!                 optimizer_step(average);
+//!                 session.epoch_done(None);
+//!             }
+//!             Loaded::Parameters(average) => set_parameters(average), // local updates and DiLoCo: epoch_done(None)
+//!             Loaded::Nothing => {}
 //!         }
 //!     }
 //! }
@@ -55,8 +62,8 @@ mod wire;
 
 pub use config::{ConfigError, JoinError, PolicyKind, PowerSgd, SessionConfig, StateEvery};
 pub use dialect::{
-    Channel, Dialect, DownloadFailed, PeerView, Rates, Report, RoundCall, RoundFailed, RoundResult,
-    RoundStats, Snapshot, Terms, Traffic,
+    Channel, Dialect, DownloadFailed, MissedRound, PeerView, Rates, Record, Report, RoundCall, RoundFailed,
+    RoundResult, RoundStats, Sequel, Snapshot, Terms, Traffic,
 };
 pub use events::Event;
 pub use invite::{Invite, InviteError};
@@ -67,7 +74,7 @@ pub use memory::{Held, Ledger, Purpose};
 pub use policy::Step;
 pub use potluck_averaging::{Directory, PROTOCOL_VERSION};
 pub use potluck_compression::{Policy, Scheme, TensorInfo, TensorRole};
-pub use session::{Averaged, Session, Started};
+pub use session::{Averaged, Loaded, Session, Started};
 pub use sight::Sight;
 pub use speed::{Speed, serve_speed};
 pub use status::{LeftPeer, PeerStatus, RoundStatus, Status};

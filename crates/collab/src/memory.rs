@@ -20,6 +20,8 @@ pub enum Purpose {
     Gradients,
     /// The parameters that an offloaded optimizer steps, copied to host memory.
     Offloaded,
+    /// The averages of the last rounds as they travelled, for peers that missed them.
+    PastRounds,
     /// Vectors in a round, averages that are being applied, and their memory while it waits for the next round.
     Rounds,
     /// States that newcomers may load.
@@ -34,13 +36,14 @@ pub enum Purpose {
 
 impl Purpose {
     /// Every purpose, in the order of the names.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Agreed,
         Self::ErrorFeedback,
         Self::Factors,
         Self::Gathering,
         Self::Gradients,
         Self::Offloaded,
+        Self::PastRounds,
         Self::Rounds,
         Self::Snapshot,
         Self::State,
@@ -57,6 +60,7 @@ impl Purpose {
             Self::Gathering => "gathering",
             Self::Gradients => "gradients",
             Self::Offloaded => "offloaded",
+            Self::PastRounds => "past_rounds",
             Self::Rounds => "rounds",
             Self::Snapshot => "snapshot",
             Self::State => "state",

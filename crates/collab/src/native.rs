@@ -1,8 +1,10 @@
 //! The native protocol under a session: potluck's membership, rounds and state transfer.
 
+mod sequels;
+
 use crate::dialect::{
-    Channel, Dialect, DownloadFailed, PeerView, Rates, Report, RoundCall, RoundFailed, RoundResult,
-    RoundStats, Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, MissedRound, PeerView, Rates, Report, RoundCall, RoundFailed,
+    RoundResult, RoundStats, Sequel, Snapshot, Traffic,
 };
 use crate::factors::Factors;
 use crate::wire::Note;
@@ -159,6 +161,7 @@ impl Native {
             weight_total: round.weight_total,
             plan_hash: round.result_hash,
             unchanged: round.unchanged,
+            record: round.record,
             stats: round_stats,
         };
         Ok(Outcome { value, faults })
@@ -293,12 +296,7 @@ impl Dialect for Native {
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
         let (helpers, ahead): (Vec<PeerView>, Vec<PeerView>) =
             self.peers().into_iter().filter(|view| view.epoch >= epoch_min).partition(|view| view.auxiliary);
-        // Those with the history that won, as far as they say; else whoever has the epoch.
-        let winners = ahead.iter().filter(|view| says_lineage(view, &lineage));
-        let mut donors: Vec<PeerId> = winners.map(|view| view.peer).collect();
-        if donors.is_empty() {
-            donors = ahead.iter().map(|view| view.peer).collect();
-        }
+        let mut donors = donors(&ahead, &lineage);
         if donors.is_empty() {
             // Of those who compute nothing, keepers have the state.
             donors = helpers.iter().map(|view| view.peer).collect();
@@ -318,6 +316,39 @@ impl Dialect for Native {
         })
     }
 
+    fn remember(&self, sequel: Sequel) {
+        self.exchange.remember(sequels::write(sequel));
+    }
+
+    fn missed(
+        &self,
+        lineage: [u8; 32],
+        winner: [u8; 32],
+        timeout: Duration,
+    ) -> BoxFuture<'_, Option<Outcome<MissedRound>>> {
+        // Helpers have no vectors.
+        let members: Vec<PeerView> = self.peers().into_iter().filter(|view| !view.auxiliary).collect();
+        let donors = donors(&members, &winner);
+        Box::pin(async move {
+            let Outcome { value, faults } =
+                self.exchange.download_next(&donors, lineage, timeout).await.ok()?;
+            let read = sequels::Read::new(value)?;
+            let (averager, factors) = match read.channel {
+                Channel::Gradients => (&self.gradients, self.factors.clone()),
+                Channel::State => (&self.state, None),
+            };
+            let config = averager.config().clone();
+            let decode = move || read.decode(&config, factors.as_deref());
+            match self.swarm.env().offload(decode).await {
+                Ok(value) => Some(Outcome { value, faults }),
+                Err(reason) => {
+                    tracing::warn!(target: "potluck", "a round that we missed cannot be made up for: {reason}");
+                    None
+                }
+            }
+        })
+    }
+
     fn traffic(&self) -> Traffic {
         Traffic {
             bytes_sent: self.sent.load(Ordering::Relaxed),
@@ -331,7 +362,8 @@ impl Dialect for Native {
     }
 
     fn memory(&self) -> BTreeMap<Purpose, u64> {
-        BTreeMap::from([(Purpose::Snapshot, self.exchange.bytes())])
+        let held = self.exchange.held();
+        BTreeMap::from([(Purpose::Snapshot, held.states), (Purpose::PastRounds, held.sequels)])
     }
 
     fn leave(&self) -> BoxFuture<'_, ()> {
@@ -361,6 +393,13 @@ fn hash_of(values: &[f32]) -> blake3::Hash {
         hasher.update(&bytes);
     }
     hasher.finalize()
+}
+
+/// Of these, those with the history that won, as far as they say; else all.
+fn donors(views: &[PeerView], winner: &[u8; 32]) -> Vec<PeerId> {
+    let winners: Vec<PeerId> =
+        views.iter().filter(|view| says_lineage(view, winner)).map(|view| view.peer).collect();
+    if winners.is_empty() { views.iter().map(|view| view.peer).collect() } else { winners }
 }
 
 fn says_lineage(view: &PeerView, lineage: &[u8; 32]) -> bool {

@@ -1,5 +1,8 @@
 //! One peer's part in a run. The training program drives: it calls `step` and does what it answers.
 
+mod loading;
+mod waiting;
+
 use crate::core::Core;
 use crate::dialect::{Channel, Dialect, RoundCall, RoundFailed, RoundStats, Snapshot, Terms};
 use crate::events::{EVENTS_MAX, Event};
@@ -15,17 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
-/// First pause between two attempts to load the state; doubles up to `LOAD_PAUSE_MAX`.
-const LOAD_PAUSE_MIN: Duration = Duration::from_millis(200);
-const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How many times a round is tried while its peers are there and nobody has moved on.
 const ROUND_ATTEMPTS: u32 = 3;
-
-/// How long the news of a member's result may take to reach us: a heartbeat and a slow link.
-const FINISHING_MAX: Duration = Duration::from_millis(1500);
-
-/// A round whose other members have gone on is given up after at least this long.
-const LEFT_BEHIND_MIN: Duration = Duration::from_secs(4);
 
 /// An average, or what this peer goes on with when there was none.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +34,8 @@ pub struct Averaged {
     pub weight_total: f64,
     /// Nobody else's values are in it: nobody came, or all had the same state.
     pub alone: bool,
+    /// The others have finished the round without this peer and gone on: apply nothing, `step` answers `LoadState`.
+    pub missed: bool,
     /// What it cost.
     pub stats: RoundStats,
 }
@@ -51,6 +47,20 @@ pub struct Started {
     pub channel: Channel,
     /// The average, with the faults met on the way.
     pub averaged: Outcome<Averaged>,
+}
+
+/// What `load_state` has for the training program.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Loaded {
+    /// Nothing: nobody is ahead, or it did not work (an event says why).
+    Nothing,
+    /// A complete state that replaces everything.
+    State(Snapshot),
+    /// The averaged gradients of a round that this peer missed: step the optimizer with them, then `epoch_done`.
+    Gradients(Vec<f32>),
+    /// The parameters that the others have since a round that this peer missed. Where rounds of the state end epochs (local
+    /// updates, DiLoCo), `epoch_done` follows.
+    Parameters(Vec<f32>),
 }
 
 /// The status is renewed at most this often, and at least this often, beside the calls that change it.
@@ -168,7 +178,7 @@ impl Session {
         let averaged = self.inner.round(Channel::Gradients, vector, weight, terms).await;
         let mut core = self.inner.core();
         core.own.restart_clock(self.inner.env.now());
-        if self.inner.config.policy == PolicyKind::DelayedOptimizer {
+        if self.inner.config.policy == PolicyKind::DelayedOptimizer && !averaged.value.missed {
             core.begin_background(Channel::Gradients);
         }
         averaged
@@ -207,9 +217,12 @@ impl Session {
     pub fn take_started(&self) -> Option<Started> {
         let waiting = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).take();
         let started = waiting.map(|(started, _held)| started);
-        if started.as_ref().is_some_and(|started| started.channel == Channel::State) {
-            self.inner.core().apply_state();
+        match &started {
+            Some(started) if started.averaged.value.missed => self.inner.core().forget_background(),
+            Some(Started { channel: Channel::State, .. }) => self.inner.core().apply_state(),
+            _ => {}
         }
+        self.inner.remember();
         started
     }
 
@@ -233,6 +246,7 @@ impl Session {
     /// failed although others were here, what was applied alone ends no epoch: `epoch` stays, and the history changes.
     pub fn epoch_done(&self, snapshot: Option<Snapshot>) {
         self.inner.core().epoch_done();
+        self.inner.remember();
         match snapshot {
             Some(snapshot) => self.publish(snapshot),
             None => self.inner.tell(true),
@@ -247,18 +261,23 @@ impl Session {
         self.inner.tell(true);
     }
 
-    /// Load the state of others, if any is ahead or has won. `None`: nobody is, or it did not work (an event says
-    /// why); the program goes on and `step` says so again if it must.
-    pub async fn load_state(&self) -> Outcome<Option<Snapshot>> {
-        self.load_state_within(None).await
-    }
-
-    /// As [`Self::load_state`], with a limit of this call's own.
-    pub async fn load_state_within(&self, limit: Option<Duration>) -> Outcome<Option<Snapshot>> {
-        let loaded = self.inner.load_state(limit.unwrap_or(self.inner.config.load_state_timeout)).await;
+    /// Get what others have, if any is ahead or has won: the next round that this peer missed, if somebody still has it,
+    /// else their state. With [`Loaded::Nothing`] the program goes on; `step` says so again if it must.
+    pub async fn load_state(&self) -> Outcome<Loaded> {
+        let loaded = self.inner.load_state(true, self.inner.config.load_state_timeout).await;
         self.inner.core().own.forget_clock();
         self.inner.tell(true);
         loaded
+    }
+
+    /// For a program that has no use for rounds which it missed: the whole state of others or `None`, with a limit of this
+    /// call's own.
+    pub async fn load_whole_state(&self, limit: Option<Duration>) -> Outcome<Option<Snapshot>> {
+        let limit = limit.unwrap_or(self.inner.config.load_state_timeout);
+        let Outcome { value, faults } = self.inner.load_state(false, limit).await;
+        self.inner.core().own.forget_clock();
+        self.inner.tell(true);
+        Outcome { value: if let Loaded::State(snapshot) = value { Some(snapshot) } else { None }, faults }
     }
 
     /// Take over the history of those who are ahead, without their state: for averages of values that differ on
@@ -321,6 +340,12 @@ impl std::fmt::Debug for Session {
 impl Inner {
     fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this peer has been part of, for those who were not.
+    fn remember(&self) {
+        let sequels = self.core().take_sequels();
+        sequels.into_iter().for_each(|sequel| self.dialect.remember(sequel));
     }
 
     fn emit(&self, event: Event) {
@@ -486,48 +511,6 @@ impl Inner {
         self.not_averaged(channel, vector, weight, reason, faults)
     }
 
-    /// The members of the last round have their result now or in a moment; starting without them would split us.
-    async fn wait_for_members(&self) {
-        let until = self.env.now() + FINISHING_MAX;
-        loop {
-            let finishing = {
-                let mut core = self.core();
-                self.look(&mut core);
-                core.members_are_finishing()
-            };
-            if !finishing || self.env.now() >= until {
-                return;
-            }
-            let _news_or_deadline = tokio::time::timeout_at(until, self.dialect.changed()).await;
-        }
-    }
-
-    /// Resolves when others are epochs ahead and have been for as long as the round took until then (a slow link ends
-    /// later than the others, but not for ever).
-    async fn left_behind(&self) {
-        let begun = self.env.now();
-        let mut ahead_since = None;
-        loop {
-            let _news_or_tick = tokio::time::timeout(LEFT_BEHIND_MIN / 4, self.dialect.changed()).await;
-            let now = self.env.now();
-            if !self.is_behind() {
-                ahead_since = None;
-                continue;
-            }
-            let since = *ahead_since.get_or_insert(now);
-            if now.duration_since(since) >= LEFT_BEHIND_MIN.max(since.duration_since(begun)) {
-                return;
-            }
-        }
-    }
-
-    fn is_behind(&self) -> bool {
-        let now = self.env.now();
-        let mut core = self.core();
-        self.look(&mut core);
-        core.winner(now).is_some()
-    }
-
     fn averaged(
         &self,
         channel: Channel,
@@ -536,6 +519,7 @@ impl Inner {
     ) -> Outcome<Averaged> {
         let event = self.core().averaged(channel, &result, &faults);
         self.emit(event);
+        self.remember();
         let alone = result.members.len() <= 1 || result.unchanged;
         let value = Averaged {
             vector: result.vector,
@@ -543,6 +527,7 @@ impl Inner {
             gathered: result.gathered,
             weight_total: result.weight_total,
             alone,
+            missed: false,
             stats: result.stats,
         };
         Outcome { value, faults }
@@ -559,74 +544,24 @@ impl Inner {
         let mut core = self.core();
         self.look(&mut core);
         let in_company = core.in_company();
-        core.not_averaged(self.env.now(), channel, in_company, &faults);
+        let now = self.env.now();
+        let ends_epoch = channel == Channel::Gradients || self.config.policy.ends_epochs_with_state();
+        let missed = ends_epoch && core.winner(now).is_some();
+        core.not_averaged(now, channel, in_company, &faults);
         let epoch = core.lineage.epoch;
         drop(core);
         if in_company {
             let reason = if reason.is_empty() { "others have moved on".to_owned() } else { reason };
-            self.emit(Event::RoundFailed { epoch, channel, reason, faults: faults.clone() });
+            let faults = faults.clone();
+            self.emit(match missed {
+                true => Event::RoundMissed { epoch, channel, reason, faults },
+                false => Event::RoundFailed { epoch, channel, reason, faults },
+            });
         }
         let members = vec![self.dialect.local_peer()];
         let stats = RoundStats::default();
         let gathered = vec![Bytes::new()];
-        let value = Averaged { vector, members, gathered, weight_total: weight, alone: true, stats };
+        let value = Averaged { vector, members, gathered, weight_total: weight, alone: true, missed, stats };
         Outcome { value, faults }
-    }
-
-    async fn load_state(&self, limit: Duration) -> Outcome<Option<Snapshot>> {
-        let begun = self.env.now();
-        let deadline = begun + limit;
-        let mut faults = Vec::new();
-        let mut pause = LOAD_PAUSE_MIN;
-        loop {
-            let winner = {
-                let mut core = self.core();
-                self.look(&mut core);
-                core.winner(self.env.now())
-            };
-            let Some(winner) = winner else { return Outcome { value: None, faults } };
-            let ours = self.core().lineage;
-            if self.config.auxiliary {
-                self.core().adopt_lineage(winner.lineage, self.env.now());
-                self.drop_started();
-                return Outcome { value: None, faults };
-            }
-            let left = deadline.saturating_duration_since(self.env.now());
-            let reason = match self.dialect.download(winner.lineage.hash, winner.lineage.epoch, left).await {
-                Ok(outcome) => {
-                    faults.extend(outcome.faults);
-                    let mut snapshot = outcome.value;
-                    let shared = snapshot.clone();
-                    let adopted = self.core().adopt(&mut snapshot, self.env.now());
-                    match adopted {
-                        Ok(lost) => {
-                            self.drop_started();
-                            self.dialect.publish(shared);
-                            if lost {
-                                let theirs = self.core().lineage;
-                                self.emit(Event::LineageLost { ours, theirs, peer: winner.peer });
-                            }
-                            let seconds = self.env.now().duration_since(begun).as_secs_f64();
-                            let to_epoch = snapshot.epoch;
-                            self.emit(Event::StateLoaded { from_epoch: ours.epoch, to_epoch, seconds });
-                            return Outcome { value: Some(snapshot), faults };
-                        }
-                        Err(reason) => reason,
-                    }
-                }
-                Err(failed) => {
-                    let reason = failed.to_string();
-                    faults.extend(failed.faults);
-                    reason
-                }
-            };
-            if self.env.now() + pause >= deadline {
-                self.emit(Event::StateFailed { reason });
-                return Outcome { value: None, faults };
-            }
-            // The winner may only be about to offer its state; try again when news come, or after a growing pause.
-            let _news_or_pause = tokio::time::timeout(pause, self.dialect.changed()).await;
-            pause = (pause * 2).min(LOAD_PAUSE_MAX);
-        }
     }
 }

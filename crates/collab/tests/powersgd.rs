@@ -2,7 +2,9 @@
 //! survivors that stay equal.
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
-use potluck_collab::{Averaged, PowerSgd, Session, SessionConfig, Snapshot, Step, TensorInfo, TensorRole};
+use potluck_collab::{
+    Averaged, Loaded, PowerSgd, Session, SessionConfig, Snapshot, Step, TensorInfo, TensorRole,
+};
 use potluck_net::{FaultKind, Outcome, PeerId, Transport};
 use potluck_net_sim::{FaultGuard, PeerSpec, SimNet, Verdict, run};
 use std::collections::BTreeMap;
@@ -44,6 +46,8 @@ struct Peer {
     session: Session,
     /// The sum of all averages stands for the parameters.
     sum: Vec<f32>,
+    /// Rounds of others that it applied afterwards.
+    made_up: u32,
 }
 
 async fn join(net: &SimNet, known: &[Peer], rank: Option<usize>) -> Peer {
@@ -51,7 +55,7 @@ async fn join(net: &SimNet, known: &[Peer], rank: Option<usize>) -> Peer {
     let (id, env) = (transport.local_peer(), transport.env());
     let bootstrap = known.iter().map(|peer| peer.id).collect();
     let session = Session::join(transport, env, config(bootstrap, rank)).await.unwrap();
-    let peer = Peer { id, session, sum: vec![0.0; LEN] };
+    let peer = Peer { id, session, sum: vec![0.0; LEN], made_up: 0 };
     peer.session.publish(peer.snapshot());
     peer
 }
@@ -73,18 +77,33 @@ impl Peer {
 
     async fn catch_up(&mut self) {
         while self.session.step(0) == Step::LoadState {
-            let Some(snapshot) = self.session.load_state().await.value else { continue };
-            let words = snapshot.blobs["sum"].as_chunks::<4>().0;
-            self.sum = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+            match self.session.load_state().await.value {
+                Loaded::State(snapshot) => {
+                    let words = snapshot.blobs["sum"].as_chunks::<4>().0;
+                    self.sum = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+                }
+                Loaded::Gradients(average) => {
+                    self.apply(&average);
+                    self.made_up += 1;
+                    self.session.epoch_done(None);
+                }
+                other => assert_eq!(other, Loaded::Nothing),
+            }
         }
     }
 
     async fn epoch(&mut self, gradient: Vec<f32>) -> Outcome<Averaged> {
         self.session.step(1);
         let averaged = self.session.average_gradients(gradient, 1.0).await;
-        self.sum.iter_mut().zip(&averaged.value.vector).for_each(|(sum, value)| *sum += value);
-        self.session.epoch_done(Some(self.snapshot()));
+        if !averaged.value.missed {
+            self.apply(&averaged.value.vector);
+            self.session.epoch_done(Some(self.snapshot()));
+        }
         averaged
+    }
+
+    fn apply(&mut self, average: &[f32]) {
+        self.sum.iter_mut().zip(average).for_each(|(sum, value)| *sum += value);
     }
 }
 

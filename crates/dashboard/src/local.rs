@@ -1,18 +1,26 @@
 //! Which runs have a peer on this machine: each leaves a notice in a folder of its user while it runs, so that
-//! `potluck status` finds it by name. A notice is locked by the process that wrote it; one without a lock is left over.
+//! `potluck status` finds it by name. A notice is held by the process that wrote it; one that nobody holds is left over, and
+//! removed by whoever starts or looks next: a user's killed peers leave one file each until then, and nothing after it.
 
 use serde::{Deserialize, Serialize};
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::SocketAddr;
 #[cfg(unix)]
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+#[cfg(windows)]
+use std::os::windows::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Longest notice that is read.
 const NOTICE_BYTES_MAX: u64 = 64 << 10;
 /// Notices of one process.
 const NOTICES_MAX: u32 = 100;
+
+#[cfg(windows)]
+const SHARE_READ_AND_DELETE: u32 = 0x1 | 0x4;
+#[cfg(windows)]
+const SHARING_VIOLATION: i32 = 32;
 
 /// What a peer says of itself to others of its user on this machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +85,8 @@ impl Notice {
             builder.mode(0o700);
             options.mode(0o600);
         }
+        #[cfg(windows)]
+        options.share_mode(SHARE_READ_AND_DELETE);
         builder.recursive(true);
         let about = LocalRun { run_id: run_id.to_owned(), pid: std::process::id(), dashboard, token };
         for number in 0..NOTICES_MAX {
@@ -96,9 +106,12 @@ impl Notice {
                 std::fs::remove_file(&path)?;
                 return Err(Error::new(ErrorKind::PermissionDenied, "the folder belongs to somebody else"));
             }
+            #[cfg(not(windows))]
             file.lock()?;
             serde_json::to_writer(&file, &about)?;
             file.flush()?;
+            // Whoever starts removes what others left when they were killed. Not before it is known that the folder is ours.
+            let _others = runs_in(folder);
             return Ok(Self { path, _file: file });
         }
         Err(Error::new(ErrorKind::AlreadyExists, "too many notices of one process"))
@@ -125,15 +138,35 @@ fn read(path: &Path) -> Option<LocalRun> {
     let file = File::open(path).ok()?;
     let mut text = String::new();
     (&file).take(NOTICE_BYTES_MAX).read_to_string(&mut text).ok()?;
-    match file.try_lock_shared() {
+    match is_held(&file, path) {
         // A file that is just being written has no lock yet, but no text either.
-        Ok(()) if !text.is_empty() => {
+        Some(false) if !text.is_empty() => {
             // Somebody else may have been faster.
             let _gone = std::fs::remove_file(path);
             None
         }
-        Err(TryLockError::WouldBlock) => serde_json::from_str(&text).ok(),
+        Some(true) => serde_json::from_str(&text).ok(),
         _ => None,
+    }
+}
+
+/// Whether the process that wrote it still runs; None if that cannot be told.
+#[cfg(not(windows))]
+fn is_held(file: &File, _path: &Path) -> Option<bool> {
+    match file.try_lock_shared() {
+        Ok(()) => Some(false),
+        Err(std::fs::TryLockError::WouldBlock) => Some(true),
+        Err(std::fs::TryLockError::Error(_)) => None,
+    }
+}
+
+/// A lock would keep others from reading there. Instead, nobody else may write while the file is held open.
+#[cfg(windows)]
+fn is_held(_file: &File, path: &Path) -> Option<bool> {
+    match OpenOptions::new().write(true).open(path) {
+        Ok(_) => Some(false),
+        Err(error) if error.raw_os_error() == Some(SHARING_VIOLATION) => Some(true),
+        Err(_) => None,
     }
 }
 
@@ -166,6 +199,13 @@ mod tests {
         std::fs::write(&left, r#"{"run_id":"gone","pid":7,"dashboard":null,"token":null}"#).unwrap();
         assert_eq!(runs_in(dir.path()), []);
         assert!(!left.exists());
+        std::fs::write(&left, r#"{"run_id":"gone","pid":7,"dashboard":null,"token":null}"#).unwrap();
+        let living = Notice::post_in(dir.path(), "a", None, None).unwrap();
+        assert!(!left.exists(), "a start removes it, even if nobody ever looks");
+        let other = Notice::post_in(dir.path(), "b", None, None).unwrap();
+        assert_eq!(runs_in(dir.path()).len(), 2, "and leaves alone what belongs to somebody");
+        drop((living, other));
+        std::fs::create_dir_all(dir.path()).unwrap();
         let nonsense = dir.path().join("8-0.json");
         std::fs::write(&nonsense, "{").unwrap();
         let held = File::open(&nonsense).unwrap();

@@ -1,6 +1,7 @@
 //! The newcomer's side: agree on one snapshot, then fetch its chunks from everybody who has them.
 
 use crate::exchange::{CHUNK_COST, DownloadError, Inner};
+use crate::store::Kind;
 use crate::wire::{Index, Request};
 use crate::work::{Donor, REFRESH, WINDOW_MAX, Work};
 use crate::{CHUNK_BYTES, Snapshot};
@@ -45,15 +46,21 @@ impl Download {
         Self { inner, peers, start, deadline: start + timeout, faults: Vec::new() }
     }
 
-    pub(crate) async fn run(mut self, epoch_min: u64) -> Result<Outcome<Snapshot>, DownloadError> {
-        let Some(index) = self.agree(epoch_min).await else {
+    /// Ask everybody for what is wanted, then fetch what most of them offer.
+    pub(crate) async fn run(
+        mut self,
+        wanted: Request,
+        kind: Kind,
+    ) -> Result<Outcome<Snapshot>, DownloadError> {
+        let epoch_min = if let Request::Offer { epoch_min } = wanted { epoch_min } else { 0 };
+        let Some(index) = self.agree(&wanted, epoch_min).await else {
             return Err(DownloadError::NobodyOffers {
                 asked: self.peers.len(),
                 epoch_min,
                 faults: self.faults,
             });
         };
-        let root = self.inner.store().begin(&index, self.inner.env.now());
+        let root = self.inner.store().begin(&index, kind, self.inner.env.now());
         let why = self.fetch(&index, root).await;
         let now = self.inner.env.now();
         let chunks = self.inner.store().complete(&root, now);
@@ -82,12 +89,12 @@ impl Download {
     }
 
     /// What those who were asked offer, as far as they answer in time.
-    async fn offers(&self, epoch_min: u64) -> Vec<(PeerId, Result<Bytes, PeerFault>)> {
+    async fn offers(&self, wanted: &Request) -> Vec<(PeerId, Result<Bytes, PeerFault>)> {
         let begun = self.inner.env.now();
         let mut asked: FuturesUnordered<_> = self
             .peers
             .iter()
-            .map(|peer| async { (*peer, self.ask(*peer, Request::Offer { epoch_min }, ASK_TIMEOUT).await) })
+            .map(|peer| async { (*peer, self.ask(*peer, wanted.clone(), ASK_TIMEOUT).await) })
             .collect();
         let (mut answers, mut until) = (Vec::new(), begun + ASK_TIMEOUT);
         while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
@@ -101,8 +108,8 @@ impl Download {
     }
 
     /// The newest epoch that is offered; where donors disagree about it, what most of them say (then: smallest root).
-    async fn agree(&mut self, epoch_min: u64) -> Option<Index> {
-        let answers = self.offers(epoch_min).await;
+    async fn agree(&mut self, wanted: &Request, epoch_min: u64) -> Option<Index> {
+        let answers = self.offers(wanted).await;
         let mut offers: BTreeMap<(u64, [u8; 32]), (usize, Index)> = BTreeMap::new();
         for (peer, answer) in answers {
             match answer {

@@ -1,9 +1,9 @@
 //! One peer's side of the exchange: it answers whoever asks, and downloads for itself.
 
 use crate::download::Download;
-use crate::store::{Store, index_of};
+use crate::store::{Kind, Store, index_of};
 use crate::wire::{Request, encode_bits};
-use crate::{CHUNK_BYTES, Snapshot};
+use crate::{CHUNK_BYTES, Sequel, Snapshot};
 use bytes::Bytes;
 use potluck_net::{AcceptError, Env, Outcome, PeerFault, PeerId, Protocol, Tasks, Transport, rpc};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,6 +46,15 @@ pub enum DownloadError {
     },
 }
 
+/// Bytes of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HeldBytes {
+    /// Of states.
+    pub states: u64,
+    /// Of what led from one history to the next.
+    pub sequels: u64,
+}
+
 /// Serves this peer's snapshots and downloads those of others. Clones share everything; the last one ends the serving.
 #[derive(Clone)]
 pub struct Exchange {
@@ -75,6 +84,20 @@ impl Inner {
         self.store().hashed(&snapshot, index, self.env.now());
     }
 
+    /// Make and hash the sequel of a history, if there is one that nobody has asked for yet.
+    async fn make_sequel(&self, before: &[u8; 32]) {
+        let _one = self.hashing.lock().await;
+        let Some(sequel) = self.store().unmade(before) else { return };
+        let source = sequel.clone();
+        let making = move || {
+            let snapshot = (source.make)();
+            let index = index_of(&snapshot);
+            (snapshot, index)
+        };
+        let (snapshot, index) = self.env.offload(making).await;
+        self.store().made(&sequel, &snapshot, index, self.env.now());
+    }
+
     async fn answer(&self, request: Bytes) -> Option<Bytes> {
         let now = self.env.now();
         match Request::decode(&request)? {
@@ -82,6 +105,10 @@ impl Inner {
                 self.hash_pending().await;
                 let mut store = self.store();
                 Some(store.offer(epoch_min, now).map(|index| index.encode()).unwrap_or_default())
+            }
+            Request::Next { lineage } => {
+                self.make_sequel(&lineage).await;
+                Some(self.store().next(&lineage, now).map(|index| index.encode()).unwrap_or_default())
             }
             Request::Have { root } => self.store().have(&root, now).map(|bits| encode_bits(&bits)),
             Request::Chunk { root, index } => self.store().chunk(&root, index, now),
@@ -134,13 +161,18 @@ impl Exchange {
         self.inner.store().publish(snapshot, self.inner.env.now());
     }
 
+    /// Keep what led from one history to the next for whoever has missed it. Returns at once.
+    pub fn remember(&self, sequel: Sequel) {
+        self.inner.store().remember(sequel, self.inner.env.now());
+    }
+
     /// Offer nothing any more, and let go of everything that is held here.
     pub fn withdraw(&self) {
         *self.inner.store() = Store::default();
     }
 
-    /// Bytes of the snapshots held here, shared with whoever published them.
-    pub fn bytes(&self) -> u64 {
+    /// What is held here, shared with whoever published it.
+    pub fn held(&self) -> HeldBytes {
         self.inner.store().bytes()
     }
 
@@ -155,7 +187,21 @@ impl Exchange {
         epoch_min: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        Download::new(self.inner.clone(), peers, timeout).run(epoch_min).await
+        Download::new(self.inner.clone(), peers, timeout).run(Request::Offer { epoch_min }, Kind::State).await
+    }
+
+    /// Download what led on from this history, from as many of `peers` as know it. Its lineage and epoch are those after
+    /// it, as its donors say.
+    ///
+    /// # Errors
+    /// [`DownloadError`]: nobody knows it ([`DownloadError::NobodyOffers`]), or it did not arrive.
+    pub async fn download_next(
+        &self,
+        peers: &[PeerId],
+        lineage: [u8; 32],
+        timeout: Duration,
+    ) -> Result<Outcome<Snapshot>, DownloadError> {
+        Download::new(self.inner.clone(), peers, timeout).run(Request::Next { lineage }, Kind::Sequel).await
     }
 }
 

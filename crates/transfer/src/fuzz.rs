@@ -34,6 +34,7 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
         Request::Offer { epoch_min: 3 },
         Request::Have { root: [1; 32] },
         Request::Chunk { root: [1; 32], index: 2 },
+        Request::Next { lineage: [7; 32] },
     ];
     let index = Index {
         epoch: 4,

@@ -20,6 +20,8 @@ const VERSION: u8 = 1;
 pub(crate) enum Request {
     /// What do you have that is of this epoch or later?
     Offer { epoch_min: u64 },
+    /// What led on from this history?
+    Next { lineage: [u8; 32] },
     /// Which chunks of this snapshot do you have?
     Have { root: [u8; 32] },
     /// One chunk.
@@ -54,6 +56,10 @@ impl Request {
                 out.put_slice(root);
                 out.put_u32_le(*index);
             }
+            Self::Next { lineage } => {
+                out.put_u8(3);
+                out.put_slice(lineage);
+            }
         }
         out.freeze()
     }
@@ -67,6 +73,7 @@ impl Request {
             0 => Self::Offer { epoch_min: input.u64()? },
             1 => Self::Have { root: input.array()? },
             2 => Self::Chunk { root: input.array()?, index: input.u32()? },
+            3 => Self::Next { lineage: input.array()? },
             _ => return None,
         };
         input.0.is_empty().then_some(request)
@@ -213,6 +220,7 @@ mod tests {
             Request::Offer { epoch_min: 4 },
             Request::Have { root: [1; 32] },
             Request::Chunk { root: [2; 32], index: 77 },
+            Request::Next { lineage: [3; 32] },
         ] {
             assert_eq!(Request::decode(&request.encode()), Some(request));
         }

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use potluck_net::{FaultKind, PeerId, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, SimTransport, run};
-use potluck_transfer::{CHUNK_BYTES, DownloadError, Exchange, Snapshot};
+use potluck_transfer::{CHUNK_BYTES, DownloadError, Exchange, HeldBytes, Sequel, Snapshot};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,10 +72,10 @@ fn older_states_are_let_go_when_nobody_asks_for_them_any_more() {
             assert_eq!(newcomer.download(&from, epoch, TIMEOUT).await.unwrap().value, *snapshot(epoch, 2));
         }
         let one: u64 = snapshot(6, 2).blobs.values().map(|blob| blob.len() as u64).sum();
-        assert_eq!(offering.bytes(), 3 * one, "at most two older ones beside the newest");
+        assert_eq!(offering.held().states, 3 * one, "at most two older ones beside the newest");
         tokio::time::sleep(Duration::from_secs(60)).await;
         offering.publish(snapshot(6, 2));
-        assert_eq!(offering.bytes(), one, "nobody asked for the older ones for a minute");
+        assert_eq!(offering.held().states, one, "nobody asked for the older ones for a minute");
     });
 }
 
@@ -235,5 +235,80 @@ fn a_slow_swarm_is_not_asked_for_everything_twice() {
         assert!(outcome.faults.is_empty(), "{:?}", outcome.faults);
         let received = net.traffic(transport.local_peer()).down_bytes;
         assert!(received < 9 * CHUNK_BYTES as u64, "{received}");
+    });
+}
+
+/// What led from the history of one epoch to that of the next; `bytes` in all.
+fn sequel(epoch: u64, bytes: usize) -> Sequel {
+    let make = move || Snapshot {
+        epoch: epoch + 1,
+        lineage: [epoch as u8 + 1; 32],
+        blobs: BTreeMap::from([("average".to_owned(), vec![epoch as u8; bytes].into())]),
+        ..Snapshot::default()
+    };
+    Sequel { before: [epoch as u8; 32], bytes: bytes as u64, make: Box::new(make) }
+}
+
+/// How many sequels, from this epoch on, somebody can get.
+async fn known(newcomer: &Exchange, from: &[PeerId], first: u64) -> u64 {
+    let mut epoch = first;
+    while let Ok(next) = newcomer.download_next(from, [epoch as u8; 32], TIMEOUT).await {
+        assert_eq!(next.value, (sequel(epoch, next.value.bytes() as usize).make)());
+        assert_eq!(next.faults, []);
+        epoch += 1;
+    }
+    epoch - first
+}
+
+/// Who takes longer to load a state than an epoch takes finds what came after it; where nobody loads, one sequel is kept.
+#[test]
+fn what_came_after_a_state_is_kept_for_those_who_still_load_it() {
+    run(9, |net| async move {
+        let (donor, offering) = peer(&net, 1.0);
+        let (_, newcomer) = peer(&net, 10.0);
+        let from = [donor.local_peer()];
+        offering.publish(snapshot(1, 8));
+        offering.remember(sequel(0, 100));
+        offering.remember(sequel(1, 100));
+        assert_eq!(known(&newcomer, &from, 0).await, 0, "the one before the last is gone");
+        assert_eq!(known(&newcomer, &from, 1).await, 1);
+        // Eight seconds, in which four epochs end.
+        let training = async {
+            for epoch in 2..6 {
+                tokio::time::sleep(Duration::from_millis(1500)).await;
+                offering.publish(snapshot(epoch, 8));
+                offering.remember(sequel(epoch - 1, CHUNK_BYTES + 7));
+            }
+        };
+        let (loaded, ()) = tokio::join!(newcomer.download(&from, 1, TIMEOUT), training);
+        assert_eq!(loaded.unwrap().value, *snapshot(1, 8));
+        assert_eq!(known(&newcomer, &from, 1).await, 4);
+        assert_eq!(
+            newcomer.download(&from, 5, TIMEOUT).await.unwrap().value.epoch,
+            5,
+            "the state is still there"
+        );
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        offering.remember(sequel(5, 100));
+        let held = HeldBytes { states: snapshot(5, 8).bytes(), sequels: 100 };
+        assert_eq!(offering.held(), held, "nobody has asked for a minute");
+    });
+}
+
+/// The state is the shorter way to whoever lacks more than it has bytes.
+#[test]
+fn sequels_are_never_larger_than_the_state() {
+    run(10, |net| async move {
+        let (donor, offering) = peer(&net, 10.0);
+        let (_, newcomer) = peer(&net, 10.0);
+        let from = [donor.local_peer()];
+        offering.publish(snapshot(0, 8));
+        for epoch in 0..9 {
+            assert!(newcomer.download(&from, 0, TIMEOUT).await.is_ok(), "somebody asks");
+            offering.remember(sequel(epoch, 3 * CHUNK_BYTES));
+        }
+        assert_eq!(known(&newcomer, &from, 7).await, 2);
+        assert_eq!(known(&newcomer, &from, 6).await, 0);
+        assert!(offering.held().sequels <= snapshot(0, 8).bytes());
     });
 }

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from potluck.demo._invite import options_of
 from potluck.demo._scale import FULL, QUICK, Scale
 
 
@@ -19,11 +20,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder for loss.png, results.json, logs"
     )
-    parser.add_argument("--epochs", type=int, help="shared optimizer steps (default 120; 40 with --quick)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="shared optimizer steps (default: 120, 40 with --quick; for --host and --join: until Ctrl-C)",
+    )
     parser.add_argument("--quick", action="store_true", help="a much smaller model and run, for tests")
     parser.add_argument("--no-reference", action="store_true", help="leave out the plain process")
-    parser.add_argument("--host", action="store_true", help="be one peer, and print how others join")
-    parser.add_argument("--join", metavar="TOKEN", help="be one peer of the run that printed this")
+    parser.add_argument(
+        "--host", action="store_true", help="be one peer, and print the line that others paste"
+    )
+    parser.add_argument("--join", metavar="TOKEN", help="be one peer of the run that printed this line")
     parser.add_argument("--threads", type=int, help="CPU threads of this peer")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
@@ -39,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     scale = QUICK if arguments.quick else FULL
     if arguments.epochs is not None:
         scale = dataclasses.replace(scale, epochs=arguments.epochs)
+    else:
+        scale = dataclasses.replace(scale, endless=bool(arguments.host or arguments.join))
     if arguments.host or arguments.join or arguments.plain:
         from potluck.demo import _peer
 
@@ -48,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             plain=arguments.plain,
             events=arguments.events,
             threads=arguments.threads,
+            options=options_of(arguments.quick, arguments.epochs),
         )
     return _whole(arguments, scale)
 
@@ -58,7 +68,8 @@ def _whole(arguments: argparse.Namespace, scale: Scale) -> int:
     from potluck.demo._view import View
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    options = [*(["--quick"] if arguments.quick else []), "--epochs", str(scale.epochs)]
+    # All of them end at one epoch, whoever joins from elsewhere too.
+    options = options_of(arguments.quick, scale.epochs)
     director = Director(scale, options, arguments.output, View())
     try:
         story = director.run(reference=not arguments.no_reference)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from potluck.demo._invite import joining_line
 from potluck.demo._scale import Scale
 from potluck.demo._story import PeerStory, Story
 from potluck.demo._view import View
@@ -91,7 +92,7 @@ class Director:
         self._processes: dict[str, _Process] = {}
         self._loaded: set[str] = set()
         self._ready: set[str] = set()
-        self.story = Story(scale.epochs)
+        self.story = Story(scale.epochs, scale.join_epoch)
         self.join: str | None = None
 
     def run(self, reference: bool) -> Story:
@@ -101,7 +102,7 @@ class Director:
                 self._start(name)
             self._open("peer A", "starts")
             self._listen(lambda: self.join is not None)
-            self._view.invite(self.join)
+            self._view.invite(joining_line(self.join, self._options))
             self._open("peer B", "starts")
             self._listen(lambda: {"peer A", "peer B"} <= self._ready)
             self._tell("peer A", "train")
@@ -161,7 +162,7 @@ class Director:
 
     def _run_plain(self) -> None:
         self._view.happened("the same training in one plain process, for comparison")
-        self.story.plain = PeerStory("plain")
+        self.story.plain = PeerStory("plain", joined_at=0)
         arguments = ["--plain", "--events", "--threads", "1", *self._options]
         self._processes["plain"] = _Process("plain", arguments, self._logs, self._inbox)
         for words in ("open", "train", "leave"):

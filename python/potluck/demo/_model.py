@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -62,12 +64,15 @@ class NextByte(LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        """AdamW with a warm-up and a cosine, both counted in epochs of the run."""
+        """AdamW, with a rate that depends on the epoch of the run."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.scale.learning_rate, weight_decay=0.01)
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=self.scale.warmup_epochs)
-        rest = max(1, self.scale.epochs - self.scale.warmup_epochs)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest, self.scale.learning_rate / 10)
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer, [warmup, cosine], [self.scale.warmup_epochs]
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _share_of_rate(self, epoch: int) -> float:
+        """A warm-up from a tenth, a cosine down to a tenth at the last epoch, and no change after it."""
+        warmup = self.scale.warmup_epochs
+        if epoch < warmup:
+            return 0.1 + 0.9 * epoch / warmup
+        way = min(1.0, (epoch - warmup) / max(1, self.scale.epochs - warmup))
+        return 0.55 + 0.45 * math.cos(math.pi * way)

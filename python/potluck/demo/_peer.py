@@ -1,15 +1,19 @@
 """One peer of the demonstration, or the plain reference: a process with one Lightning Trainer.
 
-With ``--events`` it reports to the director in JSON lines on stdout and takes the words ``open`` (connect), ``train``
-(begin) and ``leave`` from stdin, so that the story does not depend on how long a process takes to load torch.
+A person starts it with ``--host`` or ``--join``. With ``--events`` it reports to the director in JSON lines on stdout and
+takes the words ``open`` (connect), ``train`` (begin) and ``leave`` from stdin, so that the story does not depend on how
+long a process takes to load torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import queue
+import signal
 import sys
 import threading
 import time
@@ -20,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from potluck import Float16Compression, SizeAdaptiveCompression, Uniform8BitQuantization
 from potluck.demo import _corpus
+from potluck.demo._invite import joining_line
 from potluck.demo._model import NextByte
 from potluck.demo._scale import Scale
 from potluck.lightning import HivemindStrategy
@@ -35,27 +40,47 @@ _HELD_OUT_CROPS = 64
 _LEAVE_SECONDS = 30.0
 
 
-class Reporter(_pl.Callback):
-    """Ends the training at the last epoch and, if asked to, says on stdout how it goes."""
+class _Counter(_pl.Callback):
+    """Counts samples and ends the training at the last epoch."""
 
-    def __init__(self, scale: Scale, events: bool) -> None:
+    def __init__(self, scale: Scale) -> None:
         self._scale = scale
-        self._events = events
-        self._samples = 0
+        self.samples = 0
+        self._held_out_crops = _corpus.load(scale.context)[1].spread(_HELD_OUT_CROPS)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell of it, and stop when the run is complete."""
+        self.samples += len(batch[0])
+        self.tell_of_step(trainer, float(outputs["loss"]))
+        if _epoch(trainer) >= self._scale.epochs and not self._scale.endless:
+            trainer.should_stop = True
+
+    def tell_of_step(self, trainer: Any, loss: float) -> None:
+        """One batch is done."""
+        raise NotImplementedError
+
+    def held_out(self, pl_module: Any) -> float:
+        """The loss on text that is never trained on."""
+        with torch.no_grad():
+            return float(pl_module.loss(*(crops.to(pl_module.device) for crops in self._held_out_crops)))
+
+
+class Reporter(_Counter):
+    """For a peer of the director's: says on stdout how it goes, and waits for words."""
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
         self._words: queue.Queue[str] = queue.Queue()
-        if events:
-            threading.Thread(target=self._listen, daemon=True).start()
-        self._held_out = _corpus.load(scale.context)[1].spread(_HELD_OUT_CROPS)
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def say(self, kind: str, **fields: Any) -> None:
         """One JSON line to the director."""
-        if self._events:
-            print(json.dumps({"kind": kind, **fields}), flush=True)
+        print(json.dumps({"kind": kind, **fields}), flush=True)
 
     def wait_for(self, word: str, timeout: float | None = None) -> str | None:
         """Block until the director says ``word`` or is gone; what it said after the word."""
-        if not self._events:
-            return None
         try:
             said, _, rest = self._words.get(timeout=timeout).partition(" ")
         except queue.Empty:
@@ -73,31 +98,56 @@ class Reporter(_pl.Callback):
         self.say("ready")
         self.wait_for("train")
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Report, and stop when the run is complete."""
-        self._samples += len(batch[0])
-        loss = float(outputs["loss"])
-        epoch = _epoch(trainer)
+    def tell_of_step(self, trainer: Any, loss: float) -> None:
+        """One line."""
         network = _network(trainer.strategy)
-        self.say("step", epoch=epoch, loss=loss, samples=self._samples, at=time.monotonic(), **network)
-        if epoch >= self._scale.epochs:
-            trainer.should_stop = True
+        epoch = _epoch(trainer)
+        self.say("step", epoch=epoch, loss=loss, samples=self.samples, at=time.monotonic(), **network)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stay until everyone has the last epoch, then say what this peer ended with."""
         self.say("arrived", epoch=_epoch(trainer))
         self.wait_for("leave", timeout=_LEAVE_SECONDS)
-        with torch.no_grad():
-            held_out = float(pl_module.loss(*self._held_out))
         self.say(
             "end",
             epoch=_epoch(trainer),
-            held_out=held_out,
+            held_out=self.held_out(pl_module),
             digest=digest(pl_module),
-            samples=self._samples,
+            samples=self.samples,
             **_network(trainer.strategy),
+        )
+
+
+class ByHand(_Counter):
+    """For a peer that a person started: figures in the progress bar, Ctrl-C to leave, and what it did at the end."""
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        self._first: int | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """From here on, Ctrl-C ends the training as its last epoch would; a second one ends it at once."""
+
+        def stop(*_signal: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            trainer.should_stop = True
+
+        signal.signal(signal.SIGINT, stop)
+
+    def tell_of_step(self, trainer: Any, loss: float) -> None:
+        """What the progress bar shows beside the loss."""
+        epoch = _epoch(trainer)
+        self._first = epoch if self._first is None else self._first
+        peers = float(_network(trainer.strategy)["peers"])
+        trainer.lightning_module.log_dict({"peers": peers, "epoch_of_run": float(epoch)}, prog_bar=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """What came of it."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(
+            f"\nThis peer trained on {self.samples} samples in the epochs {self._first} to {_epoch(trainer)} of the run. "
+            f"Loss on text never trained on: {self.held_out(pl_module):.3f}",
+            flush=True,
         )
 
 
@@ -135,7 +185,9 @@ def compression(scale: Scale) -> SizeAdaptiveCompression:
     )
 
 
-def run(scale: Scale, *, join: str | None, plain: bool, events: bool, threads: int | None) -> int:
+def run(
+    scale: Scale, *, join: str | None, plain: bool, events: bool, threads: int | None, options: list[str]
+) -> int:
     """Train as one peer, or alone without potluck."""
     if threads:
         torch.set_num_threads(threads)
@@ -147,15 +199,24 @@ def run(scale: Scale, *, join: str | None, plain: bool, events: bool, threads: i
     # The reference takes the whole target batch at once; a peer takes its small share of it.
     batch_size = scale.target_batch_size if plain else scale.batch_size
     loader = DataLoader(_corpus.load(scale.context)[0], batch_size=batch_size, shuffle=True)
-    reporter = Reporter(scale, events)
-    reporter.say("loaded")
-    join = reporter.wait_for("open") or join
+    callback: _Counter
+    if events:
+        callback = reporter = Reporter(scale)
+        reporter.say("loaded")
+        join = reporter.wait_for("open") or join
+        strategy = "auto" if plain else _strategy(scale, join)
+        if not plain:
+            reporter.say("open", join=_join_argument(strategy))
+    else:
+        callback, strategy = ByHand(scale), "auto" if plain else _strategy(scale, join)
+        if not plain:
+            _print_invitation(strategy, scale, options)
     trainer = _pl.Trainer(
-        strategy="auto" if plain else _strategy(scale, join, reporter),
+        strategy=strategy,
         accelerator="cpu" if events else "auto",
         devices=1,
         max_epochs=-1,
-        callbacks=[reporter],
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -165,18 +226,22 @@ def run(scale: Scale, *, join: str | None, plain: bool, events: bool, threads: i
     return 0
 
 
-def _strategy(scale: Scale, join: str | None, reporter: Reporter) -> HivemindStrategy:
+def _strategy(scale: Scale, join: str | None) -> HivemindStrategy:
     lossy = compression(scale)
     where = {} if join is None else ({"initial_peers": join} if join.startswith("/") else {"token": join})
-    strategy = HivemindStrategy(
-        target_batch_size=scale.target_batch_size,
-        run_id=_RUN_ID,
-        grad_compression=lossy,
-        state_averaging_compression=lossy,
-        shuffle_differently=True,
-        **where,
-    )
-    reporter.say("open", join=_join_argument(strategy))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        strategy = HivemindStrategy(
+            target_batch_size=scale.target_batch_size,
+            run_id=_RUN_ID,
+            grad_compression=lossy,
+            state_averaging_compression=lossy,
+            shuffle_differently=True,
+            **where,
+        )
+        _ = strategy.dht
+    # The strategy's own advice sets a variable, which not every shell can; there is one line to paste, and it is ours.
+    sys.stderr.write(said.getvalue().replace(f"{strategy.joining_text}\n", ""))
     return strategy
 
 
@@ -185,3 +250,11 @@ def _join_argument(strategy: HivemindStrategy) -> str:
     if hasattr(dht, "token"):
         return str(dht.token(_RUN_ID))
     return ",".join(str(address) for address in dht.get_visible_maddrs())
+
+
+def _print_invitation(strategy: HivemindStrategy, scale: Scale, options: list[str]) -> None:
+    until = "until Ctrl-C" if scale.endless else f"to epoch {scale.epochs}, or until Ctrl-C"
+    print(
+        f"This peer trains {until}. To train together with it, paste this on another machine that has potluck:"
+    )
+    print(f"  {joining_line(_join_argument(strategy), options)}", flush=True)

@@ -52,7 +52,7 @@ def _loss(axes: Axes, story: Story) -> None:
     top = max(loss for _, loss in together)
     for peer in story.peers.values():
         colour = _COLOURS.get(peer.name, _OTHER)
-        if peer.joined_at:
+        if peer.joined_at is not None and story.joined_late(peer):
             _mark(axes, peer.joined_at, top, f"{peer.name}\njoins", colour)
         if peer.killed_at is not None:
             _mark(axes, peer.killed_at, top, f"{peer.name}\nis killed", colour)

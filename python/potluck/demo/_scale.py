@@ -10,6 +10,8 @@ class Scale:
     """Model, data and run sizes."""
 
     epochs: int
+    # Whether peers stop at the last epoch, or go on with the last learning rate until somebody stops them.
+    endless: bool = False
     target_batch_size: int = 64
     batch_size: int = 8
     context: int = 96
@@ -33,4 +35,4 @@ class Scale:
 
 
 FULL = Scale(epochs=120)
-QUICK = Scale(epochs=40, target_batch_size=64, context=64, width=64, layers=1, size_threshold=2**11 + 1)
+QUICK = Scale(epochs=40, target_batch_size=64, context=64, width=64, layers=1, size_threshold=2**14)

@@ -68,6 +68,8 @@ class Story:
     """All peers of the run, and the plain reference."""
 
     epochs: int
+    # Who began here or later has joined a running training.
+    join_epoch: int
     peers: dict[str, PeerStory] = field(default_factory=dict)
     plain: PeerStory | None = None
 
@@ -80,6 +82,10 @@ class Story:
     def survivors(self) -> list[PeerStory]:
         """Peers that nobody killed."""
         return [peer for peer in self.peers.values() if peer.killed_at is None]
+
+    def joined_late(self, peer: PeerStory) -> bool:
+        """Whether the training was running when this peer's first batch was done."""
+        return peer.joined_at is not None and peer.joined_at >= self.join_epoch
 
     def curve(self) -> list[tuple[int, float]]:
         """(epoch, mean loss over all batches that any peer processed in it)."""
@@ -103,6 +109,10 @@ class Story:
         short = [peer.name for peer in self.survivors if peer.epoch < self.epochs]
         if short:
             problems.append(f"{', '.join(short)} did not reach epoch {self.epochs}")
+        if not any(peer.killed_at is not None for peer in self.peers.values()):
+            problems.append("nobody was killed: the run was over before")
+        if not any(self.joined_late(peer) for peer in self.survivors):
+            problems.append(f"nobody joined the running training, at epoch {self.join_epoch} or later")
         idle = [peer.name for peer in self.survivors if not peer.samples]
         if idle:
             problems.append(f"{', '.join(idle)} contributed nothing")

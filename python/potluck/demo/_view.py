@@ -28,9 +28,9 @@ class View:
 
             os.system("")  # switches the Windows console to escape sequences
 
-    def invite(self, join: str | None) -> None:
+    def invite(self, line: str) -> None:
         """How another machine can take part right now."""
-        self._print(f"Another machine can join while this runs:\n  python -m potluck.demo --join {join}\n")
+        self._print(f"Another machine can join while this runs; paste there:\n  {line}\n")
 
     def happened(self, what: str) -> None:
         """An event of the story."""
@@ -86,6 +86,7 @@ class View:
             return
         self._last_line_epoch, self._last_line_of = teller.epoch, teller.name
         sent = "" if teller.name == "plain" else f", sent {megabytes(teller.bytes_sent)}"
+        sent += "" if teller.ratio is None else f" ({teller.ratio:.0%} of raw)"
         print(
             f"epoch {teller.epoch:4d}/{story.epochs}  {teller.name}: loss {teller.loss or float('nan'):.3f}, "
             f"{teller.peers_seen} peers, {teller.samples_per_second:.0f} samples/s{sent}",

@@ -26,6 +26,8 @@ from potluck.utils.timed_storage import DHTExpiration, ValueWithExpiration, get_
 logger = get_logger("potluck")
 # What the token of a `potluck node` says that was not told of a run: it is there for all of them.
 _NO_RUN = "potluck"
+# Every join token begins so, and no address.
+TOKEN_PREFIX = "potluck"
 T = TypeVar("T")
 _live: weakref.WeakSet[DHT] = weakref.WeakSet()
 
@@ -399,7 +401,7 @@ def _addresses(
     addresses: list[str] = []
     for item in given:
         text = str(item).strip()
-        if text.startswith("potluck"):
+        if text.startswith(TOKEN_PREFIX):
             run_id, bootstrap, invite = _core.Node.read_token(text)
             addresses += bootstrap
             runs.add(run_id)
@@ -413,6 +415,11 @@ def _addresses(
                 )
             addresses.append(_modern(str(maddr)))
     return addresses
+
+
+def initial_addresses(initial_peers: Sequence[Multiaddr | str] | str) -> list[str]:
+    """The addresses that these peers would be asked at, whether they are addresses or a token."""
+    return _addresses(initial_peers, {}, set())
 
 
 def _modern(address: str) -> str:

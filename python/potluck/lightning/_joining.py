@@ -7,6 +7,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from potluck.dht.dht import TOKEN_PREFIX, initial_addresses
 
 TOKEN_VARIABLE = "POTLUCK_TOKEN"
 PEERS_VARIABLES = ("INITIAL_PEERS", "PL_INITIAL_PEERS")
@@ -18,21 +21,46 @@ def whom_to_join(initial_peers: str | Sequence[str] | None, token: str | None) -
 
     Whatever was given is used or refused; nothing is ignored.
     """
-    _refuse_misspelled_variables()
     given: dict[str, str | list[str]] = {}
     if token is not None:
         given["token="] = _token("token=", token)
     if initial_peers is not None:
-        given["initial_peers="] = _addresses("initial_peers=", initial_peers)
-    if not given:
-        if TOKEN_VARIABLE in os.environ:
-            given[TOKEN_VARIABLE] = _token(TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE])
-        for variable in PEERS_VARIABLES:
-            if variable in os.environ:
-                given[variable] = _addresses(variable, os.environ[variable])
+        given["initial_peers="] = _peers("initial_peers=", initial_peers)
+    given.update(_environment())
     if len({tuple([value] if isinstance(value, str) else value) for value in given.values()}) > 1:
         raise ValueError(f"{' and '.join(given)} name different peers; give one of them")
     return next(iter(given.values()), None)
+
+
+def check_beside(dht: Any) -> None:
+    """Refuse variables that name other peers than a DHT that runs already: they could have no effect."""
+    joined = set(dht.initial_peers)
+    for variable, value in _environment().items():
+        if set(initial_addresses(value)) != joined:
+            raise ValueError(
+                f"{variable} cannot have an effect beside dht=, which joins "
+                f"{'other peers' if joined else 'nobody'}: unset it, or give its value to potluck.DHT"
+            )
+
+
+def _environment() -> dict[str, str | list[str]]:
+    """What the environment says, by variable."""
+    _refuse_misspelled_variables()
+    given: dict[str, str | list[str]] = {}
+    if TOKEN_VARIABLE in os.environ:
+        given[TOKEN_VARIABLE] = _token(TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE])
+    for variable in PEERS_VARIABLES:
+        if variable in os.environ:
+            given[variable] = _peers(variable, os.environ[variable])
+    return given
+
+
+def _peers(source: str, value: str | Sequence[str]) -> str | list[str]:
+    """Addresses, or a token: ``potluck.DHT`` takes either as well."""
+    items = [value] if isinstance(value, str) else list(value)
+    if len(items) == 1 and str(items[0]).strip().startswith(TOKEN_PREFIX):
+        return _token(source, str(items[0]))
+    return _addresses(source, value)
 
 
 def _token(source: str, text: str) -> str:
@@ -50,21 +78,22 @@ def _addresses(source: str, value: str | Sequence[str]) -> list[str]:
             f"{source} is empty: leave it out to start a new run, or give addresses like /ip4/192.0.2.7/tcp/4001/p2p/12D3..."
         )
     for address in addresses:
-        if not address.startswith("/") or "/p2p/" not in address:
+        if not address.startswith("/") or "/p2p/" not in address or any(map(str.isspace, address)):
             raise ValueError(
                 f"{source} holds {address!r}, which is not a peer's address; expected a comma-separated list like "
-                "/ip4/192.0.2.7/tcp/4001/p2p/12D3..., copied from what a running peer printed"
+                "/ip4/192.0.2.7/tcp/4001/p2p/12D3..., or one token, copied from what a running peer printed"
             )
     return addresses
 
 
 def _refuse_misspelled_variables() -> None:
     for name in os.environ:
+        upper = name.upper()
         if name in _KNOWN:
             continue
-        if not ("PEERS" in name or "PEER" in name.split("_") or name.startswith("POTLUCK_TO")):
+        if not ("PEERS" in upper or "PEER" in upper.split("_") or upper.startswith("POTLUCK_TO")):
             continue
-        close = difflib.get_close_matches(name.upper(), _KNOWN, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(upper, _KNOWN, n=1, cutoff=0.85)
         if close:
             raise ValueError(f"the environment variable {name} has no effect; did you mean {close[0]}?")
 

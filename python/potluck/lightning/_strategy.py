@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ class HivemindStrategy(_StrategyBase):
         scheduler_fn: makes the learning-rate scheduler from the optimizer, instead of ``configure_optimizers``.
         dht: a ``potluck.DHT`` that runs already, instead of one of the strategy's own; it is left running at the end.
         token: joins the run whose peer printed this token.
-        initial_peers: joins by addresses: a list, or one comma-separated string.
+        initial_peers: joins by addresses: a list, or one comma-separated string. A token is taken as well. Where an
+            argument and a variable, or two variables, name different peers, that is an error.
         host_maddrs, announce_maddrs, use_ipfs, wait_timeout, bootstrap_timeout, use_relay, use_auto_relay,
         identity_path, client_mode: as in ``potluck.DHT``.
         writer: whether this peer writes what a run needs once (checkpoints, logs). By default exactly one peer does:
@@ -109,7 +111,7 @@ class HivemindStrategy(_StrategyBase):
         if batch_size is not None:
             _require_positive("batch_size", batch_size)
         self._run_id, self._owner = run_id, owner
-        self._batch_size = batch_size
+        self._batch_size = None if batch_size is None else int(batch_size)
         self._scheduler_fn = scheduler_fn
         self._writer = writer
         self._reuse_grad_buffers = reuse_grad_buffers
@@ -127,18 +129,22 @@ class HivemindStrategy(_StrategyBase):
         self._rebuild = bool(delay_optimizer_step or delay_grad_averaging or offload_optimizer)
         self._optimizer_kwargs = {
             "run_id": run_id,
-            "target_batch_size": target_batch_size,
+            "target_batch_size": int(target_batch_size),
             "delay_state_averaging": delay_state_averaging,
             "matchmaking_time": matchmaking_time,
             "averaging_timeout": averaging_timeout,
             **{name: value for name, value in delays.items() if value is not None},
             **optimizer_kwargs,
         }
+        if not use_relay:
+            raise ValueError(
+                "use_relay=False cannot have an effect: where two peers find no direct way, a third one relays for them, "
+                "or they could not average"
+            )
         network = {
             "use_ipfs": use_ipfs or None,
             "wait_timeout": wait_timeout,
             "bootstrap_timeout": bootstrap_timeout,
-            "use_relay": None if use_relay else False,
             "use_auto_relay": use_auto_relay or None,
             "identity_path": identity_path,
             "announce_maddrs": None if announce_maddrs is None else [str(a) for a in announce_maddrs],
@@ -152,6 +158,7 @@ class HivemindStrategy(_StrategyBase):
                 raise ValueError(
                     f"{', '.join(useless)} cannot have an effect beside dht=: give it to potluck.DHT"
                 )
+            _joining.check_beside(dht)
         self._own_dht = dht is None
         self._joins = (
             _joining.whom_to_join(initial_peers, token) if dht is None else (dht.initial_peers or None)
@@ -431,11 +438,12 @@ class HivemindStrategy(_StrategyBase):
         self._shadow(self.precision_plugin, "_clip_gradients", lambda *_args, **_kwargs: None)
 
     def _check_precision(self) -> None:
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        if scaler is not None and self._reuse_grad_buffers and not isinstance(scaler, potluck.GradScaler):
-            # The stock scaler would divide the gradients of earlier batches again and again.
-            replacement = potluck.GradScaler(device=self.root_device.type)
-            self._shadow(self.precision_plugin, "scaler", replacement)
+        if self._reuse_grad_buffers and getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "reuse_grad_buffers=True cannot work with 16-mixed precision: the gradient scaler would unscale the "
+                "gradients of earlier batches again, and one overflow would spoil them all. Leave reuse_grad_buffers "
+                "out, or take precision='bf16-mixed'"
+            )
 
     def _show_progress(self, trainer: Any) -> None:
         """Every peer has somebody watching; Lightning hides the bar where is_global_zero is false."""
@@ -535,7 +543,7 @@ class HivemindStrategy(_StrategyBase):
 
 
 def _require_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) <= 0:
         raise ValueError(f"{name} must be a whole number of samples above 0, got {value!r}")
-    if value >= 2**63:
+    if int(value) >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from potluck._tensors import FlatTensors
 from potluck.optim._inner import InnerOptimizer
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.progress_tracker import SessionTracker
+from potluck.utils.logging import get_logger
+
+logger = get_logger("potluck")
 
 
 class OptimizerFacts(torch.optim.Optimizer):
@@ -24,6 +28,8 @@ class OptimizerFacts(torch.optim.Optimizer):
     grad_averager: GradientAverager | None
     _closed: bool
     _loss: float | None
+    _said_no_loss = False
+    run_id: str
     tracker: SessionTracker
 
     @property
@@ -43,13 +49,13 @@ class OptimizerFacts(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the optimizer inside; changes count."""
-        return self._inner.optimizer.param_groups
+        """The groups of the optimizer inside, with the model's parameters; changes count."""
+        return self._inner.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The state of the optimizer inside."""
-        return self._inner.optimizer.state
+        """The state of the optimizer inside, by the model's parameters."""
+        return self._inner.state
 
     @property
     def local_epoch(self) -> int:
@@ -89,6 +95,28 @@ class OptimizerFacts(torch.optim.Optimizer):
         self._loss = float(loss)
         self._session.report_loss(self._loss)
 
+    def _own_loss(self) -> torch.Tensor:
+        """This peer's part in the mean loss: the loss and that there is one, or zeros."""
+        if self._loss is None or not math.isfinite(self._loss):
+            return torch.zeros(2)
+        return torch.tensor([self._loss, 1.0])
+
+    def _mean_loss(self, averaged: torch.Tensor | None) -> float | None:
+        """The loss that a plateau looks at: of averaged parts, or of this peer alone."""
+        loss = self._loss
+        if averaged is not None:
+            total, share = averaged.tolist()
+            # Rounding may leave a trace of nobody's share.
+            loss = total / share if share > 1e-6 else None
+        if loss is None and not self._said_no_loss:
+            self._said_no_loss = True
+            logger.warning(
+                "%s: ReduceLROnPlateau has no loss to look at, so the rate stays: call report_loss(loss) before step(), "
+                "or give step() a closure",
+                self.run_id,
+            )
+        return loss
+
     def is_alive(self) -> bool:
         """Whether this peer takes part."""
         return not self._closed
@@ -100,5 +128,6 @@ class OptimizerFacts(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: all peers agreed on the tensors when they joined."""
         raise ValueError(
-            "parameters cannot be added while a run is on: all peers agreed on them when they joined"
+            "parameters cannot be added while a run is on: all peers agreed on them when they joined. Give the optimizer "
+            "all of them, and freeze those that are to wait after it was made"
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,12 +53,20 @@ class InnerOptimizer:
             raise TypeError(
                 f"optimizer={optimizer!r}: expected a torch optimizer or a function of the parameters"
             )
+        _check_kind(self.optimizer)
         self.offload = offload
         pairs = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if m.requires_grad]
         self.model = [m for m, _ in pairs]
         self.main = [c for _, c in pairs]
+        frozen = [(m, c) for m, c in zip(self.model_all, self.main_all, strict=True) if not m.requires_grad]
+        self._frozen, self._frozen_main = [m for m, _ in frozen], [c for _, c in frozen]
         if not self.model:
             raise ValueError("no parameter requires gradients: there is nothing to train")
+        if any(p.is_complex() for p in self.model):
+            raise ValueError(
+                "complex parameters cannot be averaged: give torch.view_as_real(parameter), and compute with "
+                "torch.view_as_complex of it"
+            )
         self.scheduler = self._make_scheduler(scheduler)
 
     @property
@@ -64,27 +75,115 @@ class InnerOptimizer:
         return sum(p.nbytes for p in self.main_all) if self.offload else 0
 
     def _make_scheduler(self, scheduler: Any) -> Any:
-        if scheduler is None or not callable(scheduler) or hasattr(scheduler, "step"):
+        if isinstance(scheduler, type) or (callable(scheduler) and not hasattr(scheduler, "step")):
+            scheduler = scheduler(self.optimizer)
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"scheduler={scheduler!r}: expected a scheduler, or a function that makes one of the optimizer"
+            )
+        if scheduler is not None:
             owner = getattr(scheduler, "optimizer", self.optimizer)
-            if scheduler is not None and owner is not self.optimizer:
+            if owner is not self.optimizer:
                 raise ValueError(
                     "scheduler was made for another optimizer: give a function, scheduler=lambda opt: …(opt)"
                 )
-            return scheduler
-        return scheduler(self.optimizer)
+        return scheduler
 
-    @torch.no_grad()
+    def statistics(self) -> set[str] | None:
+        """The names of what the optimizer keeps in the shape of each parameter; None if that cannot be told."""
+        several = [p for p in self.main if p.numel() > 1]
+        if not several:
+            return None
+        # With as many dimensions as there are: some optimizers keep other things of vectors.
+        like = min(several, key=lambda p: (-p.dim(), p.numel()))
+        stand_in = torch.nn.Parameter(torch.zeros_like(like))
+        stand_in.grad = torch.zeros_like(like)
+        try:
+            probe = copy.copy(self.optimizer)
+            probe.state = defaultdict(dict)
+            probe.param_groups = [{**self.optimizer.param_groups[0], "params": [stand_in]}]
+            probe.step()
+        except Exception:
+            # An optimizer of somebody's own need not be one that can be copied.
+            return None
+        kept = probe.state[stand_in].items()
+        return {name for name, value in kept if getattr(value, "shape", None) == like.shape}
+
+    @property
+    def param_groups(self) -> list[Any]:
+        """The optimizer's groups, with the parameters of the model: those are what gets gradients."""
+        groups: list[Any] = self.optimizer.param_groups
+        if not self.offload:
+            return groups
+        model = iter(self.model_all)
+        return [ModelGroup(group, [next(model) for _ in group["params"]]) for group in groups]
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state by the model's parameters."""
+        return ModelState(self) if self.offload else self.optimizer.state
+
+    def check_frozen(self) -> None:
+        """Refuse to train a parameter that takes no part in the average."""
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} requires gradients now and was frozen when the "
+                    "optimizer was made: all peers agreed on what is averaged then. Make the optimizer before "
+                    "anything is frozen"
+                )
+
     def step(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Apply gradients of the trainable parameters, in order; what the model holds in ``.grad`` stays."""
-        before = [p.grad for p in self.main]
-        try:
-            for parameter, grad in zip(self.main, grads, strict=True):
-                parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
+        self.apply(self.hooked(grads) if self.offload else grads)
+
+    @torch.no_grad()
+    def hooked(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What the step hooks make of gradients for :meth:`apply` on copies.
+
+        They find them in ``.grad`` of the model's parameters as well, and may change them there.
+        """
+        with _kept([*self.main, *self.model]):
+            self._place(grads)
+            shown = []
+            for model, main in zip(self.model, self.main, strict=True):
+                # Of one type and place they are one tensor.
+                model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
+                if model.grad is not None:
+                    shown.append((model, main, model.grad, model.grad._version))
             with torch.enable_grad():
-                self.optimizer.step()
-        finally:
-            for parameter, grad in zip(self.main, before, strict=True):
-                parameter.grad = grad
+                for hook in list(self._hooks.values()):
+                    hook(self.optimizer, (), {})
+            for model, main, grad, version in shown:
+                if model.grad is not grad or grad._version != version:
+                    main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
+            return [p.grad for p in self.main]
+
+    @torch.no_grad()
+    def apply(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """The optimizer's step; on copies without the hooks, which are through then."""
+        with _kept([*self.main, *self._frozen_main]):
+            self._place(grads)
+            for parameter in self._frozen_main:
+                parameter.grad = None
+            hooks = self._hooks
+            if self.offload and hooks:
+                self.optimizer._optimizer_step_pre_hooks = OrderedDict()
+            try:
+                with torch.enable_grad():
+                    self.optimizer.step()
+            finally:
+                if self.offload and hooks:
+                    self.optimizer._optimizer_step_pre_hooks = hooks
+
+    @property
+    def _hooks(self) -> OrderedDict[int, Any]:
+        hooks: OrderedDict[int, Any] = getattr(self.optimizer, "_optimizer_step_pre_hooks", OrderedDict())
+        return hooks
+
+    def _place(self, grads: Sequence[torch.Tensor | None]) -> None:
+        for parameter, grad in zip(self.main, grads, strict=True):
+            parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
 
     def step_scheduler(self, loss: float | None) -> None:
         """One epoch of the schedule. A plateau scheduler looks at the loss averaged over peers."""
@@ -109,6 +208,78 @@ class InnerOptimizer:
         if self.offload:
             for model, main in zip(self.model, self.main, strict=True):
                 main.copy_(model)
+
+
+@contextmanager
+def _kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, ``.grad`` may be anything; after it, what it was."""
+    before = [p.grad for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+class ModelGroup(MutableMapping[str, Any]):
+    """A parameter group of an optimizer on copies, as one of the model's parameters; other changes go to the group."""
+
+    def __init__(self, group: dict[str, Any], params: list[torch.Tensor]):
+        self._group, self._params = group, params
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params if name == "params" else self._group[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "params":
+            raise ValueError("the parameters of a group cannot change: all peers agreed on them")
+        self._group[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._group[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
+class ModelState(MutableMapping[Any, Any]):
+    """The state of an optimizer on copies, under the model's parameters or under the copies."""
+
+    def __init__(self, inner: InnerOptimizer):
+        self._state = inner.optimizer.state
+        self._main = dict(zip(inner.model_all, inner.main_all, strict=True))
+        self._model = dict(zip(inner.main_all, inner.model_all, strict=True))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._state[self._main.get(key, key)]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._state[self._main.get(key, key)] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._state[self._main.get(key, key)]
+
+    def __contains__(self, key: Any) -> bool:
+        return self._main.get(key, key) in self._state
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._model.get(key, key) for key in self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _check_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers that cannot step with one averaged gradient."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times per step; peers average one gradient per step"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam takes sparse gradients only; averaged ones are dense: take Adam")
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

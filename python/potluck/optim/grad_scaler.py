@@ -23,6 +23,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale."""
+        _ask(optimizer)
         if not self.is_enabled() or not _has_half(optimizer):
             super().unscale_(optimizer)
             return
@@ -40,6 +41,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Unscale unless that was done, and step unless a gradient overflowed."""
+        _ask(optimizer)
         if not self.is_enabled() or not _has_half(optimizer):
             return super().step(optimizer, *args, **kwargs)
         if id(optimizer) not in self._half:
@@ -74,20 +76,16 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _grads(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for parameter in _parameters(optimizer):
-        if parameter.grad is not None:
-            yield parameter.grad
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter.grad
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    model = getattr(optimizer, "model_parameters", None)
-    if model is not None:
-        return list(model)
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _ask(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer refuse to be scaled, as the stock scaler does in the end."""
+    getattr(optimizer, "_step_supports_amp_scaling", None)
 
 
 def _has_half(optimizer: torch.optim.Optimizer) -> bool:
-    # An offloaded optimizer holds float32 copies; the gradients are at the model's parameters.
-    if getattr(optimizer, "offload_optimizer", False):
-        return True
     return any(grad.dtype == torch.float16 for grad in _grads(optimizer))

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from potluck import _core, _dashboard, _settings
-from potluck._state import StateCodec
-from potluck._tensors import FlatTensors, flat, views_of
+from potluck._tensors import flat, views_of
 from potluck.compression import CompressionBase, NoCompression
-from potluck.optim._facts import OptimizerFacts
-from potluck.optim._inner import PLATEAU, InnerOptimizer
+from potluck.optim import _checkpoint
+from potluck.optim._inner import InnerOptimizer
+from potluck.optim._marks import GradientMarks
 from potluck.optim._outlook import Outlook
+from potluck.optim._parts import OptimizerParts
+from potluck.optim._worker import StepWorker
 from potluck.optim.grad_averager import GradientAverager
-from potluck.optim.grad_scaler import GradScaler
 from potluck.optim.progress_tracker import SessionTracker
 from potluck.utils.logging import get_logger
 
 logger = get_logger("potluck")
 # How long a newcomer that found nobody yet waits before it takes itself for the first.
 _HEARING_SECONDS = 3.0
-_HOOKS = (
-    "step_pre",
-    "step_post",
-    "state_dict_pre",
-    "state_dict_post",
-    "load_state_dict_pre",
-    "load_state_dict_post",
-)
 
 
-class Optimizer(OptimizerFacts):
+class Optimizer(OptimizerParts):
     """Gathers gradients, and steps ``optimizer`` once ``target_batch_size`` samples are in over all peers.
 
     Arguments are hivemind's. Timing arguments (``matchmaking_time`` and so on) are accepted and none is needed:
@@ -113,14 +104,14 @@ class Optimizer(OptimizerFacts):
         self.shutdown_timeout, self.verbose = shutdown_timeout, verbose
         self.client_mode = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
         self._inner = InnerOptimizer(optimizer, params, offload_optimizer, scheduler)
+        self._marks = GradientMarks(self._inner.model, reuse_grad_buffers)
         self._adopt_hooks()
         self._hold_state(average_opt_statistics, extra_tensors, load_state_compression)
         self.grad_averager = self._make_grad_averager(grad_averager_factory)
         self._join(
-            grad_compression=_settings.check_compression("grad_compression", grad_compression).policy(),
-            state_compression=_settings.check_compression(
-                "state_averaging_compression", state_averaging_compression
-            ).policy(),
+            grad_compression=grad_compression,
+            state_compression=state_averaging_compression,
+            load_compression=load_state_compression,
             average_state_every=_settings.positive(
                 "average_state_every", average_state_every, most=2**32 - 1
             ),
@@ -130,56 +121,29 @@ class Optimizer(OptimizerFacts):
         )
         self.dashboard_url = _dashboard.serve(self._session, run_id, dashboard)
 
-    def _hold_state(
-        self, statistics: Sequence[str], extra_tensors: Sequence[torch.Tensor], compression: CompressionBase
-    ) -> None:
-        """Memory for what state averaging exchanges, and the codec of what newcomers load."""
-        for name in statistics:
-            if not isinstance(name, str):
-                raise TypeError(f"average_opt_statistics: expected names such as 'exp_avg', got {name!r}")
-        self._statistics, self._extra_tensors = tuple(statistics), list(extra_tensors)
-        self._state = FlatTensors(
-            [p.shape for p in self._inner.main] * (1 + len(self._statistics))
-            + [t.shape for t in self._extra_tensors]
-        )
-        self._codec = StateCodec(
-            self._inner.optimizer, self._inner.main, self._extra_tensors, self._inner.scheduler, compression
-        )
-
-    def _tensor_infos(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """What gradient rounds and state rounds carry, in order."""
-        shapes = [p.shape for p in self._inner.main]
-        names = [f"{i:06}" for i in range(len(shapes))]
-        state = _settings.tensor_infos([f"param.{n}" for n in names], shapes, "Parameter")
-        for statistic in self._statistics:
-            state += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
-        extra = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
-        state += _settings.tensor_infos(extra, [t.shape for t in self._extra_tensors], "Unspecified")
-        if self.use_local_updates:
-            return [], state
-        losses = [("loss", (1,))] if self._averages_loss else []
-        # Keys by position, as in hivemind: PerTensorCompression names them so.
-        keys = [str(i) for i in range(len(shapes))] + [n for n, _ in losses]
-        return _settings.tensor_infos(keys, [*shapes, *(s for _, s in losses)], "Gradient"), state
-
     def _join(
         self,
         *,
-        grad_compression: Any,
-        state_compression: Any,
+        grad_compression: CompressionBase,
+        state_compression: CompressionBase,
+        load_compression: CompressionBase,
         average_state_every: int,
         load_state_timeout: float,
         alpha: float,
         admission: tuple[str | None, str | None],
     ) -> None:
         tensors, state_tensors = self._tensor_infos()
+        _settings.check_keys("grad_compression", grad_compression, tensors)
+        _settings.check_keys("state_averaging_compression", state_compression, state_tensors)
+        # What an optimizer keeps is known after its first step only.
+        _settings.check_keys("load_state_compression", load_compression, state_tensors, r"\D.*\.\d{6}")
         options = _settings.session_options(
             run_id=self.run_id,
             target_batch_size=self.target_batch_size,
             tensors=tensors,
             state_tensors=state_tensors,
-            grad_compression=grad_compression,
-            state_compression=state_compression,
+            grad_compression=grad_compression.policy(),
+            state_compression=state_compression.policy(),
             powersgd=None if self.grad_averager is None else self.grad_averager.powersgd(),
             policy=_settings.choose_policy(
                 use_local_updates=self.use_local_updates,
@@ -205,44 +169,14 @@ class Optimizer(OptimizerFacts):
             alpha=alpha,
         )
         self._outlook = Outlook(self.target_batch_size)
-        self._worker: threading.Thread | None = None
-        self._worker_error: BaseException | None = None
+        self._worker = StepWorker(self._session.optimizer_ready)
         self._loss: float | None = None
+        self._untouched = [True] * len(self._inner.model)
         self._closed = False
         self._pid = os.getpid()
         if not self.auxiliary:
             self._publish()
         self.dht.own(weakref.WeakMethod(self.shutdown))
-
-    def _adopt_hooks(self) -> None:
-        # torch's own constructor would add parameter groups; hooks, groups and state are those of the inner optimizer.
-        for kind in _HOOKS:
-            name = f"_optimizer_{kind}_hooks"
-            setattr(self, name, getattr(self._inner.optimizer, name, OrderedDict()))
-        self.defaults = self._inner.optimizer.defaults
-
-    def _make_grad_averager(self, factory: Callable[..., GradientAverager] | None) -> GradientAverager | None:
-        if self.use_local_updates:
-            return None
-        averager = (factory or GradientAverager)(
-            self._inner.model,
-            dht=self.dht,
-            prefix=f"{self.run_id}_grad_averager",
-            reuse_grad_buffers=self.reuse_grad_buffers,
-            client_mode=self.client_mode,
-            warn=False,
-            start=False,
-            extra_values=int(self._averages_loss),
-        )
-        if not isinstance(averager, GradientAverager):
-            raise TypeError(
-                f"grad_averager_factory returned a {type(averager).__name__}, not a potluck GradientAverager"
-            )
-        return averager
-
-    @property
-    def _averages_loss(self) -> bool:
-        return isinstance(self._inner.scheduler, PLATEAU)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``."""
@@ -260,43 +194,61 @@ class Optimizer(OptimizerFacts):
 
     # Training.
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What every scaler asks first of all in its ``step()``."""
+        if self.reuse_grad_buffers:
+            raise ValueError(
+                "reuse_grad_buffers=True cannot work with a gradient scaler: it would unscale the gradients of earlier "
+                "passes in .grad again, and one overflow would spoil them all. Leave reuse_grad_buffers out"
+            )
+        return False
+
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], torch.Tensor] | None = None,
         batch_size: int | None = None,
-        grad_scaler: GradScaler | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> torch.Tensor | None:
         """Count the gradients of one backward pass, and do whatever the run asks for next.
 
         ``batch_size`` is the number of samples behind the gradients, unless ``batch_size_per_step`` said it.
+        ``step(grad_scaler=scaler)`` is ``scaler.step(optimizer)``. A pass without any gradients (a skipped batch) counts
+        no samples.
         """
         self._check_usable()
-        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
-            raise TypeError(
-                "grad_scaler: call scaler.step(optimizer) instead; any torch scaler will do there"
-            )
+        self._inner.check_frozen()
+        samples = self._samples(batch_size, closure, grad_scaler)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             if isinstance(loss, torch.Tensor):  # Lightning's closure has no loss when a batch is skipped
                 self.report_loss(loss.detach())
-        samples = self._samples(batch_size, closure)
         if self.auxiliary:
             self._assist()
             return None
-        if self.use_local_updates:
+        if self._marks.nothing_new(closure is not None and loss is None):
+            samples = 0
+        elif grad_scaler is not None:
+            # It calls step() again, with gradients of their own scale, or not at all after an overflow.
+            grad_scaler.step(self, batch_size=samples)
+            return loss
+        elif self.use_local_updates:
             with torch.no_grad():
                 self._inner.step([p.grad for p in self._inner.model])
                 self._inner.copy_to_model()
         else:
             self._gradients.accumulate_grads_(samples)
         self._follow(samples)
+        self._marks.take()
         return loss
 
-    def _samples(self, batch_size: int | None, closure: Any) -> int:
+    def _samples(self, batch_size: int | None, closure: Any, grad_scaler: Any) -> int:
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler={grad_scaler!r}: expected a torch.amp.GradScaler or potluck's")
         if self.auxiliary:
-            if batch_size is not None or closure is not None:
+            if batch_size is not None or closure is not None or grad_scaler is not None:
                 raise ValueError("an auxiliary peer has no samples: call step() without arguments")
             return 0
         samples = self.batch_size_per_step if batch_size is None else batch_size
@@ -325,11 +277,16 @@ class Optimizer(OptimizerFacts):
         if self.delay_grad_averaging:
             self._session.start_gradients(vector, weight)
             return
-        averaged, alone, _, _ = self._session.average_gradients(vector, weight)
+        found = self._session.average_gradients(vector, weight)
+        if found is None:
+            return  # the others finished without us; what they have is loaded next
+        averaged, alone, _, _ = found
         grads, loss = self._average_to_grads(averaged, alone, local)
         if self.delay_optimizer_step:
             self._gradients.reset_accumulated_grads_()
-            self._start_worker(lambda: self._step_inner(grads, loss))
+            # Hooks may look at the model, which the next batch uses meanwhile.
+            ready = self._inner.hooked(grads) if any(grad is not None for grad in grads) else grads
+            self._worker.start(lambda: self._step_inner(ready, loss))
             return
         self._step_inner(grads, loss)
         self._gradients.reset_accumulated_grads_()
@@ -345,9 +302,10 @@ class Optimizer(OptimizerFacts):
     def _gathered(self) -> tuple[Any, float, list[torch.Tensor | None] | None]:
         averager = self._gradients
         weight = float(averager.local_samples_accumulated)
+        self._untouched = [not touched for touched in averager._touched]
         averager.load_accumulators_into_averager_()
         if self._averages_loss:
-            averager.extra_view.fill_(0.0 if self._loss is None else self._loss)
+            averager.extra_view.copy_(self._own_loss())
         if self.delay_grad_averaging:
             averager.reset_accumulated_grads_()
             return averager.flat_buffer, weight, None
@@ -363,30 +321,31 @@ class Optimizer(OptimizerFacts):
         loss = None
         shapes = [p.shape for p in self._inner.model]
         if self._averages_loss:
-            loss = float(flat(averaged)[-1])
+            loss = self._mean_loss(flat(averaged)[-2:])
         if alone and local is not None:
             # The gathered gradients themselves: not one bit differs from plain torch.
-            return local, self._loss if self._averages_loss else None
-        return list(views_of(averaged, shapes)), loss
+            return local, self._mean_loss(None) if self._averages_loss else None
+        # Where nobody's loss touched a parameter plain torch has no gradient, and not one of zeros.
+        views = zip(views_of(averaged, shapes), self._untouched, strict=True)
+        return [None if untouched and not bool(grad.any()) else grad for grad, untouched in views], loss
 
     def _step_inner(self, grads: Sequence[torch.Tensor | None], loss: float | None) -> None:
         if any(grad is not None for grad in grads):
-            self._expose_and_step(grads)
+            apply = self._inner.apply if self._worker.is_here else self._inner.step
+            apply(grads)
         self._inner.step_scheduler(loss)
 
-    def _expose_and_step(self, grads: Sequence[torch.Tensor | None]) -> None:
-        self._inner.step(grads)
-
     def _do_apply(self) -> None:
-        if self._worker is not None:
-            self._join_worker()
-            self._inner.copy_to_model()
-            self._epoch_done()
+        if self._worker.waits:
+            self._finish_step()
             return
         started = self._session.take_started()
         if started is None:
             raise RuntimeError("the session announced an average and has none")
-        channel, (averaged, alone, _, _) = started
+        channel, found = started
+        if found is None:
+            return
+        averaged, alone, _, _ = found
         if channel == "gradients":
             grads, loss = self._average_to_grads(averaged, alone, None)
             self._step_inner(grads, loss)
@@ -398,6 +357,8 @@ class Optimizer(OptimizerFacts):
         self._publish()
 
     def _do_average_state(self) -> None:
+        for cell in self._loss_cells:
+            cell.copy_(self._own_loss())
         self._read_state()
         background = self.delay_state_averaging and not (
             self.delay_grad_averaging or self.delay_optimizer_step
@@ -406,21 +367,28 @@ class Optimizer(OptimizerFacts):
         if background and len(self.status()["peers"]) > 1:
             self._session.start_state(self._state.buffer)
             return
-        averaged, alone, _, _ = self._session.average_state(self._state.buffer)
+        found = self._session.average_state(self._state.buffer)
+        if found is None:
+            return
+        averaged, alone, _, _ = found
         if not alone:
             self._write_state(views_of(averaged, self._state.shapes), sent=None)
         if self.use_local_updates:
-            self._inner.step_scheduler(self._loss)
+            self._inner.step_scheduler(self._local_updates_loss(alone))
             self._epoch_done()
         else:
             self._publish()
+
+    def _local_updates_loss(self, alone: bool) -> float | None:
+        """What a plateau looks at; the mean came with the state."""
+        return self._mean_loss(None if alone else self._loss_cells[0]) if self._loss_cells else None
 
     def _state_tensors(self) -> list[torch.Tensor | None]:
         inner = self._inner
         tensors: list[torch.Tensor | None] = list(inner.main)
         for name in self._statistics:
             tensors += [inner.optimizer.state.get(p, {}).get(name) for p in inner.main]
-        return tensors + self._extra_tensors
+        return tensors + self._extra_tensors + self._loss_cells
 
     @torch.no_grad()
     def _read_state(self) -> None:
@@ -437,6 +405,8 @@ class Optimizer(OptimizerFacts):
                 continue
             if sent is None:
                 tensor.copy_(mean)
+            elif torch.equal(tensor, sent[index].to(tensor.device, tensor.dtype)):
+                tensor.copy_(mean)  # to the bit what all the others have
             else:
                 # Training went on meanwhile: only what the average differs by is added.
                 tensor.add_((mean - sent[index]).to(tensor.device, tensor.dtype))
@@ -463,31 +433,18 @@ class Optimizer(OptimizerFacts):
             self._session.epoch_done(None)
         elif action == "average_state":
             self._session.average_state(self._state.buffer)
+            if self.use_local_updates:
+                self._session.epoch_done(None)
         elif action == "load_state":
             self._session.load_state()
         self._log_events()
 
-    # The delayed optimizer step runs in a thread of its own: torch releases the GIL inside its operations.
-
-    def _start_worker(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._worker_error = error
-            finally:
-                self._session.optimizer_ready()
-
-        self._worker = threading.Thread(target=run, name="potluck-optimizer", daemon=True)
-        self._worker.start()
-
-    def _join_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.join()
-            self._worker = None
-        if self._worker_error is not None:
-            error, self._worker_error = self._worker_error, None
-            raise error
+    def _finish_step(self, timeout: float | None = None, show: bool = True) -> None:
+        """End a delayed step that is on its way: weights, optimizer and epoch belong together again."""
+        if self._worker.take(timeout):
+            if show:
+                self._inner.copy_to_model()
+            self._epoch_done()
 
     # State of others, checkpoints.
 
@@ -512,37 +469,54 @@ class Optimizer(OptimizerFacts):
             self._session.changed(0.1)
 
     def _load_state(self) -> bool:
-        self._join_worker()
-        loaded = self._session.load_state()
+        self._finish_step()
+        found = self._session.catch_up()
         self._log_events()
         if self.grad_averager is not None:
             # They were computed at parameters that are gone.
             self.grad_averager.reset_accumulated_grads_()
-        if loaded is None:
+        if found is None:
             return False
-        _, meta, blobs = loaded
-        self._codec.restore(meta, blobs)
+        kind, value = found
+        if kind == "state":
+            _, meta, blobs = value
+            self._codec.restore(meta, blobs)
+        elif kind == "gradients":
+            self._step_inner(*self._average_to_grads(value, False, None))
+        else:
+            self._write_state(list(views_of(value, self._state.shapes)), sent=None)
+            if self.use_local_updates:
+                self._inner.step_scheduler(self._local_updates_loss(alone=False))
         self._inner.copy_to_model()
+        if kind == "gradients" or (kind == "parameters" and self.use_local_updates):
+            self._session.epoch_done(None)
+            self._status_line()
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own state, with ``local_epoch`` beside it. A plain torch optimizer can load it."""
-        self._join_worker()
-        return {**self._inner.optimizer.state_dict(), "local_epoch": self.local_epoch}
+        """torch's own state, with ``local_epoch`` and ``scheduler`` beside it. A plain torch optimizer can load it.
+
+        A delayed step that is on its way ends first, in the model too: what ``model.state_dict()`` gave before still
+        belongs to it unless it was copied.
+        """
+        self._finish_step()
+        return _checkpoint.saved(self._inner, self.local_epoch)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of this class, of hivemind's, or of a plain torch optimizer.
 
         Call it after the model's weights were loaded: an offloaded optimizer copies them.
         """
-        state_dict = dict(state_dict)
-        state = dict(state_dict.get("state", {}))
-        epoch = state_dict.pop("local_epoch", None)
-        in_state = state.pop("local_epoch", None)
-        epoch = int(in_state or 0) if epoch is None else int(epoch)
-        self._join_worker()
-        self._inner.optimizer.load_state_dict({**state_dict, "state": state})
-        self._inner.copy_from_model()
+        # The model may hold the weights of the checkpoint already.
+        self._finish_step(show=False)
+        saved = _checkpoint.epoch_of(state_dict)
+        epoch = self.local_epoch if saved is None else saved
+        if epoch < self.local_epoch:
+            raise ValueError(
+                f"the checkpoint is of epoch {epoch} and this optimizer is at epoch {self.local_epoch}: a run never goes "
+                "back. Load it into a new potluck.Optimizer, under another run_id if others train on"
+            )
+        _checkpoint.load(self._inner, state_dict, saved)
         while self._session.epoch < epoch:
             self._session.epoch_done(None)
         self._publish()
@@ -574,8 +548,10 @@ class Optimizer(OptimizerFacts):
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        if self._worker is not None:
-            self._worker.join(self.shutdown_timeout)
+        try:
+            self._finish_step(self.shutdown_timeout)
+        except Exception as error:  # to leave in good manners matters more than the last step
+            logger.warning("%s: the last optimizer step failed: %s", self.run_id, error)
         self._release_memory()
         self._session.leave(float(self.shutdown_timeout))
         self._log_events()

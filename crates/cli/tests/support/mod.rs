@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use potluck_collab::{Directory, Invite, Session, SessionConfig, Snapshot, Step, TensorInfo};
+use potluck_collab::{Directory, Invite, Loaded, Session, SessionConfig, Snapshot, Step, TensorInfo};
 use potluck_dht::{Dht, DhtConfig, rendezvous};
 use potluck_net::{Env, Identity, PeerId, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport};
@@ -319,23 +319,36 @@ async fn train(session: Session, losses: watch::Sender<Vec<(u64, f32)>>) {
             }
             Step::Average => {
                 let gradient = weights.iter().map(|weight| weight - 1.0).collect();
-                let averaged = session.average_gradients(gradient, 4.0).await.value.vector;
-                weights.iter_mut().zip(averaged).for_each(|(weight, gradient)| *weight -= 0.05 * gradient);
+                let averaged = session.average_gradients(gradient, 4.0).await.value;
+                if averaged.missed {
+                    continue;
+                }
+                apply(&mut weights, averaged.vector);
                 let loss = weights.iter().map(|weight| (1.0 - weight).abs()).sum::<f32>() / VALUES as f32;
                 session.report_loss(loss);
                 session.epoch_done(Some(snapshot(&weights)));
                 losses.send_modify(|losses| losses.push((session.epoch(), loss)));
             }
-            Step::LoadState => {
-                if let Some(state) = session.load_state().await.value {
+            Step::LoadState => match session.load_state().await.value {
+                Loaded::State(state) => {
                     let blob = state.blobs.get("param.000000").expect("the state has the parameter");
                     let (words, _) = blob.as_chunks::<4>();
                     weights = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
                 }
-            }
+                Loaded::Gradients(average) => {
+                    apply(&mut weights, average);
+                    session.epoch_done(None);
+                }
+                Loaded::Parameters(average) => weights = average,
+                Loaded::Nothing => {}
+            },
             Step::AverageState | Step::Apply => unreachable!("the policy has no such step"),
         }
     }
+}
+
+fn apply(weights: &mut [f32], average: Vec<f32>) {
+    weights.iter_mut().zip(average).for_each(|(weight, gradient)| *weight -= 0.05 * gradient);
 }
 
 fn snapshot(weights: &[f32]) -> Snapshot {

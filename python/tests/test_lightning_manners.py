@@ -1,0 +1,138 @@
+"""Where a Lightning peer runs, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lightning_support import environment
+from test_manners import members, run
+
+pytestmark = pytest.mark.timeout(120)
+
+# A user's training without a guard for __main__, with DataLoader workers.
+PROGRAM = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, TensorDataset
+from potluck.lightning import HivemindStrategy
+torch.set_num_threads(1)
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(16, 1)
+    def training_step(self, batch, index):
+        if self.trainer.max_epochs < 0 and self.trainer.strategy.local_epoch >= 3:
+            print("going", flush=True)
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+def train(workers, epochs):
+    x = torch.randn(256, 16)
+    loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, num_workers=workers)
+    strategy = HivemindStrategy(target_batch_size=32, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_epochs=epochs, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Model(), loader)
+    print("epochs", strategy.local_epoch)
+"""
+
+
+def test_a_script_without_a_guard_and_with_workers(tmp_path: Path) -> None:
+    done = run(PROGRAM + "train(2, 1)", cwd=tmp_path, env=environment())
+    assert (done.returncode, done.stdout) == (0, "epochs 8\n"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook() -> None:
+    """A kernel runs cells in its event loop, and has no file of the program."""
+    code = f"""
+import asyncio
+async def kernel():
+    names = {{"__name__": "__main__"}}
+    for cell in ({PROGRAM!r}, "train(2, 1)", "train(0, 1)"):
+        exec(compile(cell, "<cell>", "exec"), names)
+        await asyncio.sleep(0)
+asyncio.run(kernel())
+"""
+    done = run(code, env=environment())
+    assert (done.returncode, done.stdout) == (0, "epochs 8\nepochs 8\n"), done.stderr
+
+
+def test_a_spawned_child(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text(PROGRAM)
+    (tmp_path / "program.py").write_text(
+        """
+import multiprocessing, training
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=training.train, args=(1, 1))
+    child.start()
+    child.join()
+    print("code", child.exitcode)
+"""
+    )
+    command = [sys.executable, "program.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=environment()
+    )
+    assert done.stdout == "epochs 8\ncode 0\n", done.stderr
+
+
+PLAIN = """
+import torch, potluck
+torch.set_num_threads(1)
+dht = potluck.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
+model = torch.nn.Linear(16, 1)
+optimizer = potluck.Optimizer(dht=dht, run_id="r", target_batch_size=32, batch_size_per_step=16,
+                              optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+while True:
+    model(torch.randn(16, 16)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if optimizer.local_epoch >= 3:
+        print("going", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("program", [PLAIN, PROGRAM + "train(0, -1)"], ids=["torch", "lightning"])
+def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
+    """It is one process, and leaves neither processes nor files."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env={**environment(), "TMPDIR": str(temporary)},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line == "going\n":
+                break
+        assert lines and lines[-1] == "going\n", "".join(lines)
+        assert members(process.pid) == [process.pid], "one process and no children"
+        os.kill(process.pid, signal.SIGINT)
+        asked = time.monotonic()
+        rest, _ = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 5, rest
+        assert members(process.pid) == []
+    finally:
+        process.kill()
+        process.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"] and not list(temporary.iterdir())

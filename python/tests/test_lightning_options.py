@@ -1,0 +1,164 @@
+"""What a Trainer and the options of the optimizer mean together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_lightning_strategy
+import torch
+from conftest import together
+from lightning_support import QUIET, equal, loader, model_class, regression, trainer, weights
+from test_lightning_strategy import fit, strategy
+
+from potluck import _core
+from potluck.dht import DHT
+
+lightning, local = test_lightning_strategy.lightning, test_lightning_strategy.local
+shut_down = test_lightning_strategy.shut_down
+
+pytestmark = [pytest.mark.timeout(120), *(pytest.mark.filterwarnings(text) for text in QUIET)]
+
+BESIDE = {"offload_optimizer": True, "delay_optimizer_step": True}
+
+
+def test_checkpoints_beside_a_delayed_step_are_whole(lightning: Any, tmp_path: Path) -> None:
+    weights: dict[int, list[torch.Tensor]] = {}
+
+    class Watched(model_class(lightning)):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+
+            def note(inner: torch.optim.Optimizer, *_: Any) -> None:
+                parameters = inner.param_groups[0]["params"]
+                step = int(inner.state[parameters[0]]["step"])
+                weights[step] = [p.detach().clone() for p in parameters]
+
+            optimizer.register_step_post_hook(note)
+            return optimizer
+
+    saver = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
+    driver = trainer(
+        lightning, strategy(**BESIDE), max_epochs=1, callbacks=[saver], enable_checkpointing=True
+    )
+    driver.fit(Watched(), loader())
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 8
+    epochs = []
+    for file in files:
+        saved = torch.load(file, weights_only=False)
+        (optimizer,) = saved["optimizer_states"]
+        epoch = optimizer["local_epoch"]
+        assert all(int(state["step"]) == epoch for state in optimizer["state"].values())
+        for mine, theirs in zip(saved["state_dict"].values(), weights[epoch], strict=True):
+            assert torch.equal(mine, theirs)
+        epochs.append(epoch)
+    assert sorted(epochs) == list(range(1, 9))
+
+
+def fp16(pl: Any, **scaling: Any) -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", **scaling)
+    return {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+@pytest.mark.parametrize("options", [{}, {"offload_optimizer": True}], ids=["in place", "offload"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_users_scaler_works_and_is_kept(lightning: Any, options: dict[str, Any], clip: Any) -> None:
+    ended, scales = [], []
+    for chosen in (strategy(**options), "auto"):
+        # It grows with every second step, and starts where the first ones overflow.
+        precision = fp16(lightning, init_scale=2.0**60, growth_interval=2)
+        module, driver = fit(lightning, chosen, max_epochs=6, gradient_clip_val=clip, **precision)
+        ended.append(weights(module))
+        scales.append(driver.precision_plugin.scaler.get_scale())
+    assert equal(*ended)
+    assert scales[0] == scales[1] and 2.0**10 < scales[0] < 2.0**60
+    assert not equal(ended[0], weights(model_class(lightning)()))
+
+
+def test_a_scaler_and_reused_buffers_are_refused(lightning: Any) -> None:
+    with pytest.raises(ValueError, match="cannot work with 16-mixed"):
+        fit(lightning, strategy(reuse_grad_buffers=True), **fp16(lightning))
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("options", [{}, {"reuse_grad_buffers": True}], ids=str)
+def test_a_skipped_batch_has_no_samples(lightning: Any, options: dict[str, Any]) -> None:
+    class Skipping(model_class(lightning)):
+        skips = staticmethod(lambda index: index % 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if self.skips(batch_idx) else super().training_step(batch, batch_idx)
+
+    together, alone = Skipping(), Skipping()
+    trainer(lightning, strategy(target_batch_size=16, **options), max_epochs=1).fit(together, loader())
+    alone.skips = lambda _: False
+    every_other = torch.utils.data.Subset(regression(), [i for i in range(64) if i // 8 % 2 == 0])
+    data = torch.utils.data.DataLoader(every_other, batch_size=8)
+    trainer(lightning, "auto", max_epochs=1, accumulate_grad_batches=2).fit(alone, data)
+    torch.testing.assert_close(weights(together), weights(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_two_peers_clip_their_average(lightning: Any) -> None:
+    """Each batch clipped by itself would give another mean. SGD, as Adam hardly sees the length of a gradient."""
+
+    class Plain(model_class(lightning)):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class InStep(lightning.Callback):  # type: ignore[name-defined]
+        """One batch of each peer is an epoch."""
+
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            while trainer.strategy.num_peers < 2:
+                trainer.strategy._optimizer._session.changed(0.05)
+                trainer.strategy._optimizer._follow(0)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            while trainer.strategy.local_epoch <= index:
+                trainer.strategy._optimizer._session.changed(0.05)
+                trainer.strategy._optimizer._follow(0)
+
+    hub, data = _core.Hub(), regression()
+    settings = {"max_epochs": 1, "gradient_clip_val": 0.1}
+
+    def peer(index: int) -> Any:
+        part = torch.utils.data.Subset(data, [i for i in range(64) if i % 16 // 8 == index])
+        dht = DHT.within_process(hub)
+        module = Plain()
+        chosen = strategy(target_batch_size=16, dht=dht, shuffle_differently=False)
+        driver = trainer(lightning, chosen, callbacks=[InStep()], **settings)
+        driver.fit(module, torch.utils.data.DataLoader(part, batch_size=8))
+        dht.shutdown()
+        return module
+
+    modules = together(lambda: peer(0), lambda: peer(1))
+    whole = Plain()
+    trainer(lightning, "auto", **settings).fit(whole, loader(16))
+    assert equal(*map(weights, modules))
+    torch.testing.assert_close(weights(modules[0]), weights(whole), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_true_precision_equals_plain_lightning(lightning: Any, precision: str, clip: Any) -> None:
+    ended = [
+        weights(fit(lightning, chosen, precision=precision, gradient_clip_val=clip)[0])
+        for chosen in (strategy(), "auto")
+    ]
+    assert ended[0][0].dtype == (torch.float64 if precision == "64-true" else torch.bfloat16)
+    assert equal(*ended)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_an_offloaded_optimizer_resumes(lightning: Any, clip: Any, tmp_path: Path) -> None:
+    options = {"offload_optimizer": True}
+    whole, _ = fit(lightning, "auto", max_epochs=4, gradient_clip_val=clip)
+    _, driver = fit(lightning, strategy(**options), gradient_clip_val=clip)
+    driver.save_checkpoint(tmp_path / "half.ckpt")
+    second = model_class(lightning)()
+    driver = trainer(lightning, strategy(**options), max_epochs=4, gradient_clip_val=clip)
+    driver.fit(second, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert driver.strategy.local_epoch == 32
+    assert equal(weights(second), weights(whole))
