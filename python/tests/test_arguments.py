@@ -225,7 +225,7 @@ def test_a_state_download_travels_compressed(loopback_dht: Callable[..., DHT], o
         with potluck.Optimizer(
             dht=loopback_dht(), optimizer=optimizer(net.parameters()), **common
         ) as newcomer:
-            load = newcomer._session.load_state
+            load = newcomer._session.catch_up
             newcomer._session = _Measured(newcomer._session, load, sizes)
             newcomer.load_state_from_peers()
             assert newcomer.local_epoch == 1
@@ -248,10 +248,11 @@ class _Measured:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def load_state(self) -> Any:
-        loaded = self._load()
+    def catch_up(self) -> Any:
+        kind, loaded = self._load()
+        assert kind == "state"
         self._sizes.append(sum(map(len, loaded[2].values())))
-        return loaded
+        return kind, loaded
 
 
 def test_a_state_that_a_scheme_cannot_express_travels_as_it_is(local_dht: Callable[[], DHT]) -> None:

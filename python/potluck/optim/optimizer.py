@@ -429,11 +429,10 @@ class Optimizer(OptimizerParts):
         if action == "average":
             averager = self._gradients
             averager.load_accumulators_into_averager_()
-            self._session.average_gradients(averager.flat_buffer, 0.0)
-            self._session.epoch_done(None)
+            if self._session.average_gradients(averager.flat_buffer, 0.0) is not None:
+                self._session.epoch_done(None)
         elif action == "average_state":
-            self._session.average_state(self._state.buffer)
-            if self.use_local_updates:
+            if self._session.average_state(self._state.buffer) is not None and self.use_local_updates:
                 self._session.epoch_done(None)
         elif action == "load_state":
             self._session.load_state()
