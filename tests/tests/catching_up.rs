@@ -72,7 +72,7 @@ fn first_round_with(record: &Record, who: PeerId) -> Option<Instant> {
 fn a_newcomer_whose_state_takes_longer_than_an_epoch_takes_part() {
     run(1, async |net| {
         let compression = Policy::Fixed(Scheme::Uniform8Bit);
-        let spec = RunSpec { model: Model::Broad, compression, epochs: 14, ..spec(1) };
+        let spec = RunSpec { model: Model::Broad, compression, epochs: 12, ..spec(1) };
         let mut world = World::new(net, spec.clone());
         (0..4).for_each(|_| _ = world.start(large_steps(PeerSpec::default())));
         tokio::time::sleep(Duration::from_secs(9)).await;

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 
 /// How long an answer without data may take. A peer that needs longer is no good donor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Once somebody has offered a state, the others get as long again, and at least this: one who died a moment ago, and
-/// whom nobody misses yet, never answers.
+/// Once somebody has offered a state (or has said that a sequel is not known, which all members know alike), the others get
+/// as long again, and at least this: one who died a moment ago, and whom nobody misses yet, never answers.
 const OFFERS_PAUSE: Duration = Duration::from_millis(300);
 /// Slowest donor that is still worth waiting for, in bytes per second.
 const RATE_MIN: f64 = 50_000.0;
@@ -98,7 +98,8 @@ impl Download {
             .collect();
         let (mut answers, mut until) = (Vec::new(), begun + ASK_TIMEOUT);
         while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
-            if answer.1.as_ref().is_ok_and(|offer| !offer.is_empty()) {
+            let tells = |offer: &Bytes| !offer.is_empty() || matches!(wanted, Request::Next { .. });
+            if answer.1.as_ref().is_ok_and(tells) {
                 let now = self.inner.env.now();
                 until = until.min(now + OFFERS_PAUSE.max(now - begun));
             }

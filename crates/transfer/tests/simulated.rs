@@ -198,6 +198,10 @@ fn nobody_waits_for_a_donor_that_never_answers() {
         assert_eq!(outcome.value, *snapshot(1, 2));
         let took = net.elapsed() - begun;
         assert!(took < Duration::from_millis(1500), "{took:?}");
+        let begun = net.elapsed();
+        assert!(newcomer.download_next(&from, [7; 32], TIMEOUT).await.is_err());
+        let took = net.elapsed() - begun;
+        assert!(took < Duration::from_millis(1500), "who is here does not know it: {took:?}");
     });
 }
 
