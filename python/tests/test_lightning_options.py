@@ -121,12 +121,13 @@ def test_two_peers_clip_their_average(lightning: Any) -> None:
                 trainer.strategy._optimizer._follow(0)
 
     hub, data = _core.Hub(), regression()
+    # Not in the threads, which share torch's random numbers.
+    made = [Plain(), Plain()]
     settings = {"max_epochs": 1, "gradient_clip_val": 0.1}
 
     def peer(index: int) -> Any:
         part = torch.utils.data.Subset(data, [i for i in range(64) if i % 16 // 8 == index])
-        dht = DHT.within_process(hub)
-        module = Plain()
+        dht, module = DHT.within_process(hub), made[index]
         chosen = strategy(target_batch_size=16, dht=dht, shuffle_differently=False)
         driver = trainer(lightning, chosen, callbacks=[InStep()], **settings)
         driver.fit(module, torch.utils.data.DataLoader(part, batch_size=8))
