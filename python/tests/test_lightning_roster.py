@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from conftest import together
 
 from potluck.lightning import _roster, _schedulers
 from potluck.lightning._roster import Plan, Roster
@@ -104,6 +107,34 @@ def test_a_tie_goes_to_the_lower_id(enter: Any) -> None:
     eventually(lambda: other.is_writer and not one.is_writer)
 
 
+def test_of_those_that_start_at_once_one_writes_from_the_beginning(enter: Any) -> None:
+    network = enter.network
+    doors = {name: network.peer(name) for name in "ab"}
+    both_looked = threading.Barrier(2, timeout=_PATIENCE_SECONDS)
+
+    def first_look_together(door: Any) -> None:
+        plain = door.get
+
+        def get(key: str, latest: bool = False) -> Any:
+            found = plain(key, latest)
+            if door.get is get:
+                door.get = plain
+                both_looked.wait()
+            return found
+
+        door.get = get
+
+    for door in doors.values():
+        first_look_together(door)
+    rosters = together(*(partial(Roster, door, "run", None) for door in doors.values()))
+    try:
+        assert sum(roster.is_writer for roster in rosters) <= 1, "two think that they are the first"
+        eventually(lambda: sum(roster.is_writer for roster in rosters) == 1)
+    finally:
+        for roster in rosters:
+            roster.close()
+
+
 def test_told_otherwise(enter: Any) -> None:
     quiet, automatic = enter("a", writer=False), enter("b")
     assert not quiet.is_writer
@@ -170,3 +201,26 @@ def test_all_peers_take_the_writers_rate_at_the_same_epoch(enter: Any) -> None:
     for share in (my_share, their_share):
         share.follow()
     assert (rate(mine), rate(theirs)) == (0.5, 0.5)
+
+
+def test_fast_epochs_give_the_others_time_to_hear(enter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, _follower = enter("a"), enter("b")
+    eventually(lambda: not writer.alone)
+    at, now = [0], [0.0]
+    mine, share = plateau(writer, at)
+    share._pace = _schedulers.Pace(lambda: now[0])
+    for epoch in range(50):  # four a second
+        at[0], now[0] = epoch, epoch * 0.25
+        share.follow()
+    monkeypatch.setattr(_roster, "_REFRESH_SECONDS", 2.0)
+    mine.step(1.0)
+    mine.step(2.0)
+    plan = writer.plan()
+    assert plan is not None and plan.epoch == 49 + 6 * 4, "three looks of two seconds each"
+    mine.step(3.0)
+    assert writer.plan() == plan, "one decision at a time"
+    at[0] = plan.epoch
+    share.follow()
+    assert rate(mine) == 0.5
+    mine.step(3.0)
+    assert writer.plan().rates == (0.25,)  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """Which of the run's Lightning peers writes shared artefacts (checkpoints, logs), and the learning rate they share.
 
 Each peer keeps one short-lived record in the DHT. The writer is the peer that arrived first: a newcomer takes a number
-above all that it sees, ties go to the lower peer id, and when the writer's record expires the next in order takes over.
+above all that it sees, also after it has announced itself, ties go to the lower peer id, and when the writer's record expires the next in order takes over.
 Numbers, not clocks, so that peers whose clocks differ agree.
 """
 
@@ -64,6 +64,11 @@ class Roster:
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._announce()
+        # Of several that start at once, each has announced itself before it looks: none is the first that sees another.
+        self._look()
+        if self._others and self._number <= max(record.number for record in self._others.values()):
+            self._number = 1 + max(record.number for record in self._others.values())
+            self._announce()
         self._thread = threading.Thread(target=self._keep, name="potluck-roster", daemon=True)
         self._thread.start()
 

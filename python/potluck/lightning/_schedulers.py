@@ -5,19 +5,51 @@ A Lightning step or epoch is local: a fast peer has more of them. A shared epoch
 
 from __future__ import annotations
 
+import math
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from potluck.lightning import _roster
 from potluck.lightning._roster import Plan, Roster
 
 # Lightning steps a scheduler when `index % frequency == 0`; this never holds, so only the shared epoch steps it.
 _NEVER = 2**62
 
-# A plateau's new rate holds from this many epochs ahead, which gives the other peers time to hear of it.
+# A plateau's new rate holds from at least so many epochs ahead, and from so many looks of the other peers, which gives
+# them time to hear of it.
 _PLATEAU_LEAD_EPOCHS = 2
+_PLATEAU_LEAD_LOOKS = 3
+# The pace of epochs is measured over about this time.
+_PACE_SECONDS = 10.0
+
+
+class Pace:
+    """How fast shared epochs go by, from when they were seen."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def note(self, epoch: int) -> None:
+        """The epoch now being trained."""
+        if self._seen and self._seen[-1][1] == epoch:
+            return
+        now = self._clock()
+        self._seen.append((now, epoch))
+        while len(self._seen) > 2 and self._seen[1][0] < now - _PACE_SECONDS:
+            self._seen.popleft()
+
+    def within(self, seconds: float) -> int:
+        """How many epochs may end within this time."""
+        if len(self._seen) < 2:
+            return 0
+        (began, first), (ended, last) = self._seen[0], self._seen[-1]
+        return math.ceil(seconds * (last - first) / max(ended - began, 1e-3))
 
 
 class EpochSchedulers:
@@ -79,6 +111,7 @@ class SharedPlateau:
         self._roster = roster
         self._local_epoch = local_epoch
         self._applied: Plan | None = None
+        self._pace = Pace()
         plain = type(plateau)
         self._plain = plain
 
@@ -89,7 +122,9 @@ class SharedPlateau:
         plateau.__class__ = type(plain.__name__, (plain,), {"step": step, "__module__": plain.__module__})
 
     def _on_metric(self, metrics: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._roster.is_writer:
+        waiting = self._roster.plan()
+        if not self._roster.is_writer or (waiting is not None and waiting.epoch > self._local_epoch()):
+            # Not the one that decides, or its last decision holds from an epoch that is still to come.
             return
         groups = self._plateau.optimizer.param_groups
         before = [group["lr"] for group in groups]
@@ -102,10 +137,13 @@ class SharedPlateau:
             return
         for group, rate in zip(groups, before, strict=True):
             group["lr"] = rate
-        self._roster.publish(Plan(self._local_epoch() + _PLATEAU_LEAD_EPOCHS, after))
+        heard = self._pace.within(_PLATEAU_LEAD_LOOKS * _roster._REFRESH_SECONDS)
+        lead = max(_PLATEAU_LEAD_EPOCHS, heard)
+        self._roster.publish(Plan(self._local_epoch() + lead, after))
 
     def follow(self) -> None:
         """Before a step: take the rates that hold for the epoch now being trained."""
+        self._pace.note(self._local_epoch())
         plan = self._roster.plan()
         groups = self._plateau.optimizer.param_groups
         if (
