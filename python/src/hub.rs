@@ -229,6 +229,7 @@ impl Dialect for LocalDialect {
             let failed = |reason: &str, vector| RoundFailed {
                 epoch: call.epoch,
                 reason: reason.to_owned(),
+                left_out: false,
                 vector,
                 faults: Vec::new(),
             };

@@ -12,7 +12,7 @@ from crew import HERE
 
 TITLE = "long haul"
 PEERS, TARGET, UP = 6, 512, 20.0
-FAILED = re.compile(r"no average of gradients, went on alone")
+FAILED = re.compile(r"no average of gradients, went on alone|missed the average of gradients")
 ROUNDS = re.compile(r"averaged gradients with (\d+) peers")
 
 

@@ -185,6 +185,7 @@ impl Dialect for HubPeer {
                 return Err(RoundFailed {
                     epoch: call.epoch,
                     reason,
+                    left_out: false,
                     vector: call.vector,
                     faults: Vec::new(),
                 });
@@ -203,6 +204,7 @@ impl Dialect for HubPeer {
                 return Err(RoundFailed {
                     epoch: call.epoch,
                     reason,
+                    left_out: false,
                     vector: call.vector,
                     faults: Vec::new(),
                 });

@@ -459,7 +459,7 @@ impl Inner {
             (core.lineage.epoch, core.lineage.hash)
         };
         let mut faults = Vec::new();
-        let mut reason = String::new();
+        let (mut reason, mut left_out) = (String::new(), false);
         for _ in 0..ROUND_ATTEMPTS {
             // Alone, or left behind: a round could only fail.
             if self.dialect.peers().is_empty() || self.is_behind() {
@@ -484,6 +484,7 @@ impl Inner {
                 () = self.left_behind() => Err(RoundFailed {
                     epoch,
                     reason: "the others have finished it and gone on".to_owned(),
+                    left_out: true,
                     // What is applied now is replaced by the state of the others in the next step.
                     vector: vec![0.0; values],
                     faults: Vec::new(),
@@ -498,17 +499,17 @@ impl Inner {
                 Ok(outcome) => {
                     vector = outcome.value.vector;
                     faults.extend(outcome.faults);
-                    reason = "nobody else came".to_owned();
+                    (reason, left_out) = ("nobody else came".to_owned(), false);
                     break;
                 }
                 Err(failed) => {
                     vector = failed.vector;
                     faults.extend(failed.faults);
-                    reason = failed.reason;
+                    (reason, left_out) = (failed.reason, failed.left_out);
                 }
             }
         }
-        self.not_averaged(channel, vector, weight, reason, faults)
+        self.not_averaged(channel, (vector, weight), (reason, left_out), faults)
     }
 
     fn averaged(
@@ -536,9 +537,8 @@ impl Inner {
     fn not_averaged(
         &self,
         channel: Channel,
-        vector: Vec<f32>,
-        weight: f64,
-        reason: String,
+        (vector, weight): (Vec<f32>, f64),
+        (reason, left_out): (String, bool),
         faults: Vec<PeerFault>,
     ) -> Outcome<Averaged> {
         let mut core = self.core();
@@ -546,7 +546,8 @@ impl Inner {
         let in_company = core.in_company();
         let now = self.env.now();
         let ends_epoch = channel == Channel::Gradients || self.config.policy.ends_epochs_with_state();
-        let missed = ends_epoch && core.winner(now).is_some();
+        // Those who began without us have it in a moment, and then can be made up for.
+        let missed = ends_epoch && (core.winner(now).is_some() || left_out && in_company);
         core.not_averaged(now, channel, in_company, &faults);
         let epoch = core.lineage.epoch;
         drop(core);

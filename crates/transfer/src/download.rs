@@ -129,8 +129,10 @@ impl Download {
             }
         }
         let newest = offers.keys().next_back()?.0;
-        let same_epoch = offers.into_iter().filter(|((epoch, _), _)| *epoch == newest);
-        same_epoch
+        // There is one sequel of a history, whatever epoch somebody says that it leads to.
+        let any_epoch = matches!(wanted, Request::Next { .. });
+        let compared = offers.into_iter().filter(|((epoch, _), _)| any_epoch || *epoch == newest);
+        compared
             .max_by_key(|((_, root), (votes, _))| (*votes, std::cmp::Reverse(*root)))
             .map(|(_, (_, index))| index)
     }

@@ -316,3 +316,19 @@ fn sequels_are_never_larger_than_the_state() {
         assert!(offering.held().sequels <= snapshot(0, 8).bytes());
     });
 }
+
+#[test]
+fn the_sequel_that_most_offer_is_taken_whatever_epoch_a_liar_names() {
+    run(11, |net| async move {
+        let donors: Vec<_> = (0..3).map(|_| peer(&net, 10.0)).collect();
+        let from: Vec<PeerId> = donors.iter().map(|(transport, _)| transport.local_peer()).collect();
+        for (_, honest) in donors.iter().skip(1) {
+            honest.remember(sequel(4, 1000));
+        }
+        let lie = Sequel { before: [4; 32], ..sequel(99, 1000) };
+        donors[0].1.remember(lie);
+        let (_, newcomer) = peer(&net, 10.0);
+        let next = newcomer.download_next(&from, [4; 32], TIMEOUT).await.unwrap();
+        assert_eq!(next.value, (sequel(4, 1000).make)());
+    });
+}
