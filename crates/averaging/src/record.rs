@@ -56,6 +56,12 @@ impl Record {
 }
 
 impl AveragerConfig {
+    /// Bytes of the encoded vectors, cut for one reducer.
+    pub fn encoded_bytes(&self) -> usize {
+        let of = |tensors: &Vec<TensorInfo>| Layout::new(tensors, &self.compression).encoded_bytes();
+        of(&self.tensors) + self.second.as_ref().map_or(0, of)
+    }
+
     /// The average, and that of the second vector if there is one, of a round of which [`Record::join`] made this text
     /// and these bytes elsewhere.
     ///

@@ -54,6 +54,9 @@ pub(crate) struct Core {
     state_next: Option<Applied>,
     /// The round whose average the next `epoch_done` applies.
     applied: Option<Applied>,
+    /// A round that ends an epoch gave something to apply, and `epoch_done` has not said that it was: nobody knows what the
+    /// parameters are until then.
+    pub(crate) unsettled: bool,
     /// What led from one history to the next, and nobody was told yet.
     sequels: Vec<Sequel>,
     /// The round failed although others were here: what this peer applies alone ends no epoch.
@@ -111,6 +114,7 @@ impl Core {
             background_epoch: 0,
             state_next: None,
             applied: None,
+            unsettled: false,
             sequels: Vec::new(),
             void: false,
             waiting: None,
@@ -208,9 +212,6 @@ impl Core {
             (Background::Running, Some(_)) if beside => return Step::Accumulate,
             _ => {}
         }
-        if self.background == Background::Idle && self.retry.is_some_and(|(at, _)| now < at) {
-            return Step::Accumulate;
-        }
         self.ask_for_state(&views);
         let swarm = progress::sum(self.lineage.epoch, &self.own, &views);
         let ours = self.lineage;
@@ -233,7 +234,13 @@ impl Core {
             background: self.background,
             background_due: self.lineage.epoch > self.background_epoch,
         };
-        policy::next(self.config.policy, &situation)
+        match policy::next(self.config.policy, &situation) {
+            // A round has just failed: whatever else runs beside, nobody asks for the next one without a pause.
+            Step::Average | Step::AverageState if self.retry.is_some_and(|(at, _)| now < at) => {
+                Step::Accumulate
+            }
+            step => step,
+        }
     }
 
     /// Whether the others must know of our samples before the next heartbeat.
@@ -292,6 +299,7 @@ impl Core {
         let samples = if result.weight_total.is_finite() { result.weight_total.max(0.0) as u64 } else { 0 };
         if channel == Channel::Gradients || self.config.policy.ends_epochs_with_state() {
             self.applied = Some(Applied::new(channel, result, samples));
+            self.unsettled = true;
         } else {
             self.state_is_done();
             match self.background {
@@ -424,6 +432,7 @@ impl Core {
     /// The epoch is over: one epoch further, history extended, counters on.
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
+        self.unsettled = false;
         if std::mem::take(&mut self.void) {
             self.settle_factors(false);
             // Else the one peer whose round failed would be an epoch ahead, and everybody would load its state. Without
@@ -460,6 +469,7 @@ impl Core {
     /// If the round failed in company, nothing of it was applied.
     pub(crate) fn round_void(&mut self) -> bool {
         let void = std::mem::take(&mut self.void);
+        self.unsettled = false;
         if void {
             self.settle_factors(false);
         }
@@ -565,6 +575,7 @@ impl Core {
             self.retry = None;
         }
         self.lineage = lineage;
+        self.unsettled = false;
         self.background = Background::Idle;
         self.own.discard();
         self.own.restart_clock(now);

@@ -165,3 +165,56 @@ fn a_round_that_is_made_up_for_leads_to_the_same_history_and_parameters() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_round_is_not_tried_again_at_once_while_something_runs_beside() {
+    for background in [Background::Idle, Background::Running, Background::Ready] {
+        let mut core = in_company();
+        core.background = background;
+        core.background_epoch = core.lineage.epoch;
+        core.config.policy = PolicyKind::DelayedState;
+        core.own.add(Instant::now(), 8);
+        assert_eq!(core.next(Instant::now(), |_| false), Step::Average, "{background:?}");
+        core.not_averaged(Instant::now(), Channel::Gradients, true, &[]);
+        assert_eq!(core.next(Instant::now(), |_| false), Step::Accumulate, "{background:?}");
+        tokio::time::advance(FAILED_PAUSE).await;
+        assert_eq!(core.next(Instant::now(), |_| false), Step::Average, "{background:?}");
+    }
+}
+
+/// Whoever failed over an average may have applied it or not: only a whole state is sure.
+#[test]
+fn a_program_that_did_not_finish_an_epoch_does_not_apply_its_round_twice() {
+    let mut core = in_company();
+    core.own.samples = 8;
+    core.lineage.samples = 64;
+    let ahead = core.lineage.next_epoch(&[2; 32], TARGET);
+    assert!(core.may_make_up(&ahead));
+    let result = RoundResult {
+        vector: vec![0.0],
+        members: Vec::new(),
+        gathered: Vec::new(),
+        weight_total: 64.0,
+        plan_hash: [2; 32],
+        unchanged: false,
+        record: None,
+        stats: crate::RoundStats::default(),
+    };
+    core.averaged(Channel::Gradients, &result, &[]);
+    assert!(!core.may_make_up(&ahead), "its optimizer raised, or the step after it");
+    core.epoch_done();
+    assert!(core.may_make_up(&ahead.next_epoch(&[3; 32], TARGET)));
+    let after = core.lineage.next_epoch(&[4; 32], TARGET);
+    let missed = MissedRound {
+        channel: Channel::Gradients,
+        plan_hash: [4; 32],
+        samples: TARGET,
+        after: after.hash,
+        vector: vec![0.0],
+    };
+    core.make_up(missed, Instant::now()).unwrap();
+    assert!(!core.may_make_up(&after), "the same for a round that it made up for");
+    core.epoch_done();
+    assert_eq!(core.lineage, after);
+    assert!(core.may_make_up(&after.next_epoch(&[5; 32], TARGET)));
+}

@@ -169,6 +169,12 @@ impl Native {
         Ok(Outcome { value, faults })
     }
 
+    /// More bytes than any sequel has: where a vector is cut, a codebook more may be sent.
+    fn sequel_bytes_max(&self) -> u64 {
+        let of = |averager: &Averager| averager.config().encoded_bytes() as u64;
+        2 * of(&self.gradients).max(of(&self.state)) + (1 << 20)
+    }
+
     /// A round of gradients whose matrices travel as factors. The factors' state is as before unless the session
     /// commits it later.
     async fn low_rank(
@@ -332,8 +338,10 @@ impl Dialect for Native {
         let members: Vec<PeerView> = self.peers().into_iter().filter(|view| !view.auxiliary).collect();
         let donors = donors(&members, &winner);
         Box::pin(async move {
-            let Outcome { value, faults } =
-                self.exchange.download_next(&donors, lineage, timeout).await.ok()?;
+            let bytes_max = self.sequel_bytes_max();
+            // Half of the time is left for a state, if this does not come.
+            let found = self.exchange.download_next(&donors, lineage, bytes_max, timeout / 2).await;
+            let Outcome { value, faults } = found.ok()?;
             let read = sequels::Read::new(value)?;
             let (averager, factors) = match read.channel {
                 Channel::Gradients => (&self.gradients, self.factors.clone()),

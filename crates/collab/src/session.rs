@@ -34,7 +34,8 @@ pub struct Averaged {
     pub weight_total: f64,
     /// Nobody else's values are in it: nobody came, or all had the same state.
     pub alone: bool,
-    /// The others have finished the round without this peer and gone on: apply nothing, `step` answers `LoadState`.
+    /// The others began or finished the round without this peer: apply nothing, and keep what was gathered until
+    /// `load_state` has something. `step` answers `LoadState` as soon as they have finished.
     pub missed: bool,
     /// What it cost.
     pub stats: RoundStats,
@@ -438,7 +439,8 @@ impl Inner {
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
         let mut core = self.core();
-        let keeps = outcome.value.alone && (core.in_company() || !core.agrees_alone());
+        let keeps =
+            outcome.value.missed || outcome.value.alone && (core.in_company() || !core.agrees_alone());
         outcome.value.vector = if keeps { vector } else { core.agree(movement) };
         drop(core);
         outcome
@@ -549,6 +551,7 @@ impl Inner {
         // Those who began without us have it in a moment, and then can be made up for.
         let missed = ends_epoch && (core.winner(now).is_some() || left_out && in_company);
         core.not_averaged(now, channel, in_company, &faults);
+        core.unsettled = ends_epoch && !missed;
         let epoch = core.lineage.epoch;
         drop(core);
         if in_company {

@@ -17,9 +17,11 @@ use tokio::time::Instant;
 
 /// How long an answer without data may take. A peer that needs longer is no good donor.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Once somebody has offered a state (or has said that a sequel is not known, which all members know alike), the others get
-/// as long again, and at least this: one who died a moment ago, and whom nobody misses yet, never answers.
+/// Once somebody has offered what was asked for, the others get as long again, and at least this: one who died a moment ago,
+/// and whom nobody misses yet, never answers.
 const OFFERS_PAUSE: Duration = Duration::from_millis(300);
+/// The same once somebody has said that it does not know a sequel: those who do may still have to put it together.
+const UNKNOWN_PAUSE: Duration = Duration::from_secs(1);
 /// Slowest donor that is still worth waiting for, in bytes per second.
 const RATE_MIN: f64 = 50_000.0;
 /// A donor that failed this often in a row is given up for this download.
@@ -28,6 +30,7 @@ pub(crate) const FAILURES_MAX: u32 = 3;
 pub(crate) struct Download {
     inner: Arc<Inner>,
     peers: Vec<PeerId>,
+    bytes_max: u64,
     start: Instant,
     deadline: Instant,
     faults: Vec<PeerFault>,
@@ -39,11 +42,11 @@ enum Done {
 }
 
 impl Download {
-    pub(crate) fn new(inner: Arc<Inner>, peers: &[PeerId], timeout: Duration) -> Self {
+    pub(crate) fn new(inner: Arc<Inner>, peers: &[PeerId], bytes_max: u64, timeout: Duration) -> Self {
         let me = inner.transport.local_peer();
         let start = inner.env.now();
         let peers = peers.iter().copied().filter(|peer| *peer != me).collect();
-        Self { inner, peers, start, deadline: start + timeout, faults: Vec::new() }
+        Self { inner, peers, bytes_max, start, deadline: start + timeout, faults: Vec::new() }
     }
 
     /// Ask everybody for what is wanted, then fetch what most of them offer.
@@ -98,10 +101,14 @@ impl Download {
             .collect();
         let (mut answers, mut until) = (Vec::new(), begun + ASK_TIMEOUT);
         while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
-            let tells = |offer: &Bytes| !offer.is_empty() || matches!(wanted, Request::Next { .. });
-            if answer.1.as_ref().is_ok_and(tells) {
+            let pause = match &answer.1 {
+                Ok(offer) if !offer.is_empty() => Some(OFFERS_PAUSE),
+                Ok(_) if matches!(wanted, Request::Next { .. }) => Some(UNKNOWN_PAUSE),
+                _ => None,
+            };
+            if let Some(pause) = pause {
                 let now = self.inner.env.now();
-                until = until.min(now + OFFERS_PAUSE.max(now - begun));
+                until = until.min(now + pause.max(now - begun));
             }
             answers.push(answer);
         }
@@ -115,7 +122,9 @@ impl Download {
         for (peer, answer) in answers {
             match answer {
                 Ok(bytes) if bytes.is_empty() => {}
-                Ok(bytes) => match Index::decode(&bytes).filter(|index| index.epoch >= epoch_min) {
+                Ok(bytes) => match Index::decode(&bytes)
+                    .filter(|index| index.epoch >= epoch_min && index.bytes() <= self.bytes_max)
+                {
                     Some(index) => {
                         offers.entry((index.epoch, index.root())).or_insert((0, index)).0 += 1;
                     }

@@ -3,7 +3,7 @@
 use crate::download::Download;
 use crate::store::{Kind, Store, index_of};
 use crate::wire::{Request, encode_bits};
-use crate::{CHUNK_BYTES, Sequel, Snapshot};
+use crate::{CHUNK_BYTES, STATE_BYTES_MAX, Sequel, Snapshot};
 use bytes::Bytes;
 use potluck_net::{AcceptError, Env, Outcome, PeerFault, PeerId, Protocol, Tasks, Transport, rpc};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -86,6 +86,9 @@ impl Inner {
 
     /// Make and hash the sequel of a history, if there is one that nobody has asked for yet.
     async fn make_sequel(&self, before: &[u8; 32]) {
+        if self.store().unmade(before).is_none() {
+            return;
+        }
         let _one = self.hashing.lock().await;
         let Some(sequel) = self.store().unmade(before) else { return };
         let source = sequel.clone();
@@ -187,11 +190,12 @@ impl Exchange {
         epoch_min: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        Download::new(self.inner.clone(), peers, timeout).run(Request::Offer { epoch_min }, Kind::State).await
+        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout);
+        download.run(Request::Offer { epoch_min }, Kind::State).await
     }
 
     /// Download what led on from this history, from as many of `peers` as know it. Its lineage and epoch are those after
-    /// it, as its donors say.
+    /// it, as its donors say. Offers of more than `bytes_max` bytes are passed over.
     ///
     /// # Errors
     /// [`DownloadError`]: nobody knows it ([`DownloadError::NobodyOffers`]), or it did not arrive.
@@ -199,9 +203,11 @@ impl Exchange {
         &self,
         peers: &[PeerId],
         lineage: [u8; 32],
+        bytes_max: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        Download::new(self.inner.clone(), peers, timeout).run(Request::Next { lineage }, Kind::Sequel).await
+        let download = Download::new(self.inner.clone(), peers, bytes_max, timeout);
+        download.run(Request::Next { lineage }, Kind::Sequel).await
     }
 }
 

@@ -246,7 +246,7 @@ impl Store {
 
 impl Held {
     fn bytes(&self) -> u64 {
-        self.index.blobs.values().sum()
+        self.index.bytes()
     }
 }
 

@@ -132,6 +132,11 @@ impl Index {
         Some(Self { epoch, lineage, meta, blobs, hashes })
     }
 
+    /// Bytes of all buffers together.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.blobs.values().fold(0, |sum, len| sum.saturating_add(*len))
+    }
+
     /// The hash by which everybody names this snapshot.
     pub(crate) fn root(&self) -> [u8; 32] {
         *blake3::hash(&self.encode()).as_bytes()

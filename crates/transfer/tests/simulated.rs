@@ -199,7 +199,7 @@ fn nobody_waits_for_a_donor_that_never_answers() {
         let took = net.elapsed() - begun;
         assert!(took < Duration::from_millis(1500), "{took:?}");
         let begun = net.elapsed();
-        assert!(newcomer.download_next(&from, [7; 32], TIMEOUT).await.is_err());
+        assert!(newcomer.download_next(&from, [7; 32], u64::MAX, TIMEOUT).await.is_err());
         let took = net.elapsed() - begun;
         assert!(took < Duration::from_millis(1500), "who is here does not know it: {took:?}");
     });
@@ -256,7 +256,7 @@ fn sequel(epoch: u64, bytes: usize) -> Sequel {
 /// How many sequels, from this epoch on, somebody can get.
 async fn known(newcomer: &Exchange, from: &[PeerId], first: u64) -> u64 {
     let mut epoch = first;
-    while let Ok(next) = newcomer.download_next(from, [epoch as u8; 32], TIMEOUT).await {
+    while let Ok(next) = newcomer.download_next(from, [epoch as u8; 32], u64::MAX, TIMEOUT).await {
         assert_eq!(next.value, (sequel(epoch, next.value.bytes() as usize).make)());
         assert_eq!(next.faults, []);
         epoch += 1;
@@ -328,7 +328,8 @@ fn the_sequel_that_most_offer_is_taken_whatever_epoch_a_liar_names() {
         let lie = Sequel { before: [4; 32], ..sequel(99, 1000) };
         donors[0].1.remember(lie);
         let (_, newcomer) = peer(&net, 10.0);
-        let next = newcomer.download_next(&from, [4; 32], TIMEOUT).await.unwrap();
+        assert!(newcomer.download_next(&from, [4; 32], 999, TIMEOUT).await.is_err(), "too large");
+        let next = newcomer.download_next(&from, [4; 32], 1000, TIMEOUT).await.unwrap();
         assert_eq!(next.value, (sequel(4, 1000).make)());
     });
 }

@@ -143,6 +143,8 @@ class InnerOptimizer:
 
         They find them in ``.grad`` of the model's parameters as well, and may change them there.
         """
+        if not self._hooks:
+            return list(grads)
         with _kept([*self.main, *self.model]):
             self._place(grads)
             shown = []

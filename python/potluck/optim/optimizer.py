@@ -471,16 +471,18 @@ class Optimizer(OptimizerParts):
         self._finish_step()
         found = self._session.catch_up()
         self._log_events()
+        if found is None:
+            return False
         if self.grad_averager is not None:
             # They were computed at parameters that are gone.
             self.grad_averager.reset_accumulated_grads_()
-        if found is None:
-            return False
         kind, value = found
         if kind == "state":
             _, meta, blobs = value
             self._codec.restore(meta, blobs)
         elif kind == "gradients":
+            # Somebody's loss touched what the average holds; this peer's own say nothing of it.
+            self._untouched = [False] * len(self._inner.model)
             self._step_inner(*self._average_to_grads(value, False, None))
         else:
             self._write_state(list(views_of(value, self._state.shapes)), sent=None)

@@ -36,10 +36,10 @@ impl Core {
     }
 
     /// Whether what is missing up to `winner` may be few enough rounds to make up for one by one. A newcomer starts with a
-    /// state.
+    /// state, and so does a program that failed over what it was to apply.
     pub(crate) fn may_make_up(&self, winner: &Lineage) -> bool {
         let behind = winner.epoch.saturating_sub(self.lineage.epoch);
-        behind <= if self.lineage.samples == 0 { 1 } else { MISSED_MAX }
+        !self.unsettled && behind <= if self.lineage.samples == 0 { 1 } else { MISSED_MAX }
     }
 
     /// Take up a round of others, as if this peer had been in it without samples; answers what the program applies. If it
@@ -61,6 +61,7 @@ impl Core {
         self.retry = None;
         if ends_epoch {
             self.applied = Some(Applied { plan_hash, samples, channel, record: None });
+            self.unsettled = true;
         } else {
             self.lineage = next;
             self.state_is_done();
