@@ -41,7 +41,7 @@ pub struct SwarmConfig {
     pub invite: Option<Invite>,
     /// What we say of ourselves from the first message on, until the first report.
     pub progress: Progress,
-    /// How long [`Swarm::join`] may take.
+    /// How long [`Swarm::join`](crate::Swarm::join) may take.
     pub join_timeout: Duration,
 }
 
