@@ -106,14 +106,14 @@ mod tests {
     use potluck_compression::{Policy, Scheme, TensorRole};
     use proptest::prelude::*;
 
-    fn config(scheme: Scheme) -> AveragerConfig {
-        let tensors = vec![TensorInfo::vector("w", 50_000, TensorRole::Gradient)];
+    fn config(scheme: Scheme, values: usize) -> AveragerConfig {
+        let tensors = vec![TensorInfo::vector("w", values, TensorRole::Gradient)];
         AveragerConfig::new(tensors, Policy::Fixed(scheme))
     }
 
     #[test]
     fn what_is_no_record_of_these_tensors_is_refused() {
-        let config = config(Scheme::None);
+        let config = config(Scheme::None, 50_000);
         let whole = Bytes::from(vec![0; 200_000]);
         let decode = |cut: &str, phases: &[Bytes]| config.decode(cut, phases);
         assert_eq!(decode("65536 1,3", std::slice::from_ref(&whole)).unwrap().0.len(), 50_000);
@@ -139,12 +139,20 @@ mod tests {
         }
 
         #[test]
-        fn strangers_records_never_panic(
-            cut in "[0-9, ]{0,40}",
-            bytes in proptest::collection::vec(any::<u8>(), 0..400),
+        fn strangers_records_are_refused_or_finite(
+            shares in proptest::collection::vec(0u32..9, 1..6),
+            values in 1usize..80,
+            bytes in proptest::collection::vec(any::<u8>(), 4000),
         ) {
+            let cut = Cut { shares, chunk_bytes: *CHUNK_BYTES.start() }.to_text();
             for scheme in Scheme::ALL {
-                let _refused_or_valid = config(*scheme).decode(&cut, &[bytes.clone().into()]);
+                let config = config(*scheme, values);
+                let exact = Bytes::copy_from_slice(&bytes[..config.encoded_bytes()]);
+                if let Ok((vector, _)) = config.decode(&cut, std::slice::from_ref(&exact)) {
+                    prop_assert_eq!(vector.len(), values);
+                    prop_assert!(first_non_finite(&vector).is_none());
+                }
+                prop_assert!(config.decode(&cut, &[exact.slice(1..)]).is_err());
             }
         }
     }
