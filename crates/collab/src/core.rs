@@ -466,16 +466,6 @@ impl Core {
         }
     }
 
-    /// If the round failed in company, nothing of it was applied.
-    pub(crate) fn round_void(&mut self) -> bool {
-        let void = std::mem::take(&mut self.void);
-        self.unsettled = false;
-        if void {
-            self.settle_factors(false);
-        }
-        void
-    }
-
     /// What runs in the background is over with the epoch, unless it is an average of the state, which ends by itself.
     fn gradients_are_applied(&mut self) {
         if self.config.policy != PolicyKind::DelayedState {

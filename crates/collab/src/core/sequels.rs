@@ -69,6 +69,16 @@ impl Core {
         Ok(if channel == Channel::State { self.agree(vector) } else { vector })
     }
 
+    /// If the round failed in company, nothing of it was applied.
+    pub(crate) fn round_void(&mut self) -> bool {
+        let void = std::mem::take(&mut self.void);
+        self.unsettled = false;
+        if void {
+            self.settle_factors(false);
+        }
+        void
+    }
+
     /// An average that the others have applied while this peer still waited for it: it loads or makes up for what they have.
     pub(crate) fn forget_background(&mut self) {
         self.background = Background::Idle;
