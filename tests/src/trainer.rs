@@ -284,12 +284,13 @@ impl Trainer {
             }
             Loaded::Gradients(average) => {
                 self.optimizer.step(&mut self.params, &average);
-                self.session.epoch_done(None);
+                self.session.epoch_done(Some(self.snapshot()));
             }
             Loaded::Parameters(average) => {
                 self.params = average;
-                if ends_epochs {
-                    self.session.epoch_done(None);
+                match ends_epochs {
+                    true => self.session.epoch_done(Some(self.snapshot())),
+                    false => self.session.publish(self.snapshot()),
                 }
             }
         }

@@ -23,9 +23,12 @@
 //!             Loaded::State(state) => restore(state),
 //!             Loaded::Gradients(average) => {
 //!                 optimizer_step(average);
-//!                 session.epoch_done(None);
+//!                 session.epoch_done(Some(snapshot()));
 //!             }
-//!             Loaded::Parameters(average) => set_parameters(average), // local updates and DiLoCo: epoch_done(None)
+//!             Loaded::Parameters(average) => {
+//!                 set_parameters(average);
+//!                 session.publish(snapshot()); // local updates and DiLoCo: session.epoch_done(Some(snapshot()))
+//!             }
 //!             Loaded::Nothing => {}
 //!         }
 //!     }

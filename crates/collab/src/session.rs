@@ -549,7 +549,8 @@ impl Inner {
         let now = self.env.now();
         let ends_epoch = channel == Channel::Gradients || self.config.policy.ends_epochs_with_state();
         // Those who began without us have it in a moment, and then can be made up for.
-        let missed = ends_epoch && (core.winner(now).is_some() || left_out && in_company);
+        let awaits = core.awaits_others(left_out && in_company);
+        let missed = ends_epoch && (core.winner(now).is_some() || awaits);
         core.not_averaged(now, channel, in_company, &faults);
         core.unsettled = ends_epoch && !missed;
         let epoch = core.lineage.epoch;

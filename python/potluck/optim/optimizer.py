@@ -489,9 +489,11 @@ class Optimizer(OptimizerParts):
             if self.use_local_updates:
                 self._inner.step_scheduler(self._local_updates_loss(alone=False))
         self._inner.copy_to_model()
+        # Whoever has made up for a round may be the only one with its state.
         if kind == "gradients" or (kind == "parameters" and self.use_local_updates):
-            self._session.epoch_done(None)
-            self._status_line()
+            self._epoch_done()
+        elif kind == "parameters":
+            self._publish()
         return True
 
     def state_dict(self) -> dict[str, Any]:
