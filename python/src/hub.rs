@@ -229,7 +229,6 @@ impl Dialect for LocalDialect {
             let failed = |reason: &str, vector| RoundFailed {
                 epoch: call.epoch,
                 reason: reason.to_owned(),
-                left_out: false,
                 vector,
                 faults: Vec::new(),
             };

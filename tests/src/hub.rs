@@ -185,7 +185,6 @@ impl Dialect for HubPeer {
                 return Err(RoundFailed {
                     epoch: call.epoch,
                     reason,
-                    left_out: false,
                     vector: call.vector,
                     faults: Vec::new(),
                 });
@@ -204,7 +203,6 @@ impl Dialect for HubPeer {
                 return Err(RoundFailed {
                     epoch: call.epoch,
                     reason,
-                    left_out: false,
                     vector: call.vector,
                     faults: Vec::new(),
                 });

@@ -57,8 +57,6 @@ pub(crate) struct Core {
     /// A round that ends an epoch gave something to apply, and `epoch_done` has not said that it was: nobody knows what the
     /// parameters are until then.
     pub(crate) unsettled: bool,
-    /// How often in a row rounds began without us.
-    pub(crate) left_out: u32,
     /// What led from one history to the next, and nobody was told yet.
     sequels: Vec<Sequel>,
     /// The round failed although others were here: what this peer applies alone ends no epoch.
@@ -117,7 +115,6 @@ impl Core {
             state_next: None,
             applied: None,
             unsettled: false,
-            left_out: 0,
             sequels: Vec::new(),
             void: false,
             waiting: None,
@@ -314,7 +311,6 @@ impl Core {
         }
         self.void = false;
         self.retry = None;
-        self.left_out = 0;
         self.behind.trust();
         let round = RoundStatus {
             epoch: self.lineage.epoch,
@@ -570,7 +566,6 @@ impl Core {
         }
         self.lineage = lineage;
         self.unsettled = false;
-        self.left_out = 0;
         self.background = Background::Idle;
         self.own.discard();
         self.own.restart_clock(now);

@@ -190,8 +190,6 @@ pub struct RoundFailed {
     pub epoch: u64,
     /// Why, for people.
     pub reason: String,
-    /// The group began without this peer, and will go on without it.
-    pub left_out: bool,
     /// What this peer had put in.
     pub vector: Vec<f32>,
     /// Who failed us.

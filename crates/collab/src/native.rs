@@ -125,7 +125,6 @@ impl Native {
         let outcome = stepped.map_err(|error| RoundFailed {
             epoch,
             reason: error.kind.to_string(),
-            left_out: error.kind == RoundErrorKind::LeftOut,
             vector: error.vector,
             faults: error.faults,
         })?;
@@ -150,7 +149,6 @@ impl Native {
                 epoch,
                 reason: "members of two histories met; the one that gives way loads the other's state"
                     .to_owned(),
-                left_out: false,
                 vector: kept,
                 faults: outcome.faults,
             });

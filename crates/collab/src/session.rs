@@ -34,8 +34,7 @@ pub struct Averaged {
     pub weight_total: f64,
     /// Nobody else's values are in it: nobody came, or all had the same state.
     pub alone: bool,
-    /// The others began or finished the round without this peer: apply nothing, and keep what was gathered until
-    /// `load_state` has something. `step` answers `LoadState` as soon as they have finished.
+    /// The others have finished the round without this peer and gone on: apply nothing, `step` answers `LoadState`.
     pub missed: bool,
     /// What it cost.
     pub stats: RoundStats,
@@ -461,7 +460,7 @@ impl Inner {
             (core.lineage.epoch, core.lineage.hash)
         };
         let mut faults = Vec::new();
-        let (mut reason, mut left_out) = (String::new(), false);
+        let mut reason = String::new();
         for _ in 0..ROUND_ATTEMPTS {
             // Alone, or left behind: a round could only fail.
             if self.dialect.peers().is_empty() || self.is_behind() {
@@ -486,7 +485,6 @@ impl Inner {
                 () = self.left_behind() => Err(RoundFailed {
                     epoch,
                     reason: "the others have finished it and gone on".to_owned(),
-                    left_out: true,
                     // What is applied now is replaced by the state of the others in the next step.
                     vector: vec![0.0; values],
                     faults: Vec::new(),
@@ -501,17 +499,17 @@ impl Inner {
                 Ok(outcome) => {
                     vector = outcome.value.vector;
                     faults.extend(outcome.faults);
-                    (reason, left_out) = ("nobody else came".to_owned(), false);
+                    reason = "nobody else came".to_owned();
                     break;
                 }
                 Err(failed) => {
                     vector = failed.vector;
                     faults.extend(failed.faults);
-                    (reason, left_out) = (failed.reason, failed.left_out);
+                    reason = failed.reason;
                 }
             }
         }
-        self.not_averaged(channel, (vector, weight), (reason, left_out), faults)
+        self.not_averaged(channel, (vector, weight), reason, faults)
     }
 
     fn averaged(
@@ -540,7 +538,7 @@ impl Inner {
         &self,
         channel: Channel,
         (vector, weight): (Vec<f32>, f64),
-        (reason, left_out): (String, bool),
+        reason: String,
         faults: Vec<PeerFault>,
     ) -> Outcome<Averaged> {
         let mut core = self.core();
@@ -548,9 +546,7 @@ impl Inner {
         let in_company = core.in_company();
         let now = self.env.now();
         let ends_epoch = channel == Channel::Gradients || self.config.policy.ends_epochs_with_state();
-        // Those who began without us have it in a moment, and then can be made up for.
-        let awaits = core.awaits_others(left_out && in_company);
-        let missed = ends_epoch && (core.winner(now).is_some() || awaits);
+        let missed = ends_epoch && core.winner(now).is_some();
         core.not_averaged(now, channel, in_company, &faults);
         core.unsettled = ends_epoch && !missed;
         let epoch = core.lineage.epoch;

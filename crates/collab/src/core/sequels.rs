@@ -35,13 +35,6 @@ impl Core {
         std::mem::take(&mut self.sequels)
     }
 
-    /// A round began without us, or failed otherwise. Whether what comes of it is worth waiting for: those who have begun may
-    /// never say, and then this peer goes on alone.
-    pub(crate) fn awaits_others(&mut self, left_out: bool) -> bool {
-        self.left_out = if left_out { self.left_out + 1 } else { 0 };
-        left_out && self.left_out <= LEFT_OUT_MAX
-    }
-
     /// Whether what is missing up to `winner` may be few enough rounds to make up for one by one. A newcomer starts with a
     /// state, and so does a program that failed over what it was to apply.
     pub(crate) fn may_make_up(&self, winner: &Lineage) -> bool {
@@ -95,5 +88,3 @@ impl Core {
 
 /// Beyond so many rounds a state is the shorter way.
 const MISSED_MAX: u64 = 64;
-/// With the pauses between them some ten seconds.
-const LEFT_OUT_MAX: u32 = 8;
