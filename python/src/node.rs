@@ -7,7 +7,7 @@ use crate::runtime;
 use bytes::Bytes;
 use potluck_collab::{Invite, JoinError, Session, SessionConfig};
 use potluck_dht::{Dht, DhtConfig, Found};
-use potluck_net::{Env, Identity, PeerId, Token, TokenError, Transport};
+use potluck_net::{Env, Identity, PeerId, Token, TokenError, Transport, Watermarks};
 use potluck_net_libp2p::{BootstrapAttempt, Config, Libp2pTransport, identity_file};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -210,6 +210,9 @@ async fn start(options: Options) -> Result<Node, Error> {
     config.bootstrap = options.bootstrap;
     config.client_mode = options.client_mode;
     config.relay_server = options.relay_server;
+    if options.relay_server {
+        config.connections = Watermarks::NODE;
+    }
     config.port_mapping = options.port_mapping;
     let transport =
         Libp2pTransport::start(config, env.clone()).await.map_err(|error| Error::Value(error.to_string()))?;

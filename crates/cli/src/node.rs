@@ -4,7 +4,7 @@ use crate::stop::Stop;
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use potluck_dht::{Dht, DhtConfig};
-use potluck_net::{EVERY_RUN, Env, Tasks, Token, Transport};
+use potluck_net::{EVERY_RUN, Env, Tasks, Token, Transport, Watermarks};
 use potluck_net_libp2p::{Config, Libp2pTransport, identity_file};
 use serde::Serialize;
 use std::io::Write;
@@ -111,6 +111,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     config.announce.clone_from(&args.announce);
     config.relay_server = args.relay;
+    config.connections = Watermarks::NODE;
     config.port_mapping = !args.no_port_mapping;
     config.bootstrap = args.join.as_ref().map(|token| token.bootstrap.clone()).unwrap_or_default();
     let transport = Libp2pTransport::start(config, env.clone()).await?;

@@ -63,6 +63,9 @@ struct Target {
     dialing: Option<ConnectionId>,
     retry_at: Instant,
     backoff: Duration,
+    connected_at: Instant,
+    /// Before it is dialed again after the connection has ended.
+    pause: Duration,
     /// The first dial has ended, one way or the other.
     tried: bool,
 }
@@ -95,6 +98,8 @@ impl Bootstrap {
             dialing: None,
             retry_at,
             backoff: RETRY_FIRST,
+            connected_at: retry_at,
+            pause: RETRY_FIRST,
             tried: false,
         };
         Self { targets: addresses.into_iter().map(target).collect() }
@@ -128,12 +133,13 @@ impl Bootstrap {
     }
 
     /// A connection is there; whether it is of use shows when the peer has said what it is.
-    pub(crate) fn on_connected(&mut self, peer: &libp2p::PeerId, id: ConnectionId) {
+    pub(crate) fn on_connected(&mut self, peer: &libp2p::PeerId, id: ConnectionId, now: Instant) {
         for target in self.targets.iter_mut().filter(|target| target.peer == *peer) {
             if target.dialing == Some(id) {
                 target.dialing = None;
             }
             target.tried = true;
+            target.connected_at = now;
         }
     }
 
@@ -192,13 +198,23 @@ impl Bootstrap {
         }
     }
 
-    pub(crate) fn on_disconnected(&mut self, peer: &libp2p::PeerId, now: Instant, shared: &Shared) {
+    /// The last connection to the peer has ended; `alone`: there are none to others either. A peer that many join through
+    /// gives up connections that nobody uses: as long as we know others, it is dialed less and less often.
+    pub(crate) fn on_disconnected(
+        &mut self,
+        peer: &libp2p::PeerId,
+        now: Instant,
+        alone: bool,
+        shared: &Shared,
+    ) {
         let mut report = lock(&shared.bootstrap);
         for (target, attempt) in self.targets.iter_mut().zip(&mut report.attempts) {
             if target.peer != *peer {
                 continue;
             }
-            target.retry_at = now + target.backoff;
+            let lasting = now >= target.connected_at + RETRY_MAX;
+            target.pause = if alone || lasting { RETRY_FIRST } else { (target.pause * 2).min(RETRY_MAX) };
+            target.retry_at = now + target.backoff.max(target.pause);
             attempt.ok = false;
             // Why a peer was of no use is worth more than that it is gone.
             if attempt.stage == Stage::Version {
@@ -244,5 +260,39 @@ impl Bootstrap {
         }
         drop(report);
         shared.bootstrap_changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use potluck_net::Identity;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bootstrap_peer_that_hangs_up_is_dialed_less_often_unless_we_know_nobody_else() {
+        let shared = Shared::default();
+        let peer = convert::to_libp2p(Identity::from_seed(&[1; 32]).peer_id());
+        let mut bootstrap = Bootstrap::new(vec![("/ip4/127.0.0.1/tcp/1".parse().unwrap(), peer)], &shared);
+        let step = Duration::from_millis(500);
+        // How long until it is dialed again, after a connection that lasted so long.
+        let mut pause_after = async |lasted: Duration, alone: bool| {
+            let [dial] = &bootstrap.due(Instant::now(), |_| false)[..] else { panic!("one address") };
+            bootstrap.on_connected(&peer, dial.connection_id(), Instant::now());
+            tokio::time::advance(lasted).await;
+            let ended = Instant::now();
+            bootstrap.on_disconnected(&peer, ended, alone, &shared);
+            while Instant::now() < bootstrap.targets[0].retry_at {
+                assert!(bootstrap.due(Instant::now(), |_| false).is_empty());
+                tokio::time::advance(step).await;
+            }
+            ended.elapsed().as_secs()
+        };
+        let short = Duration::from_secs(5);
+        for expected in [2, 4, 8, 16, 32, 60, 60] {
+            assert_eq!(pause_after(short, false).await, expected);
+        }
+        assert_eq!(pause_after(short, true).await, 1, "nobody else is there");
+        assert_eq!(pause_after(short, false).await, 2);
+        assert_eq!(pause_after(RETRY_MAX, false).await, 1, "it was there for long");
     }
 }

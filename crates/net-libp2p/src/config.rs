@@ -1,6 +1,6 @@
 //! What a peer of the real network is told at its start.
 
-use potluck_net::Identity;
+use potluck_net::{Identity, Watermarks};
 
 /// Which encryption TCP and relayed connections may use. QUIC always uses its own TLS 1.3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,6 +35,8 @@ pub struct Config {
     pub port_mapping: bool,
     /// Which encryption TCP and relayed connections may use.
     pub security: Security,
+    /// How many connections are kept that nothing runs on.
+    pub connections: Watermarks,
 }
 
 impl Config {
@@ -49,6 +51,7 @@ impl Config {
             client_mode: false,
             port_mapping: true,
             security: Security::default(),
+            connections: Watermarks::PEER,
         }
     }
 

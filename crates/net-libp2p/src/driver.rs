@@ -15,7 +15,7 @@ use libp2p::core::transport::ListenerId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, Swarm, autonat, identify, kad, multiaddr, ping, relay};
-use potluck_net::{Env, Path, PeerId, Reachability};
+use potluck_net::{Env, Path, PeerId, Reachability, Watermarks};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +69,7 @@ pub(crate) struct Driver {
     wants_relay: bool,
     /// Whether this peer accepts connections; who only dials out has no hole to punch.
     listens: bool,
+    marks: Watermarks,
 }
 
 impl Driver {
@@ -91,7 +92,7 @@ impl Driver {
         let dials = Dials::default();
         let (relays, strangers) = (BTreeMap::new(), BTreeMap::new());
         let punching = Punching::default();
-        let listens = !config.client_mode;
+        let (listens, marks) = (!config.client_mode, config.connections);
         let mut driver = Self {
             swarm,
             shared,
@@ -104,6 +105,7 @@ impl Driver {
             punching,
             wants_relay,
             listens,
+            marks,
         };
         if !config.client_mode {
             driver.listen(listen).await?;
@@ -198,6 +200,9 @@ impl Driver {
         }
         self.reserve_relays(now);
         self.punch_again(now);
+        let reserved = |peer: &PeerId| self.relays.get(peer).is_some_and(|relay| relay.listener.is_some());
+        let sought = |peer: &PeerId| self.bootstrap.contains(&convert::to_libp2p(*peer)) || reserved(peer);
+        self.shared.peers.give_up_surplus(now, &self.marks, sought);
         self.dials.forget_withdrawn();
         self.strangers.retain(|_, since| now < *since + INTRODUCTION_MAX);
         if !self.may_learn_more() {
@@ -345,7 +350,8 @@ impl Driver {
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
                 tracing::debug!(target: "potluck::net", %peer_id, ?cause, "disconnected");
-                self.bootstrap.on_disconnected(&peer_id, self.env.now(), &self.shared);
+                let alone = self.swarm.connected_peers().next().is_none();
+                self.bootstrap.on_disconnected(&peer_id, self.env.now(), alone, &self.shared);
                 self.introduced(&peer_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
@@ -378,7 +384,7 @@ impl Driver {
 
     fn on_connected(&mut self, id: libp2p::PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         tracing::debug!(target: "potluck::net", peer = %id, ?endpoint, "connected");
-        self.bootstrap.on_connected(&id, connection);
+        self.bootstrap.on_connected(&id, connection, self.env.now());
         let Some(peer) = convert::from_libp2p(&id) else { return };
         if let ConnectedPoint::Dialer { address, .. } = endpoint {
             self.shared.book.add(peer, [address.clone()]);

@@ -7,6 +7,7 @@
 
 use crate::shared::{Shared, lock};
 use crate::traffic::StreamMeter;
+use crate::usage::{InUse, Usage};
 use crate::wire::{self, DROPPED, FINISHED, HEAD_BYTES, Left, Owner, Place};
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::swarm::ConnectionId;
@@ -42,9 +43,10 @@ const RETIRED_WAITING_MAX: usize = 256;
 
 /// Whose a stream is, and what becomes of its byte stream.
 pub(crate) struct Lease {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) meter: StreamMeter,
-    pub(crate) with: With,
+    shared: Arc<Shared>,
+    meter: StreamMeter,
+    with: With,
+    _in_use: InUse,
 }
 
 /// Between whom a byte stream runs, and for what.
@@ -55,9 +57,15 @@ pub(crate) struct With {
     pub(crate) path: Path,
     /// The connection, if we opened the byte stream.
     pub(crate) opened_on: Option<ConnectionId>,
+    pub(crate) usage: Arc<Usage>,
 }
 
 impl Lease {
+    pub(crate) fn new(shared: Arc<Shared>, meter: StreamMeter, with: With) -> Self {
+        let in_use = with.usage.begin();
+        Self { shared, meter, with, _in_use: in_use }
+    }
+
     /// Frames for the application.
     pub(crate) fn stream(self, bytes: libp2p::Stream) -> Stream {
         let (buffers, With { peer, protocol, .. }) = (self.shared.buffers.clone(), self.with.clone());
@@ -222,7 +230,7 @@ async fn look_after(shared: Arc<Shared>, with: With, left: Left<libp2p::Stream>)
     drop(place);
     if let Some(queue) = shared.registry.reserve(&with.protocol) {
         let meter = shared.traffic.meter(with.peer, with.path, None);
-        queue.send(Lease { shared, meter, with }.stream(bytes));
+        queue.send(Lease::new(shared, meter, with).stream(bytes));
     }
 }
 

@@ -27,6 +27,7 @@ mod swarm;
 mod tls;
 mod traffic;
 mod transport;
+mod usage;
 mod wire;
 
 pub use bootstrap::BootstrapAttempt;

@@ -5,6 +5,7 @@ use crate::convert;
 use crate::kept::Kept;
 use crate::streams::OpenRequest;
 use crate::traffic::TrafficTable;
+use crate::usage::{Usage, Use};
 use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
 use potluck_net::{AcceptError, BufferPool, Path, PeerId, Protocol, Reachability, Stream};
@@ -154,6 +155,7 @@ pub(crate) struct Link {
     /// When the other side last answered a ping.
     pub(crate) heard: Instant,
     pub(crate) opens: mpsc::Sender<OpenRequest>,
+    pub(crate) usage: Arc<Usage>,
 }
 
 /// The connections, by peer.
@@ -229,6 +231,19 @@ impl Peers {
         peers.get_mut(&peer).is_some_and(|connected| !std::mem::replace(&mut connected.upgraded, true))
     }
 
+    /// The use of the most used connection to each peer.
+    pub(crate) fn uses(&self) -> Vec<(PeerId, Use)> {
+        let most = |connected: &Connected| connected.links.iter().map(|link| link.usage.now()).max();
+        lock(&self.inner).iter().filter_map(|(peer, connected)| Some((*peer, most(connected)?))).collect()
+    }
+
+    pub(crate) fn give_up(&self, peers: impl IntoIterator<Item = PeerId>) {
+        let inner = lock(&self.inner);
+        let connected = peers.into_iter().filter_map(|peer| inner.get(&peer));
+        let links = connected.flat_map(|connected| &connected.links);
+        links.for_each(|link| link.usage.give_up());
+    }
+
     pub(crate) fn path(&self, peer: PeerId) -> Option<Path> {
         self.best(peer).map(|(link, _)| link.path)
     }
@@ -276,6 +291,7 @@ impl AddressBook {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use potluck_net::Watermarks;
 
     fn peer(n: u32) -> PeerId {
         let mut key = [0; 32];
@@ -305,7 +321,8 @@ mod tests {
         let (opens, _requests) = mpsc::channel(1);
         let add = |number: usize, path: Path, quic: bool| {
             let id = ConnectionId::new_unchecked(number);
-            peers.add(peer(1), Link { id, path, quic, heard: Instant::now(), opens: opens.clone() }, false);
+            let (heard, opens, usage) = (Instant::now(), opens.clone(), Usage::new());
+            peers.add(peer(1), Link { id, path, quic, heard, opens, usage }, false);
             id
         };
         let best = || peers.best(peer(1)).unwrap().0.id;
@@ -323,6 +340,34 @@ mod tests {
         peers.heard(peer(1), quic);
         assert_eq!(best(), quic);
         assert!(peers.may_upgrade(peer(1)) && !peers.may_upgrade(peer(1)) && !peers.may_upgrade(peer(2)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_too_many_connections_unused_ones_are_given_up_unless_we_seek_them() {
+        let peers = Peers::default();
+        let (opens, _requests) = mpsc::channel(1);
+        let mut running = Vec::new();
+        for n in 1..=8 {
+            let (id, opens, usage) = (ConnectionId::new_unchecked(n as usize), opens.clone(), Usage::new());
+            running.extend((n == 2).then(|| usage.begin()));
+            let (path, quic, heard) = (Path::Direct, false, Instant::now());
+            peers.add(peer(n), Link { id, path, quic, heard, opens, usage }, false);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        let marks = Watermarks { high: 6, low: 5, idle_min: Duration::from_secs(2) };
+        let given_up = || -> Vec<PeerId> {
+            peers.uses().into_iter().filter(|(_, all)| *all == Use::GivenUp).map(|(peer, _)| peer).collect()
+        };
+        let mut expected = vec![peer(3), peer(4), peer(5)];
+        expected.sort();
+        for _ in 0..2 {
+            peers.give_up_surplus(Instant::now(), &marks, |sought| *sought == peer(1));
+            assert_eq!(given_up(), expected, "the first is sought, the second in use; once is enough");
+        }
+        let (link, _) = peers.best(peer(4)).unwrap();
+        drop(link.usage.begin());
+        expected.retain(|other| *other != peer(4));
+        assert_eq!(given_up(), expected, "used again");
     }
 
     #[test]

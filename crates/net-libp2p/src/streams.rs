@@ -7,6 +7,7 @@
 use crate::convert;
 use crate::kept::{Lease, With};
 use crate::shared::{Link, Shared, lock};
+use crate::usage::Usage;
 use futures::future::BoxFuture;
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt};
 use libp2p::core::transport::PortUse;
@@ -80,6 +81,7 @@ pub(crate) struct Accept {
     shared: Arc<Shared>,
     peer: PeerId,
     path: Path,
+    usage: Arc<Usage>,
     names: Arc<[Protocol]>,
 }
 
@@ -99,16 +101,17 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
 
     fn upgrade_inbound(self, mut stream: libp2p::Stream, Name(protocol): Name) -> Self::Future {
         async move {
+            stream.ignore_for_keep_alive();
             let Some(place) = self.shared.registry.reserve(&protocol) else {
                 stream.write_all(&[BUSY]).await?;
                 return stream.close().await;
             };
             stream.write_all(&[TAKEN]).await?;
             stream.flush().await?;
-            let Accept { shared, peer, path, .. } = self;
+            let Accept { shared, peer, path, usage, .. } = self;
             let meter = shared.traffic.meter(peer, path, None);
-            let with = With { peer, protocol, path, opened_on: None };
-            place.send(Lease { shared, meter, with }.stream(stream));
+            let with = With { peer, protocol, path, opened_on: None, usage };
+            place.send(Lease::new(shared, meter, with).stream(stream));
             Ok(())
         }
         .boxed()
@@ -137,7 +140,11 @@ impl OutboundUpgrade<libp2p::Stream> for Open {
             let mut answer = [0];
             stream.read_exact(&mut answer).await.map_err(|error| OpenFailure::Broken(error.to_string()))?;
             match answer {
-                [TAKEN] => Ok(stream),
+                [TAKEN] => {
+                    // Whether the connection is needed follows from what runs on the stream, not from that it is kept.
+                    stream.ignore_for_keep_alive();
+                    Ok(stream)
+                }
                 [BUSY] => Err(OpenFailure::Busy),
                 [other] => Err(OpenFailure::Broken(format!("answered {other} instead of 1 or 2"))),
             }
@@ -151,6 +158,7 @@ pub(crate) struct Handler {
     shared: Arc<Shared>,
     peer: PeerId,
     path: Path,
+    usage: Arc<Usage>,
     opens: mpsc::Receiver<OpenRequest>,
 }
 
@@ -167,12 +175,18 @@ impl ConnectionHandler for Handler {
             shared: self.shared.clone(),
             peer: self.peer,
             path: self.path,
+            usage: self.usage.clone(),
             names: self.shared.registry.names(),
         };
         SubstreamProtocol::new(accept, ())
     }
 
+    fn connection_keep_alive(&self) -> bool {
+        self.usage.keeps_alive()
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ConnectionHandlerEvent<Open, OpenRequest, Infallible>> {
+        self.usage.look(cx);
         while let Poll::Ready(Some(request)) = self.opens.poll_recv(cx) {
             if !request.reply.is_closed() {
                 let open = Open(Name(request.protocol.clone()));
@@ -216,7 +230,7 @@ struct UnknownKey(libp2p::PeerId);
 pub(crate) struct Behaviour {
     shared: Arc<Shared>,
     /// Handlers made for connections that other behaviours may still refuse.
-    unborn: BTreeMap<ConnectionId, mpsc::Sender<OpenRequest>>,
+    unborn: BTreeMap<ConnectionId, (mpsc::Sender<OpenRequest>, Arc<Usage>)>,
 }
 
 impl Behaviour {
@@ -234,9 +248,10 @@ impl Behaviour {
             return Err(ConnectionDenied::new(UnknownKey(peer)));
         };
         let (sender, opens) = mpsc::channel(OPENS_WAITING_MAX);
-        self.unborn.insert(id, sender);
+        let usage = Usage::new();
+        self.unborn.insert(id, (sender, usage.clone()));
         let path = if relayed { Path::Relayed } else { Path::Direct };
-        Ok(Handler { shared: self.shared.clone(), peer, path, opens })
+        Ok(Handler { shared: self.shared.clone(), peer, path, usage, opens })
     }
 }
 
@@ -268,12 +283,13 @@ impl NetworkBehaviour for Behaviour {
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
             FromSwarm::ConnectionEstablished(born) => {
-                let opens = self.unborn.remove(&born.connection_id);
-                if let (Some(opens), Some(peer)) = (opens, convert::from_libp2p(&born.peer_id)) {
+                let known = self.unborn.remove(&born.connection_id);
+                if let (Some((opens, usage)), Some(peer)) = (known, convert::from_libp2p(&born.peer_id)) {
                     let path = if born.endpoint.is_relayed() { Path::Relayed } else { Path::Direct };
                     let behind_nat = lock(&self.shared.own).is_behind_nat();
                     let quic = convert::is_quic(born.endpoint.get_remote_address());
-                    let link = Link { id: born.connection_id, path, quic, heard: Instant::now(), opens };
+                    let (id, heard) = (born.connection_id, Instant::now());
+                    let link = Link { id, path, quic, heard, opens, usage };
                     self.shared.peers.add(peer, link, behind_nat);
                 }
             }

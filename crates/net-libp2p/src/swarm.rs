@@ -37,8 +37,8 @@ const NEGOTIATING_MAX: usize = 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection has this long for everything: TCP, encryption, multiplexing, through a relay if need be.
 const ESTABLISH_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection without streams is kept this long.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+/// A connection that no protocol needs any more ([`crate::usage`]) may still be needed after all.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// QUIC's receive windows: 100 MB/s at 100 ms need 10 MB in flight, and twice that to ride out a loss.
 const QUIC_STREAM_WINDOW_BYTES: u32 = 32 << 20;
 const QUIC_CONNECTION_WINDOW_BYTES: u32 = 64 << 20;

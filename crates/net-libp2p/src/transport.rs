@@ -159,8 +159,9 @@ impl Libp2pTransport {
             match bytes {
                 Ok(bytes) => {
                     let meter = self.shared.traffic.meter(peer, link.path, Some(place));
-                    let with = With { peer, protocol, path: link.path, opened_on: Some(link.id) };
-                    return Ok(Lease { shared: self.shared.clone(), meter, with }.stream(bytes));
+                    let (path, opened_on, usage) = (link.path, Some(link.id), link.usage);
+                    let with = With { peer, protocol, path, opened_on, usage };
+                    return Ok(Lease::new(self.shared.clone(), meter, with).stream(bytes));
                 }
                 Err(OpenFailure::UnknownProtocol) => {
                     return Err(OpenError::UnknownProtocol { peer, protocol });

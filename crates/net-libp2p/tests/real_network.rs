@@ -1,10 +1,10 @@
 //! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
 //! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
 
-use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport};
+use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport, Watermarks};
 use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -284,6 +284,58 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
     let traffic = caller.traffic();
     assert!(traffic.relayed_bytes > 1 << 20, "{traffic:?}");
     for peer in [hidden, caller, relay] {
+        peer.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_too_many_connections_those_go_that_nobody_needs() {
+    let protocol = Protocol::new("/test/hello/1");
+    let node = peer_on(&[TCP], |config| {
+        config.relay_server = true;
+        config.connections = Watermarks { high: 4, low: 2, idle_min: Duration::ZERO };
+    })
+    .await;
+    let mut incoming = node.accept(protocol.clone(), 8).unwrap();
+    let hidden = peer_on(&[], |config| config.bootstrap = node.addresses()).await;
+    let reserved = tokio::time::timeout_at(soon(), async {
+        while !hidden.addresses().iter().any(|address| address.contains("p2p-circuit")) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    reserved.await.expect("the node grants a reservation");
+    let mut others = Vec::new();
+    for _ in 0..7 {
+        // Whoever knows its address needs no place at a relay.
+        let other = peer_on(&[TCP], |config| config.announce = vec!["/ip4/127.0.0.1/tcp/9".into()]).await;
+        other.add_addresses(node.local_peer(), &node.addresses());
+        others.push(other);
+    }
+    let mut talk = others[0].open(node.local_peer(), protocol.clone()).await.unwrap();
+    let mut theirs = incoming.next().await.unwrap();
+    for other in &others[1..] {
+        drop(other.open(node.local_peer(), protocol.clone()).await.unwrap());
+        drop(incoming.next().await.unwrap());
+    }
+    // A relay keeps every connection for 10 s. Routing may dial some again.
+    let mut gone = BTreeSet::new();
+    let given_up = tokio::time::timeout_at(soon(), async {
+        while gone.len() < 4 {
+            let left = node.connected();
+            // The longest unused one is that of the hidden peer, which is reached over it.
+            assert!(left.contains(&hidden.local_peer()), "its place at the relay keeps the connection");
+            assert!(left.contains(&others[0].local_peer()), "a stream runs on this one");
+            let ids = others.iter().map(|other| other.local_peer());
+            gone.extend(ids.filter(|other| !left.contains(other)));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(given_up.await.is_ok(), "{gone:?}");
+    talk.send("still here".into()).await.unwrap();
+    assert_eq!(theirs.recv().await.unwrap().unwrap(), "still here");
+    let again = others.iter().find(|other| gone.contains(&other.local_peer())).unwrap();
+    again.open(node.local_peer(), protocol).await.expect("whoever needs one again gets it");
+    for peer in others.into_iter().chain([hidden, node]) {
         peer.close().await;
     }
 }

@@ -22,6 +22,12 @@ pub(crate) struct Conn {
     pub(crate) relay: Option<Node>,
     /// Since when nothing gets through in at least one direction.
     pub(crate) silent_since: Option<Instant>,
+    /// Tells it from an earlier one between the same two.
+    pub(crate) id: u64,
+    /// That run on it now.
+    pub(crate) streams: usize,
+    /// Since when there are none.
+    pub(crate) idle_since: Instant,
 }
 
 /// An open on its way.
@@ -35,7 +41,7 @@ pub(crate) struct Pending {
     pub(crate) waker: Option<Waker>,
 }
 
-fn key(a: Node, b: Node) -> (Node, Node) {
+pub(crate) fn key(a: Node, b: Node) -> (Node, Node) {
     (a.min(b), a.max(b))
 }
 
@@ -98,12 +104,18 @@ impl World {
     }
 
     fn connect(&mut self, from: Node, to: Node, path: Path, relay: Option<Node>) {
-        self.conns.entry(key(from, to)).or_insert(Conn { path, relay, silent_since: None });
+        if self.conns.contains_key(&key(from, to)) {
+            return;
+        }
+        let (id, idle_since) = (self.fresh_id(), self.now);
+        let conn = Conn { path, relay, silent_since: None, id, streams: 0, idle_since };
+        self.conns.insert(key(from, to), conn);
         self.peer_mut(from).neighbours.insert(to);
         self.peer_mut(to).neighbours.insert(from);
+        self.trim_later([from, to]);
     }
 
-    fn disconnect(&mut self, a: Node, b: Node) {
+    pub(crate) fn disconnect(&mut self, a: Node, b: Node) {
         self.conns.remove(&key(a, b));
         self.kept.forget(a, b);
         self.peer_mut(a).neighbours.remove(&b);
@@ -206,7 +218,9 @@ impl World {
         let stream = self.fresh_id();
         let flows = [self.flow(ends[0], ends[1], relay), self.flow(ends[1], ends[0], relay)];
         let protocol = protocol.clone();
-        self.streams.push(stream, StreamState { ends, relay, protocol, flows, halves: 4, spoiled: false });
+        let conn = self.stream_begins(ends);
+        let state = StreamState { ends, conn, relay, protocol, flows, halves: 4, spoiled: false };
+        self.streams.push(stream, state);
         for end in ends {
             self.peer_mut(end).streams.insert(stream);
             self.peer_mut(end).traffic.streams += 1;
@@ -305,7 +319,9 @@ impl World {
                 self.peer_mut(end).streams.remove(&stream);
             }
             if let Some(state) = self.streams.remove(stream) {
+                let conn = state.conn;
                 self.keep(*state, end);
+                self.stream_ended(ends, conn);
             }
         }
     }

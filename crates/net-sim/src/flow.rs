@@ -145,6 +145,8 @@ impl Flow {
 /// A stream between two peers; end 0 opened it. `flows[end]` carries what `end` sends.
 pub(crate) struct StreamState {
     pub(crate) ends: [Node; 2],
+    /// The connection that it runs on.
+    pub(crate) conn: u64,
     pub(crate) relay: Option<Node>,
     pub(crate) protocol: Protocol,
     pub(crate) flows: [Flow; 2],

@@ -32,12 +32,13 @@
 //!   reader.
 //! * **Connections** cost two round trips ([`NatClass`] decides whether direct, punched or relayed; the last two cost
 //!   three), streams one, or none where one of the same protocol has ended on the same connection. Relayed bytes use the relay's links. Opens and resets travel at the latency of the route but
-//!   take no bandwidth.
+//!   take no bandwidth. A peer with too many gives up those that nothing runs on ([`potluck_net::Watermarks`]), at both ends
+//!   at once.
 //! * **Faults.** Frames are late, streams stall or reset ([`Verdict`], [`FaultRates`]), opens are refused, peers
 //!   [crash](SimNet::crash), [vanish](SimNet::vanish), [freeze](SimNet::freeze) and [restart](SimNet::restart), networks
 //!   [split](SimNet::partition). A frame inside a stream is never lost, doubled or re-ordered.
 //! * **Not modelled**: packet loss and congestion control, address discovery (every peer is known to every other),
-//!   connection limits, the CPU. Tasks of a crashed or frozen peer keep running; only their network is gone.
+//!   hard limits on connections, the CPU. Tasks of a crashed or frozen peer keep running; only their network is gone.
 //!
 //! # Determinism
 //!
@@ -54,6 +55,7 @@ mod sim;
 mod spec;
 mod stream;
 mod streams;
+mod surplus;
 mod trace;
 mod transport;
 mod world;

@@ -51,6 +51,7 @@ pub(crate) enum What {
     Frozen,
     Thawed,
     TimedOut,
+    GivenUp,
 }
 
 #[derive(Default)]

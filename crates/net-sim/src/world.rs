@@ -67,6 +67,8 @@ pub(crate) enum Event {
     OpenAnswer(u64, Box<Result<u64, potluck_net::OpenError>>),
     /// Nothing came through this connection since then.
     Silence((Node, Node), Instant),
+    /// The peer may have connections to give up.
+    Trim(Node),
 }
 
 struct Timed {
@@ -245,6 +247,7 @@ impl World {
             Event::BeginArrive(stream) => self.begin_arrives(stream),
             Event::OpenAnswer(open, result) => self.open_answered(open, *result),
             Event::Silence(key, since) => self.silence(key, since),
+            Event::Trim(node) => self.trim(node),
         }
     }
 

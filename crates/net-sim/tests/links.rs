@@ -1,7 +1,7 @@
 //! What links, windows and routes cost in virtual time.
 
 use bytes::Bytes;
-use potluck_net::{Path, Protocol, Stream, Transport};
+use potluck_net::{Path, Protocol, Stream, Transport, Watermarks};
 use potluck_net_sim::{NatClass, PeerSpec, SimNet, SimTransport, run};
 use std::sync::Arc;
 use std::time::Duration;
@@ -198,5 +198,33 @@ fn a_refused_beginning_is_a_reset() {
         drop(ours);
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert!(a.open(b.local_peer(), protocol()).await.is_err());
+    });
+}
+
+#[test]
+fn of_too_many_connections_those_go_that_nothing_runs_on() {
+    const MARKS: Watermarks = Watermarks::PEER;
+    run(1, async |net: SimNet| {
+        let busy = net.add_peer(PeerSpec::default());
+        let mut incoming = busy.accept(protocol(), 4).unwrap();
+        let mut first = None;
+        let mut others = Vec::new();
+        for _ in 0..=MARKS.high {
+            let other = net.add_peer(PeerSpec::default());
+            let ours = other.open(busy.local_peer(), protocol()).await.unwrap();
+            let theirs = incoming.next().await.unwrap();
+            first.get_or_insert((ours, theirs));
+            others.push(other);
+        }
+        assert_eq!(net.traffic(busy.local_peer()).connections, MARKS.high + 1);
+        tokio::time::sleep(MARKS.idle_min + Duration::from_secs(1)).await;
+        let left = busy.connected();
+        assert_eq!(left.len(), MARKS.low);
+        assert!(left.contains(&others[0].local_peer()), "a stream runs on the oldest");
+        assert!(!left.contains(&others[1].local_peer()), "the longest unused one goes first");
+        let (mut ours, mut theirs) = first.unwrap();
+        ours.send("still here".into()).await.unwrap();
+        assert_eq!(theirs.recv().await.unwrap().unwrap(), "still here");
+        others[1].open(busy.local_peer(), protocol()).await.expect("whoever needs one again gets it");
     });
 }

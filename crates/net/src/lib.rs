@@ -11,6 +11,7 @@
 //! * [`Env`]: clock, seeded randomness and CPU off-loading, so that a simulated run is reproducible.
 //! * [`PeerFault`], [`Outcome`]: a lost peer is a value, never an error.
 //! * [`BufferPool`]: memory of bulk data, used again.
+//! * [`Watermarks`]: which connections are given up when there are too many.
 //! * [`Tasks`]: no task outlives its owner.
 //!
 //! The fault model fits the layer: inside a stream no frame is ever lost, duplicated or re-ordered, because TCP and
@@ -28,6 +29,7 @@ mod stream;
 mod tasks;
 mod token;
 mod transport;
+mod watermarks;
 
 pub use env::Env;
 pub use fault::{FaultKind, Outcome, PeerFault};
@@ -38,3 +40,4 @@ pub use stream::{FRAME_BYTES_MAX, FrameReceiver, FrameSender, Stream, StreamErro
 pub use tasks::Tasks;
 pub use token::{EVERY_RUN, Token, TokenError};
 pub use transport::{AcceptError, Incoming, OpenError, Path, Protocol, Reachability, Transport};
+pub use watermarks::Watermarks;
