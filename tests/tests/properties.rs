@@ -20,6 +20,7 @@ const HELD: &[&str] = &[
     "P10 donors go on",
     "P11 time",
     "P12 safety",
+    "P13 at rest",
 ];
 
 #[test]

@@ -4,6 +4,7 @@
 //! only the peer itself raises its incarnation, which is how a peer that was given up wrongly comes back.
 
 mod company;
+mod gossip;
 
 use crate::detector::{Detector, HEARTBEAT, Opinion};
 use crate::grid::{Mesh, Place};
@@ -15,8 +16,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// News items in one heartbeat.
-const NEWS_MAX: usize = 24;
 /// Links that news of others goes to at once in a large swarm.
 const FANOUT: usize = 8;
 /// Peers remembered at most, alive or not.
@@ -304,17 +303,7 @@ impl Membership {
             }
             return;
         }
-        // In a large swarm, most news is known.
-        let known = self.peers.get(&news.peer).filter(|entry| {
-            let sequence = |beat: &Pulse| (beat.process, beat.sequence);
-            let newest = news.beat.as_ref().is_none_or(|beat| {
-                beat.process == entry.pulse.process && sequence(beat) <= sequence(&entry.pulse)
-            });
-            (news.incarnation, news.standing) == (entry.incarnation, entry.standing) && newest
-        });
-        if known.is_some_and(|entry| entry.addresses == news.addresses) {
-            return;
-        }
+        let Some(news) = self.only_newer(now, news) else { return };
         if !news.addresses.is_empty() {
             actions.push(Action::AddAddresses(news.peer, news.addresses.clone()));
         }
@@ -331,6 +320,21 @@ impl Membership {
         {
             entry.addresses = news.addresses;
         }
+    }
+
+    /// In a large swarm most news is known but for a newer pulse, which is taken in here. The rest, if there is any.
+    fn only_newer(&mut self, now: Instant, mut news: News) -> Option<News> {
+        let Some(entry) = self.peers.get_mut(&news.peer) else { return Some(news) };
+        let same_life = news.beat.as_ref().is_none_or(|beat| beat.process == entry.pulse.process);
+        if (news.incarnation, news.standing) != (entry.incarnation, entry.standing) || !same_life {
+            return Some(news);
+        }
+        if let Some(pulse) = news.beat.take_if(|beat| beat.sequence > entry.pulse.sequence) {
+            (entry.pulse, entry.pulse_at) = (pulse, now);
+            self.changed.insert(news.peer);
+        }
+        let told = news.addresses.is_empty() || entry.addresses == news.addresses;
+        (!told).then_some(news)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the fields of a statement")]
@@ -482,57 +486,6 @@ impl Membership {
 
     pub(crate) fn next_wakeup(&self) -> Instant {
         self.next_beat.min(self.next_look)
-    }
-
-    /// The next heartbeat, and which of these many links it goes to.
-    pub(crate) fn next_beat(&mut self, links: usize) -> (Pulse, Vec<News>, Audience) {
-        self.pulse.sequence += 1;
-        let large = self.mesh.is_large();
-        let (regular, urgent) = (std::mem::take(&mut self.regular), std::mem::take(&mut self.urgent));
-        let news = self.gossip(regular || !large);
-        let nth = (links / FANOUT).max(1);
-        let audience = match (large && !regular, urgent) {
-            (false, _) => Audience::Everybody,
-            (true, true) => Audience::Round(self.pulse.progress.epoch),
-            (true, false) => Audience::EveryNth { nth, first: self.pulse.sequence as usize % nth },
-        };
-        (self.pulse.clone(), news, audience)
-    }
-
-    /// Whether the last heartbeat had no room for some news, which nobody else may tell for us.
-    pub(crate) fn has_more_to_tell(&self) -> bool {
-        self.mesh.is_large() && !self.fresh.is_empty()
-    }
-
-    /// Whether a peer averages with us in this round.
-    pub(crate) fn meets(&self, peer: &PeerId, round: u64) -> bool {
-        self.peers.get(peer).is_none_or(|entry| self.mesh.meets(&entry.place, round))
-    }
-
-    /// The news for one heartbeat: what is fresh, then (in a regular one) the others in turn.
-    fn gossip(&mut self, regular: bool) -> Vec<News> {
-        let mut chosen: Vec<PeerId> = self.fresh.iter().copied().take(NEWS_MAX).collect();
-        for peer in &chosen {
-            let left = self.peers.get_mut(peer).map_or(0, |entry| {
-                entry.fresh = entry.fresh.saturating_sub(1);
-                entry.fresh
-            });
-            if left == 0 {
-                self.fresh.remove(peer);
-            }
-        }
-        if regular {
-            let start = self.cursor.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-            let later = self.peers.range((start, std::ops::Bound::Unbounded)).map(|(peer, _)| *peer);
-            let later: Vec<PeerId> = later.take(NEWS_MAX / 2).collect();
-            self.cursor = later.last().copied();
-            for peer in later {
-                if chosen.len() < NEWS_MAX && !chosen.contains(&peer) {
-                    chosen.push(peer);
-                }
-            }
-        }
-        chosen.into_iter().filter_map(|peer| self.news_of(peer)).collect()
     }
 
     /// What has changed in the view since the last call; `None` is gone.

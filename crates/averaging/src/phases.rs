@@ -253,16 +253,17 @@ impl Averager {
         let channel = &self.channel;
         let begun = channel.swarm.env.now();
         let mut finished_at = None;
-        let (mut looked, mut turn) = (None, 0);
+        let (mut looked, mut generation) = (None, 0);
         let mut known = vec![false; plan.members.len()];
         exchange.kick().await;
         loop {
             let now = channel.swarm.env.now();
             // Most events are frames, which make nobody leave.
             let withdrawn = channel.station().withdrawn();
-            let due = looked.is_none_or(|looked| now >= looked + LOOK) || turn != channel.swarm.turns();
+            let newest = channel.swarm.current_view().generation;
+            let due = looked.is_none_or(|looked| now >= looked + LOOK) || generation != newest;
             if due || !withdrawn.is_empty() {
-                (looked, turn) = (Some(now), channel.swarm.turns());
+                (looked, generation) = (Some(now), newest);
                 self.lose_the_gone(exchange, plan, &withdrawn, &mut known, now - begun).await;
                 if let Some(earlier) = &mut earlier {
                     self.lose_the_gone(earlier, plan, &withdrawn, &mut known, now - begun).await;

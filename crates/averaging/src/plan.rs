@@ -30,19 +30,14 @@ pub(crate) fn coordinators(
     epoch: Option<u64>,
     peers: impl IntoIterator<Item = PeerId>,
 ) -> Vec<PeerId> {
-    let mut ranked: Vec<([u8; 32], PeerId)> = peers
-        .into_iter()
-        .map(|peer| {
-            let mut hasher = blake3::Hasher::new_derive_key("potluck coordinator 1");
-            for field in [run.as_bytes(), channel.as_bytes()] {
-                hasher.update(&(field.len() as u64).to_le_bytes());
-                hasher.update(field);
-            }
-            hasher.update(&epoch.map_or([0xff; 8], u64::to_le_bytes));
-            hasher.update(peer.as_bytes());
-            (*hasher.finalize().as_bytes(), peer)
-        })
-        .collect();
+    let mut round = blake3::Hasher::new_derive_key("potluck coordinator 1");
+    for field in [run.as_bytes(), channel.as_bytes()] {
+        round.update(&(field.len() as u64).to_le_bytes());
+        round.update(field);
+    }
+    round.update(&epoch.map_or([0xff; 8], u64::to_le_bytes));
+    let rank = |peer: PeerId| (*round.clone().update(peer.as_bytes()).finalize().as_bytes(), peer);
+    let mut ranked: Vec<([u8; 32], PeerId)> = peers.into_iter().map(rank).collect();
     ranked.sort_unstable_by(|a, b| b.cmp(a));
     ranked.dedup();
     ranked.into_iter().map(|(_, peer)| peer).collect()

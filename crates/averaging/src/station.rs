@@ -3,9 +3,10 @@
 //! Nothing here waits a fixed time: a round begins when everybody expected is ready, and the deadline that matters for
 //! silent peers follows the spread of earlier arrivals.
 
+mod groups;
 mod leaders;
 
-use crate::grid;
+use self::groups::Groups;
 use crate::plan::{self, coordinators};
 use crate::view::View;
 use crate::vote::majority;
@@ -62,23 +63,10 @@ pub(crate) struct Wish {
     pub(crate) group_size_min: usize,
 }
 
-/// The group of a round, in the order in which its members coordinate.
-#[derive(Debug)]
-struct Group {
-    /// Of the view.
-    generation: u64,
-    epoch: Option<u64>,
-    order: Arc<[PeerId]>,
-    /// There are more peers than those of the group.
-    of_many: bool,
-}
-
 #[derive(Debug)]
 struct Current {
     plan: Arc<Plan>,
     hash: PlanHash,
-    /// In which members decide what was agreed.
-    order: Vec<PeerId>,
     /// Names the phase that is under way; the first is named as the plan.
     phase: PlanHash,
     /// What was agreed on in the phases before.
@@ -103,7 +91,7 @@ pub(crate) struct Station {
     /// Of a round.
     phases: usize,
     wish: Option<Wish>,
-    group: Option<Group>,
+    groups: Groups,
     left_out: bool,
     skipped: BTreeSet<PeerId>,
     /// Since when the round is ours to coordinate.
@@ -131,7 +119,7 @@ impl Station {
             group_max,
             phases,
             wish: None,
-            group: None,
+            groups: Groups::default(),
             left_out: false,
             skipped: BTreeSet::new(),
             coordinating: None,
@@ -187,21 +175,6 @@ impl Station {
         self.next_attempt = (current.plan.epoch, current.plan.attempt.saturating_add(1));
     }
 
-    /// The group of this round. Ranking a large swarm takes time, and this is asked with every message.
-    fn group(&mut self, view: &View, epoch: Option<u64>) -> Arc<[PeerId]> {
-        let known = self.group.as_ref();
-        if let Some(group) = known.filter(|g| g.generation == view.generation && g.epoch == epoch) {
-            return group.order.clone();
-        }
-        let alive = view.members.iter().map(|(peer, member)| (peer, &member.place));
-        let group = grid::group(self.me, alive, epoch.unwrap_or(0), self.group_max);
-        let order: Arc<[PeerId]> =
-            coordinators(&self.run, &self.channel, epoch, group.into_iter().chain([self.me])).into();
-        let of_many = order.len() < view.members.len();
-        self.group = Some(Group { generation: view.generation, epoch, order: order.clone(), of_many });
-        order
-    }
-
     /// Whether this round waits for a peer of its group.
     fn expects(&self, now: Instant, view: &View, epoch: Option<u64>, peer: &PeerId) -> bool {
         let Some(epoch) = epoch else { return true };
@@ -209,7 +182,7 @@ impl Station {
         let reports = view.members.get(peer).filter(|member| member.ready);
         // Who was in the last round is about to come. In a large swarm it was a round of another group, whose end only that
         // group heard of at once: what we know is from the round before.
-        let of_many = self.group.as_ref().is_some_and(|group| group.of_many);
+        let of_many = self.groups.of_many();
         let is_coming = || {
             self.last_members.0.contains(peer)
                 || (of_many && reports.is_some_and(|m| m.epoch < epoch && epoch - m.epoch <= 2))
@@ -347,13 +320,9 @@ impl Station {
             let context = format!("norm out of proportion to the group's; {}", plan.round());
             self.faults.push(PeerFault::new(*peer, FaultKind::Implausible, context));
         }
-        let members = plan.members.iter().map(|member| member.peer);
-        let mut order = vec![plan.coordinator];
-        order.extend(coordinators(&self.run, &self.channel, plan.epoch, members));
         self.current = Some(Current {
             plan: plan.clone(),
             hash,
-            order,
             phase: hash,
             earlier: Vec::new(),
             withdrawn: BTreeSet::new(),
@@ -552,7 +521,13 @@ impl Station {
         }
         let lives = |peer: &PeerId| *peer == me || (alive(peer) && !current.withdrawn.contains(peer));
         let plan = &current.plan;
-        let authority = current.order.iter().copied().find(lives).unwrap_or(me);
+        // Whoever made the plan decides what was agreed, and after it the others in their order.
+        let successor = || {
+            let members = plan.members.iter().map(|member| member.peer);
+            let order = coordinators(&self.run, &self.channel, plan.epoch, members);
+            order.into_iter().find(lives).unwrap_or(me)
+        };
+        let authority = if lives(&plan.coordinator) { plan.coordinator } else { successor() };
         let mut others = plan.members.iter().map(|m| m.peer).filter(|p| *p != me && lives(p));
         if current.authority != Some(authority) {
             if current.authority.is_some() || authority != plan.coordinator {

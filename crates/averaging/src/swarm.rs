@@ -15,7 +15,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_net::{BufferPool, Env, PeerId, Protocol, Tasks, Transport};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
@@ -76,8 +75,6 @@ pub(crate) struct Inner {
     pub(crate) pool: Arc<BufferPool>,
     state: Mutex<State>,
     view: watch::Sender<View>,
-    /// Counts the changes of the view that matter to rounds.
-    turns: AtomicU64,
     wake: Notify,
     /// A handle that does not keep the tasks alive: they hold `Inner`, the public `Swarm` holds them.
     spawner: mpsc::Sender<BoxFuture<'static, ()>>,
@@ -128,7 +125,6 @@ impl Swarm {
                 armed: now,
             }),
             view: watch::Sender::new(View::default()),
-            turns: AtomicU64::new(0),
             wake: Notify::new(),
             pool: Arc::default(),
             spawner,
@@ -307,18 +303,12 @@ impl Inner {
             if !matters {
                 return;
             }
-            self.turns.fetch_add(1, Ordering::Relaxed);
             state.channels.retain(|_, handler| handler.strong_count() > 0);
             state.channels.values().filter_map(Weak::upgrade).collect()
         };
         for handler in handlers {
             handler.view_changed(self.env.now());
         }
-    }
-
-    /// Another number whenever the view changes in a way that matters to rounds.
-    pub(crate) fn turns(&self) -> u64 {
-        self.turns.load(Ordering::Relaxed)
     }
 
     /// When to wake; from now on, only an earlier time wakes the ticker.

@@ -47,7 +47,7 @@ pub struct Member {
 pub struct View {
     /// The peers.
     pub members: BTreeMap<PeerId, Member>,
-    /// Another number whenever somebody comes or goes.
+    /// Another number whenever somebody comes, goes or starts again.
     pub(crate) generation: u64,
 }
 
@@ -71,7 +71,7 @@ impl View {
                 continue;
             }
             differs = true;
-            if before.is_some() != now.is_some() {
+            if before.map(|member| member.process) != now.as_ref().map(|member| member.process) {
                 self.generation += 1;
             }
             let of_rounds =

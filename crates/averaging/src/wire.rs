@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 pub const PROTOCOL_VERSION: u32 = 4;
 /// Largest control message that is decoded, in bytes.
 const CONTROL_BYTES_MAX: usize = 2 << 20;
+/// Room for a control message as it is encoded; larger ones grow.
+const ENCODED_BYTES: usize = 512;
 /// Longest list in any control message: members, news, parts.
 const LIST_MAX: usize = 1024;
 /// Longest application payload in a heartbeat, in bytes.
@@ -201,7 +203,10 @@ pub(crate) enum RoundMessage {
 }
 
 pub(crate) fn encode_control(message: &Control) -> Bytes {
-    rmp_serde::to_vec(message).expect("plain data always encodes").into()
+    // A heartbeat's size, so that it is not copied while it grows.
+    let mut bytes = Vec::with_capacity(ENCODED_BYTES);
+    rmp_serde::encode::write(&mut bytes, message).expect("plain data always encodes");
+    bytes.into()
 }
 
 pub(crate) fn decode_control(frame: &[u8]) -> Result<Control, WireError> {

@@ -63,4 +63,5 @@ pub const ALL: &[(&str, Measure)] = &[
     ("P11 time", reach::clocks),
     ("P12 safety", faults::safety),
     ("P13 scale", scale::large),
+    ("P13 at rest", scale::at_rest),
 ];

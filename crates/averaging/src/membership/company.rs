@@ -106,17 +106,17 @@ impl Membership {
         let alive = self.peers.iter().filter(|(_, entry)| {
             entry.standing == Standing::Alive && since.is_none_or(|since| entry.alive_at >= since)
         });
-        let all: Vec<News> = alive.filter_map(|(peer, _)| self.news_of(*peer)).collect();
+        let all: Vec<News> = alive.filter_map(|(peer, _)| self.news_of(*peer, true)).collect();
         all.chunks(INTRODUCED_MAX).map(<[News]>::to_vec).collect()
     }
 
-    pub(super) fn news_of(&self, peer: PeerId) -> Option<News> {
+    pub(super) fn news_of(&self, peer: PeerId, in_full: bool) -> Option<News> {
         let entry = self.peers.get(&peer).filter(|entry| entry.incarnation > 0)?;
         Some(News {
             peer,
             incarnation: entry.incarnation,
             standing: entry.standing,
-            addresses: entry.addresses.clone(),
+            addresses: if in_full { entry.addresses.clone() } else { Vec::new() },
             beat: (entry.standing == Standing::Alive).then(|| entry.pulse.clone()),
         })
     }

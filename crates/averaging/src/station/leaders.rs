@@ -4,8 +4,9 @@ use super::Station;
 use crate::view::View;
 use potluck_net::PeerId;
 
-/// Peers of a group, in the order of coordinators, that hear at once who begins an epoch.
-const LEADERS: usize = 3;
+/// Peers of a group, in the order of coordinators, that hear at once who begins an epoch: the first, and who takes over
+/// from it. Others hear it with the next heartbeat.
+const LEADERS: usize = 2;
 
 impl Station {
     /// The first of the group that could coordinate the round of an epoch, or the next one of the same group: as it begins,
