@@ -10,9 +10,11 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pasted import Peer
 
 from potluck import _core
 from potluck.dht import DHT
@@ -94,6 +96,22 @@ def machines() -> Iterator[list[list[str]]]:
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "delete", host], check=False)
+
+
+@pytest.fixture
+def starts(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+    """Runs lines as a user would paste them, on this machine or on one of ``machines``; none outlives the test."""
+    from lightning_support import on_machine
+
+    peers: list[Peer] = []
+
+    def start(line: str, machine: list[str] | None = None) -> Peer:
+        peers.append(Peer(on_machine(machine or [], line, tmp_path)))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.kill()
 
 
 def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning_support import environment
+from pasted import Peer
 
-from potluck.demo._invite import hosting_line
+import potluck.demo.__main__ as program
 from potluck.demo._report import report
-from potluck.demo._scale import FULL, QUICK, Scale
+from potluck.demo._scale import FULL, QUICK, STAY_SECONDS, Scale
 from potluck.demo._story import PeerStory, Story
 from potluck.demo._view import View
 
@@ -57,7 +57,7 @@ def test_a_good_story_has_no_problems(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told().verdict() == []
     assert report(told(), QUICK, tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "weights are equal to the bit" in printed and f"\n  {hosting_line()}\n" in printed
+    assert "weights are equal to the bit" in printed
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "results.json").read_text())["problems"] == []
 
@@ -114,11 +114,13 @@ def test_a_plain_console_gets_plain_lines() -> None:
     )
 
 
-def test_a_terminal_gets_bars() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     out = Terminal()
     story = told()
     story.peers["peer A"].bytes_sent, story.peers["peer A"].bytes_uncompressed = 1_500_000, 5_000_000
@@ -161,6 +163,18 @@ def test_the_picture_shows_both_losses_the_contributions_and_the_bytes(
     assert all("33%" in text.get_text() for text in bytes_sent.texts) and len(bytes_sent.texts) == 3
 
 
+@pytest.mark.parametrize(("columns", "bar"), [(200, 24), (80, 19), (60, 6)])
+def test_the_bars_fit_the_terminal(columns: int, bar: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a terminal wraps takes two lines, and would not be erased."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal()
+    View(out).draw(told())
+    drawn = out.getvalue().splitlines()[1:]
+    assert len(drawn) == 4 and max(map(len, drawn)) < columns
+    assert drawn[1].count("█") == bar
+    assert drawn[1].endswith("33%") == (columns >= 80)
+
+
 def bytes_per_value(scale: Scale) -> float:
     """What the rule of the demonstration comes to: large tensors in 8 bits, small ones in 16."""
     from potluck.demo._model import NextByte
@@ -198,21 +212,24 @@ def test_both_kinds_of_averages_are_compressed_by_size(monkeypatch: pytest.Monke
         assert len(kinds) == 2, "large and small tensors each have their own scheme"
 
 
-def demo(*arguments: str, timeout: float) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "potluck.demo", *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.timeout(300)
-def test_the_whole_demonstration_in_small(tmp_path: Path) -> None:
-    done = demo("--quick", "--output", str(tmp_path), timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_whole_demonstration_in_small_and_its_last_line_on_another_machine(
+    starts: Callable[..., Peer], machines: list[list[str]], tmp_path: Path
+) -> None:
+    whole = starts("python -m potluck.demo --quick --output .", machines[0])
+    line = whole.wait_for(r"same model again.*\n.*paste this.*\n  (.*)\n").group(1)
+    joiner = starts(line, machines[1])
+    joiner.wait_for(r"peers=2\.")
+    whole.wait_for(r"\d\d:\d\d:\d\d  2 peers in epoch \d+, loss")
+    assert joiner.ctrl_c() == 0
+    whole.wait_for(r"  alone in epoch \d+, loss")
+    assert whole.ctrl_c() == 0, "it stayed for others, and that is no failure"
+    said = whole.said
+    # It is not a terminal, so it has an end of its own.
+    assert re.search(rf"until it has been alone for {STAY_SECONDS:.0f} s\. To train together", said), said
+    assert "batch/s" not in said and "it/s" not in said, "no bars in a file"
+    assert re.search(r"at any time:\n  python -m potluck.demo --host\n$", said)
     results = json.loads((tmp_path / "results.json").read_text())
     peers = results["peers"]
     assert peers["peer B"]["killed_at"] is not None and peers["peer A"]["digest"] == peers["peer C"]["digest"]
@@ -226,14 +243,19 @@ def test_the_whole_demonstration_in_small(tmp_path: Path) -> None:
     plain = results["plain"]
     assert plain["digest"] and plain["epoch"] == results["epochs"] == len(results["plain_loss"])
     assert results["plain_loss"][-1][1] < 0.8 * results["plain_loss"][0][1]
-    assert re.search(r"in one plain process \([+-]\d+\.\d%\)", done.stdout)
+    assert re.search(r"in one plain process \([+-]\d+\.\d%\)", said)
     assert re.search(
-        r"epoch +\d+/40  peer A: loss .* \d+ peers, \d+ samples/s, sent .* \(\d+% of raw\)", done.stdout
+        r"epoch +\d+/40  peer A: loss .* \d+ peers, \d+ samples/s, sent .* \(\d+% of raw\)", said
     )
-    assert re.search(r"python -m potluck.demo --join potluck1\w+ --quick --epochs 40\n", done.stdout)
+    assert re.search(r"python -m potluck.demo --join potluck1\w+ --quick --epochs 40\n", said)
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
-def test_wrong_arguments_are_refused() -> None:
-    done = demo("--epochs", "1", timeout=60)
-    assert done.returncode == 2 and "at least 6" in done.stderr
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [("--epochs=1", "at least 6"), ("--stay=-1", "0 or more"), ("--stay=nan", "0 or more")],
+)
+def test_wrong_arguments_are_refused(wrong: str, reason: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as refused:
+        program.main([wrong])
+    assert refused.value.code == 2 and reason in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_support import on_machine
-from test_examples import Peer
+from pasted import Peer
 
 import potluck.demo.__main__ as program
 from potluck.demo import _invite
-from potluck.demo._scale import FULL, QUICK, Scale
-
-# What a person waits for after Ctrl-C, with room for a machine that runs other tests as well.
-_CTRL_C_SECONDS = 20
+from potluck.demo._scale import FULL, QUICK, STAY_SECONDS, Scale
 
 
 def scales_of(line: str, monkeypatch: pytest.MonkeyPatch) -> Scale:
@@ -109,29 +105,6 @@ def test_the_line_for_this_machine_names_a_python_that_has_potluck(
     assert done.returncode == 0 and "--host" in done.stdout, done.stderr
 
 
-def ctrl_c(peer: Peer) -> int:
-    """Once; the exit code."""
-    peer.process.send_signal(signal.SIGINT)
-    code = peer.process.wait(_CTRL_C_SECONDS)
-    peer._reader.join(5)
-    assert "Traceback" not in peer.said, peer.said
-    return code
-
-
-@pytest.fixture
-def starts(tmp_path: Path) -> Any:
-    """Runs lines as a user would paste them."""
-    peers: list[Peer] = []
-
-    def start(line: str, machine: list[str] | None = None) -> Peer:
-        peers.append(Peer(on_machine(machine or [], line, tmp_path)))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.kill()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.timeout(240)
 def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
@@ -145,12 +118,12 @@ def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
     joiner = starts(line, machines[1])
     for peer in (host, joiner):
         peer.wait_for(r"peers=2\.")
-    assert ctrl_c(joiner) == 0
+    assert joiner.ctrl_c() == 0
     summary = r"trained on (\d+) samples in the epochs (\d+) to (\d+) of the run"
     samples, first, last = map(int, joiner.wait_for(summary).groups())
     assert samples > 0 and QUICK.epochs < first <= last
     host.wait_for(r"peers=1\.", since=len(host.said))
-    assert ctrl_c(host) == 0
+    assert host.ctrl_c() == 0
     assert int(host.wait_for(summary).group(2)) == 0
 
 
@@ -163,10 +136,10 @@ def test_another_machine_can_join_the_running_demonstration_and_ctrl_c_ends_it(
     line = whole.wait_for(r"Another machine can join.*\n  (.*)\n").group(1)
     joiner = starts(line)
     joiner.wait_for(r"peers=3\.")
-    assert ctrl_c(whole) == 130
+    assert whole.ctrl_c() == 130
     assert "stopped" in whole.said
     joiner.wait_for(r"peers=1\.", since=len(joiner.said))
-    assert ctrl_c(joiner) == 0
+    assert joiner.ctrl_c() == 0
 
 
 def test_what_fails_the_demonstration_is_said_and_its_exit_code_is_1(
@@ -195,3 +168,91 @@ def test_a_peer_that_ends_early_fails_the_demonstration_and_its_log_is_shown(
     shown = capsys.readouterr().err
     assert re.search(r"the demonstration failed: peer \w ended early \(exit code 1\)", shown), shown
     assert "this machine has no text" in shown
+
+
+class Company:
+    """Stands for a Trainer whose strategy sees so many peers."""
+
+    def __init__(self) -> None:
+        self.should_stop, self.peers = False, 1
+        self.lightning_module = self.strategy = self
+        self.local_epoch, self.logged = 7, {}
+
+    def log_dict(self, values: dict[str, float], prog_bar: bool) -> None:
+        self.logged = values
+
+
+def test_who_stays_for_others_leaves_when_it_has_been_alone_for_so_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from potluck.demo import _peer
+
+    now, trainer = [0.0], Company()
+    monkeypatch.setattr(_peer, "_network", lambda _strategy: {"peers": trainer.peers})
+    monkeypatch.setattr(_peer, "_epoch", lambda _trainer: trainer.local_epoch)
+    monkeypatch.setattr(_peer.signal, "signal", lambda *_: None)
+
+    def steps(callback: _peer.ByHand, *at: tuple[float, int]) -> list[bool]:
+        trainer.should_stop = False
+        stops = []
+        for now[0], trainer.peers in at:
+            callback.tell_of_step(trainer, 2.5)
+            stops.append(trainer.should_stop)
+        return stops
+
+    def begun(at: float, **how: Any) -> _peer.ByHand:
+        callback = _peer.ByHand(QUICK, clock=lambda: now[0], **how)
+        now[0] = at  # loading takes long, and does not count
+        callback.on_train_start(trainer, None)
+        return callback
+
+    lonely, company = begun(50.0, stay=10.0, bar=False), begun(50.0, stay=10.0, bar=False)
+    assert steps(lonely, (55.0, 1), (59.9, 1), (60.0, 1)) == [False, False, True]
+    assert capsys.readouterr().out == ""
+    assert steps(company, (55.0, 2), (90.0, 3), (99.9, 1), (100.0, 1)) == [False, False, False, True]
+    said = re.sub(r"\d\d:\d\d:\d\d", "12:34:56", capsys.readouterr().out)
+    assert said == "".join(
+        f"12:34:56  {who} in epoch 7, loss 2.500\n" for who in ("2 peers", "3 peers", "alone")
+    )
+    assert trainer.logged == {"peers": 1.0, "epoch_of_run": 7.0}
+    assert steps(begun(0.0), (1e6, 1)) == [False], "until Ctrl-C"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "terminal", "stay"),
+    [
+        ([], True, None),
+        ([], False, STAY_SECONDS),
+        (["--stay", "7"], True, 7.0),
+        (["--stay", "0"], True, "not at all"),
+        (["--stay", "0"], False, "not at all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_after_a_good_demonstration_a_peer_stays_for_others(
+    arguments: list[str],
+    terminal: bool,
+    stay: Any,
+    verdict: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from potluck.demo import _director, _peer, _report
+
+    stayed: list[Any] = []
+
+    def host(scale: Scale, *, options: list[str], stay: float | None, join: str | None, **_: Any) -> int:
+        assert scale == dataclasses.replace(QUICK, endless=True) and options == ["--quick"] and join is None
+        stayed.append(stay)
+        return 0
+
+    monkeypatch.setattr(_peer, "run", host)
+    monkeypatch.setattr(_director.Director, "run", lambda *_, **__: None)
+    monkeypatch.setattr(_report, "report", lambda *_: verdict)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    command = ["--quick", "--epochs", "9", "--output", str(tmp_path), *arguments]
+    assert program.main(command) == verdict
+    assert stayed == ([] if verdict or stay == "not at all" else [stay])
+    assert (f"\n  {_invite.hosting_line()}\n" in capsys.readouterr().out) == (verdict == 0)

@@ -6,19 +6,15 @@ import ast
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from lightning_support import environment, on_machine
+from pasted import Peer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_JOIN_SECONDS = 120
-_CTRL_C_SECONDS = 10
 
 # The code blocks of the seed document, as published, with the import that its second block forgets.
 SEED = {
@@ -113,51 +109,6 @@ def test_an_example_is_the_seed_but_for_imports_and_accelerator(name: str) -> No
     assert imported(source) == imported(SEED[name])
 
 
-class Peer:
-    """A running example, and everything that it has printed."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-        self._output: list[bytes] = []
-        # Read all the time: a peer whose progress bar fills an unread pipe stops training.
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-            self._output.append(chunk)
-
-    @property
-    def said(self) -> str:
-        return b"".join(self._output).decode(errors="replace")
-
-    def wait_for(self, pattern: str, since: int = 0) -> re.Match:
-        """Until it prints the pattern."""
-        deadline = time.monotonic() + _JOIN_SECONDS
-        while time.monotonic() < deadline:
-            ended = not self._reader.is_alive()
-            if found := re.search(pattern, self.said[since:]):
-                return found
-            assert not ended, self.said
-            self.process.poll()
-            time.sleep(0.05)
-        raise AssertionError(f"{pattern!r} was not printed in:\n{self.said[-3000:]}")
-
-    def ctrl_c(self) -> None:
-        """Once; it must be gone within moments, without a traceback."""
-        self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(_CTRL_C_SECONDS)
-        self._reader.join(5)
-        # Lightning's own answer to Ctrl-C is to tear down and exit with 1.
-        assert code == 1 and "Traceback" not in self.said, self.said
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(5)
-        self.process.stdout.close()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SEED)
@@ -175,10 +126,11 @@ def test_an_example_is_joined_by_pasting_what_it_prints(
         peers.append(Peer(on_machine(machines[1], line, tmp_path)))
         for peer in peers:
             peer.wait_for(r"peers=2.*epoch_of_run=[1-9]")
-        peers[1].ctrl_c()
+        # Lightning's own answer to Ctrl-C is to tear down and exit with 1.
+        assert peers[1].ctrl_c() == 1
         alone = peers[0].wait_for(r"peers=1\.0.*epoch_of_run=(\d+)", since=len(peers[0].said))
         peers[0].wait_for(rf"peers=1\.0.*epoch_of_run={int(alone.group(1)) + 1}")
-        peers[0].ctrl_c()
+        assert peers[0].ctrl_c() == 1
     finally:
         for peer in peers:
             peer.kill()

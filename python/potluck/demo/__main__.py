@@ -7,8 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from potluck.demo._invite import options_of
-from potluck.demo._scale import FULL, QUICK, Scale
+from potluck.demo._invite import hosting_line, options_of
+from potluck.demo._scale import FULL, QUICK, STAY_SECONDS, Scale
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,11 +32,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--join", metavar="TOKEN", help="be one peer of the run that printed this line")
     parser.add_argument("--threads", type=int, help="CPU threads of this peer")
+    parser.add_argument(
+        "--stay",
+        type=float,
+        metavar="SECONDS",
+        help="at the end a peer trains on, for others to join: until it has been alone for so long, 0: not at all "
+        f"(default: until Ctrl-C on a terminal, {STAY_SECONDS:.0f} anywhere else)",
+    )
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.epochs is not None and arguments.epochs < 6:
         parser.error("--epochs must be at least 6, to have time for a join and a loss")
+    if arguments.stay is not None and not arguments.stay >= 0:
+        parser.error("--stay must be a number of seconds, 0 or more")
     return arguments
 
 
@@ -79,7 +88,35 @@ def _whole(arguments: argparse.Namespace, scale: Scale) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return report(story, scale, arguments.output)
+    code = report(story, scale, arguments.output)
+    if code == 0 and arguments.stay != 0:
+        code = _stay(arguments)
+    if code == 0:
+        print("\nTo start a peer that others can join, at any time:")
+        print(f"  {hosting_line()}")
+    return code
+
+
+def _stay(arguments: argparse.Namespace) -> int:
+    """The peers of the demonstration have ended, so somebody has to be there for whoever pastes the line."""
+    from potluck.demo import _peer
+
+    stay = arguments.stay
+    if stay is None and not sys.stdout.isatty():
+        stay = STAY_SECONDS
+    print("\nNow together with other machines: this one trains the same model again.")
+    try:
+        return _peer.run(
+            dataclasses.replace(QUICK if arguments.quick else FULL, endless=True),
+            join=None,
+            plain=False,
+            events=False,
+            threads=arguments.threads,
+            options=options_of(arguments.quick, None),
+            stay=stay,
+        )
+    except KeyboardInterrupt:
+        return 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import signal
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,14 +121,27 @@ class Reporter(_Counter):
 
 
 class ByHand(_Counter):
-    """For a peer that a person started: figures in the progress bar, Ctrl-C to leave, and what it did at the end."""
+    """For a peer that a person started: figures in the progress bar, Ctrl-C to leave, and what it did at the end.
 
-    def __init__(self, scale: Scale) -> None:
+    With ``stay`` it also leaves when it has been alone for so many seconds. Without a progress bar, it says in a line
+    who comes and goes.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        stay: float | None = None,
+        bar: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(scale)
         self._first: int | None = None
+        self._stay, self._bar, self._clock = stay, bar, clock
+        self._peers, self._in_company = 1, clock()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """From here on, Ctrl-C ends the training as its last epoch would; a second one ends it at once."""
+        self._in_company = self._clock()
 
         def stop(*_signal: object) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -138,8 +153,17 @@ class ByHand(_Counter):
         """What the progress bar shows beside the loss."""
         epoch = _epoch(trainer)
         self._first = epoch if self._first is None else self._first
-        peers = float(_network(trainer.strategy)["peers"])
-        trainer.lightning_module.log_dict({"peers": peers, "epoch_of_run": float(epoch)}, prog_bar=True)
+        peers = _network(trainer.strategy)["peers"]
+        shown = {"peers": float(peers), "epoch_of_run": float(epoch)}
+        trainer.lightning_module.log_dict(shown, prog_bar=True)
+        if peers != self._peers and not self._bar:
+            others = "alone" if peers == 1 else f"{peers} peers"
+            print(f"{time.strftime('%H:%M:%S')}  {others} in epoch {epoch}, loss {loss:.3f}", flush=True)
+        self._peers = peers
+        if peers > 1:
+            self._in_company = self._clock()
+        elif self._stay is not None and self._clock() - self._in_company >= self._stay:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """What came of it."""
@@ -186,19 +210,26 @@ def compression(scale: Scale) -> SizeAdaptiveCompression:
 
 
 def run(
-    scale: Scale, *, join: str | None, plain: bool, events: bool, threads: int | None, options: list[str]
+    scale: Scale,
+    *,
+    join: str | None,
+    plain: bool,
+    events: bool,
+    threads: int | None,
+    options: list[str],
+    stay: float | None = None,
 ) -> int:
     """Train as one peer, or alone without potluck."""
     if threads:
         torch.set_num_threads(threads)
-    if events:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    _quieten()
     _pl.seed_everything(_SEED, verbose=False)
     model = NextByte(scale)
     # The reference takes the whole target batch at once; a peer takes its small share of it.
     batch_size = scale.target_batch_size if plain else scale.batch_size
     loader = DataLoader(_corpus.load(scale.context)[0], batch_size=batch_size, shuffle=True)
+    # Where nobody watches, a bar would be a line for every batch.
+    bar = not events and (stay is None or sys.stdout.isatty())
     callback: _Counter
     if events:
         callback = reporter = Reporter(scale)
@@ -208,9 +239,10 @@ def run(
         if not plain:
             reporter.say("open", join=_join_argument(strategy))
     else:
-        callback, strategy = ByHand(scale), "auto" if plain else _strategy(scale, join)
+        callback = ByHand(scale, stay, bar)
+        strategy = "auto" if plain else _strategy(scale, join)
         if not plain:
-            _print_invitation(strategy, scale, options)
+            _print_invitation(strategy, scale, options, stay)
     trainer = _pl.Trainer(
         strategy=strategy,
         accelerator="cpu" if events else "auto",
@@ -220,10 +252,18 @@ def run(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=not events,
+        enable_progress_bar=bar,
     )
     trainer.fit(model, loader)
     return 0
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says about accelerators, about its products and about itself beside a newer torch."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _strategy(scale: Scale, join: str | None) -> HivemindStrategy:
@@ -252,8 +292,12 @@ def _join_argument(strategy: HivemindStrategy) -> str:
     return ",".join(str(address) for address in dht.get_visible_maddrs())
 
 
-def _print_invitation(strategy: HivemindStrategy, scale: Scale, options: list[str]) -> None:
+def _print_invitation(
+    strategy: HivemindStrategy, scale: Scale, options: list[str], stay: float | None
+) -> None:
     until = "until Ctrl-C" if scale.endless else f"to epoch {scale.epochs}, or until Ctrl-C"
+    if stay is not None:
+        until += f" or until it has been alone for {stay:.0f} s"
     print(
         f"This peer trains {until}. To train together with it, paste this on another machine that has potluck:"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from potluck.demo._invite import hosting_line
 from potluck.demo._scale import Scale
 from potluck.demo._story import PeerStory, Story, mean_curve
 from potluck.demo._view import megabytes
@@ -29,10 +28,6 @@ def report(story: Story, scale: Scale, output: Path) -> int:
     problems = story.verdict()
     for problem in problems:
         print(f"FAILED: {problem}")
-    if not problems:
-        print("\nThe same model on several machines: this line starts a peer here,")
-        print(f"  {hosting_line()}")
-        print("which prints the one line to paste on every other machine, and trains until Ctrl-C.")
     return 1 if problems else 0
 
 

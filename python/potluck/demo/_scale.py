@@ -36,3 +36,6 @@ class Scale:
 
 FULL = Scale(epochs=120)
 QUICK = Scale(epochs=40, target_batch_size=64, context=64, width=64, layers=1, size_threshold=2**14)
+
+# How long the demonstration's last peer waits for company where no terminal can tell it to end.
+STAY_SECONDS = 60.0

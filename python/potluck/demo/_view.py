@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -9,6 +10,9 @@ from typing import TextIO
 from potluck.demo._story import PeerStory, Story
 
 _BAR_CELLS = 24
+_FEWEST_BAR_CELLS = 6
+# What stands beside a bar.
+_OTHER_CELLS = 60
 _REDRAW_SECONDS = 0.2
 _PLAIN_LINES = 12
 
@@ -56,24 +60,17 @@ class View:
             self._drawn_lines = 0
 
     def _redraw(self, story: Story) -> None:
-        peers = [peer for peer in story.peers.values()]
-        lines = [self._bar_line(peer, story.epochs) for peer in peers]
+        # A line that the terminal wrapped would be two to erase.
+        columns = shutil.get_terminal_size().columns - 1
+        cells = max(_FEWEST_BAR_CELLS, min(_BAR_CELLS, columns - _OTHER_CELLS))
+        lines = [_bar_line(peer, story.epochs, cells) for peer in story.peers.values()]
         if story.plain is not None:
-            lines.append(self._bar_line(story.plain, story.epochs))
-        header = f"{'':8} {'epoch':>{_BAR_CELLS + 10}} {'peers':>5} {'loss':>7} {'samples/s':>9} {'sent':>9} {'of raw':>6}"
+            lines.append(_bar_line(story.plain, story.epochs, cells))
+        header = f"{'':8} {'epoch':>{cells + 10}} {'peers':>5} {'loss':>7} {'samples/s':>9} {'sent':>9} {'of raw':>6}"
         self._erase()
-        self._out.write("\n".join(["", header, *lines]) + "\n")
+        self._out.write("\n".join(["", *(line[:columns] for line in (header, *lines))]) + "\n")
         self._out.flush()
         self._drawn_lines = len(lines) + 2
-
-    def _bar_line(self, peer: PeerStory, epochs: int) -> str:
-        filled = round(_BAR_CELLS * min(1.0, peer.epoch / epochs))
-        bar = "█" * filled + "░" * (_BAR_CELLS - filled)
-        if peer.killed_at is not None:
-            return f"{peer.name:8} {bar} {peer.epoch:4d}/{epochs:<4d}  killed"
-        if peer.joined_at is None:
-            return f"{peer.name:8} {bar}           starting"
-        return f"{peer.name:8} {bar} {peer.epoch:4d}/{epochs:<4d} {figures(peer)}"
 
     def _say_sometimes(self, story: Story) -> None:
         teller = story.plain
@@ -93,6 +90,16 @@ class View:
             file=self._out,
             flush=True,
         )
+
+
+def _bar_line(peer: PeerStory, epochs: int, cells: int) -> str:
+    filled = round(cells * min(1.0, peer.epoch / epochs))
+    bar = "█" * filled + "░" * (cells - filled)
+    if peer.killed_at is not None:
+        return f"{peer.name:8} {bar} {peer.epoch:4d}/{epochs:<4d}  killed"
+    if peer.joined_at is None:
+        return f"{peer.name:8} {bar}           starting"
+    return f"{peer.name:8} {bar} {peer.epoch:4d}/{epochs:<4d} {figures(peer)}"
 
 
 def figures(peer: PeerStory) -> str:

@@ -1,0 +1,59 @@
+"""A program that runs as a user would run it: its output is read all the time, and Ctrl-C is pressed once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+
+_WAIT_SECONDS = 120
+# What is promised is 5 s; the rest is room for a machine that runs other tests as well.
+_CTRL_C_SECONDS = 20
+
+
+class Peer:
+    """A running program, and everything that it has printed."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+        self._output: list[bytes] = []
+        # Read all the time: a peer whose progress bar fills an unread pipe stops training.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
+            self._output.append(chunk)
+
+    @property
+    def said(self) -> str:
+        return b"".join(self._output).decode(errors="replace")
+
+    def wait_for(self, pattern: str, since: int = 0) -> re.Match:
+        """Until it prints the pattern."""
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while time.monotonic() < deadline:
+            ended = not self._reader.is_alive()
+            if found := re.search(pattern, self.said[since:]):
+                return found
+            assert not ended, self.said
+            self.process.poll()
+            time.sleep(0.05)
+        raise AssertionError(f"{pattern!r} was not printed in:\n{self.said[-3000:]}")
+
+    def ctrl_c(self) -> int:
+        """Once; it must be gone within moments, without a traceback. The exit code."""
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(_CTRL_C_SECONDS)
+        self._reader.join(5)
+        assert "Traceback" not in self.said, self.said
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+        self.process.stdout.close()
