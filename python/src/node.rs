@@ -13,8 +13,10 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// What Python decides about a node.
 #[derive(Deserialize)]
@@ -49,6 +51,8 @@ pub(crate) struct Node {
     identity: Identity,
     env: Env,
     reach: Reach,
+    /// Whether this peer has left the network.
+    left: watch::Sender<bool>,
 }
 
 /// A record: `(subkey, value, seconds it will live)`.
@@ -63,7 +67,7 @@ impl Node {
         let _guard = handle.enter();
         let env = Env::real();
         let identity = Identity::from_seed(&env.random_bytes());
-        Ok(Self { identity, env, reach: Reach::Local(hub.runs.clone()) })
+        Ok(Self { identity, env, reach: Reach::Local(hub.runs.clone()), left: watch::Sender::new(false) })
     }
 
     /// A peer of the real network, as `options` (JSON) say.
@@ -111,7 +115,7 @@ impl Node {
     ) -> Result<usize, Error> {
         let lifetime = Duration::try_from_secs_f64(seconds).unwrap_or_default();
         let dht = self.dht()?;
-        runtime::wait(py, async {
+        let work = async {
             // What is stored before an initial peer has answered is kept by nobody but us.
             dht.wait_joined(JOIN_LIMIT).await;
             let stored = dht.store(&key, subkey.as_deref(), Bytes::from(value), lifetime).await.value;
@@ -119,7 +123,8 @@ impl Node {
                 Some(problem) => Err(Error::Value(problem.to_string())),
                 None => Ok(stored.accepted),
             }
-        })
+        };
+        runtime::wait(py, self.while_here(work))
     }
 
     /// What is stored under a key, as a list of records; `None` if nothing is.
@@ -130,11 +135,12 @@ impl Node {
         latest: bool,
     ) -> Result<Option<Vec<Entry<'py>>>, Error> {
         let dht = self.dht()?;
-        let found = runtime::wait(py, async {
+        let work = async {
             // What is looked up before an initial peer has answered is not found, whoever has it.
             dht.wait_joined(JOIN_LIMIT).await;
             Ok(dht.get(&key, latest).await.value)
-        })?;
+        };
+        let found = runtime::wait(py, self.while_here(work))?;
         let bytes = |value: &Bytes| PyBytes::new(py, value);
         Ok(found.map(|found| match found {
             Found::Regular(value, left) => vec![(None, bytes(&value), left.as_secs_f64())],
@@ -178,6 +184,7 @@ impl Node {
     /// Leave the network; at most `seconds`.
     fn shutdown(&self, py: Python<'_>, seconds: f64) -> Result<(), Error> {
         let Reach::Net { transport, dht, .. } = &self.reach else { return Ok(()) };
+        self.left.send_replace(true);
         let limit = runtime::seconds("seconds", Some(seconds))?.unwrap_or(Duration::from_secs(5));
         runtime::wait(py, async {
             // A peer that cannot say goodbye in time is dropped all the same.
@@ -226,7 +233,8 @@ async fn start(options: Options) -> Result<Node, Error> {
     let dht = Dht::start(transport.clone(), env.clone(), config)
         .await
         .map_err(|error| Error::Value(error.to_string()))?;
-    Ok(Node { identity, env, reach: Reach::Net { transport, dht, _identity_lock: lock } })
+    let reach = Reach::Net { transport, dht, _identity_lock: lock };
+    Ok(Node { identity, env, reach, left: watch::Sender::new(false) })
 }
 
 impl Node {
@@ -234,6 +242,16 @@ impl Node {
         match &self.reach {
             Reach::Local(_) => Err(Error::State("peers of one process have no DHT".to_owned())),
             Reach::Net { dht, .. } => Ok(dht),
+        }
+    }
+
+    /// `work`, or an error as soon as this peer leaves: then nothing is going to answer.
+    async fn while_here<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let mut left = self.left.subscribe();
+        tokio::select! {
+            biased;
+            done = work => done,
+            _ = left.wait_for(|left| *left) => Err(Error::State("this DHT was shut down".to_owned())),
         }
     }
 

@@ -239,9 +239,16 @@ def test_the_identity_file_keeps_the_peer_id(peer: Callable[..., DHT], tmp_path:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
 def test_ctrl_c_interrupts_a_wait_and_leaves_nothing() -> None:
     code = """
+import sys, threading
 from potluck import DHT
 dht = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
-print("ready", flush=True)
+main = threading.main_thread().ident
+def tell():
+    # The next thing that this function of the main thread does, or what it does already, is to wait without the GIL.
+    while sys._current_frames()[main].f_code.co_name != "wait_until_ready":
+        pass
+    print("waits", flush=True)
+threading.Thread(target=tell, daemon=True).start()
 try:
     DHT(["/ip4/127.0.0.1/tcp/9/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"], start=True,
         bootstrap_timeout=60, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
@@ -249,10 +256,39 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.5)
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
     begun = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=20)
     assert out == "interrupted\n" and process.returncode == 0
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be stopped there")
+def test_a_store_that_nobody_answers_ends_with_the_dht(peer: Callable[..., DHT]) -> None:
+    """The other one is there and silent; what waits for it would wait on after this one has left."""
+    code = """
+import sys
+from potluck import DHT
+dht = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
+print(dht.get_visible_maddrs()[0], flush=True)
+sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    silent = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    try:
+        assert silent.stdout is not None
+        one = DHT([silent.stdout.readline().strip()], start=True, wait_timeout=600, **LOOPBACK)
+        assert one.store("k", 1, get_dht_time() + 60)
+        silent.send_signal(signal.SIGSTOP)
+        waiting = [
+            one.store("k", 2, get_dht_time() + 90, return_future=True),
+            one.get("k", latest=True, return_future=True),
+        ]
+        assert eventually(lambda: all(future.running() for future in waiting))
+        one.shutdown()
+        for future in waiting:
+            assert "shut down" in str(future.exception(20)) or "does not run" in str(future.exception(20))
+    finally:
+        silent.kill()
+        silent.communicate()

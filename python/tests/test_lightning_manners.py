@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lightning_support import environment
+from pasted import Peer
 from test_manners import members, run
 
 pytestmark = pytest.mark.timeout(120)
@@ -24,6 +26,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader, TensorDataset
 from potluck.lightning import HivemindStrategy
 torch.set_num_threads(1)
+ADDRESS = "127.0.0.1"
 
 class Model(pl.LightningModule):
     def __init__(self):
@@ -31,7 +34,7 @@ class Model(pl.LightningModule):
         self.net = torch.nn.Linear(16, 1)
     def training_step(self, batch, index):
         if self.trainer.max_epochs < 0 and self.trainer.strategy.local_epoch >= 3:
-            print("going", flush=True)
+            print("going", self.trainer.strategy.num_peers, flush=True)
         return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05)
@@ -39,7 +42,7 @@ class Model(pl.LightningModule):
 def train(workers, epochs):
     x = torch.randn(256, 16)
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, num_workers=workers)
-    strategy = HivemindStrategy(target_batch_size=32, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    strategy = HivemindStrategy(target_batch_size=32, host_maddrs=[f"/ip4/{ADDRESS}/tcp/0"])
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_epochs=epochs, logger=False,
                          enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Model(), loader)
@@ -99,13 +102,15 @@ while True:
     optimizer.step()
     optimizer.zero_grad()
     if optimizer.local_epoch >= 3:
-        print("going", flush=True)
+        print("going 1", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("program", [PLAIN, PROGRAM + "train(0, -1)"], ids=["torch", "lightning"])
-def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
+def test_ctrl_c_once_ends_a_training(
+    program: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """It is one process, and leaves neither processes nor files."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -115,7 +120,8 @@ def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=tmp_path,
-        env={**environment(), "TMPDIR": str(temporary)},
+        # torch makes itself a folder for compiled code, whoever uses it.
+        env=environment(TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.mktemp("torch"))),
         start_new_session=True,
     )
     try:
@@ -123,9 +129,9 @@ def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if line == "going\n":
+            if line == "going 1\n":
                 break
-        assert lines and lines[-1] == "going\n", "".join(lines)
+        assert lines and lines[-1] == "going 1\n", "".join(lines)
         assert members(process.pid) == [process.pid], "one process and no children"
         os.kill(process.pid, signal.SIGINT)
         asked = time.monotonic()
@@ -136,3 +142,25 @@ def test_ctrl_c_once_ends_a_training(program: str, tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"] and not list(temporary.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs network namespaces")
+def test_ctrl_c_once_ends_a_training_whose_network_is_down(
+    starts: Callable[..., Peer], machines: list[list[str]], tmp_path: Path
+) -> None:
+    """The others are still thought to be there, and do not answer."""
+    if not machines[0]:
+        pytest.skip("needs root")
+    everywhere = PROGRAM.replace('ADDRESS = "127.0.0.1"', 'ADDRESS = "0.0.0.0"')
+    (tmp_path / "program.py").write_text(everywhere + "train(0, -1)")
+    peers = [starts("python program.py", machines[0])]
+    line = peers[0].wait_for(r"\n\s+(POTLUCK_TOKEN=.*)\n").group(1)
+    peers.append(starts(line, machines[1]))
+    for peer in peers:
+        peer.wait_for("going 2")
+    host = machines[1][-1]
+    subprocess.run(["ip", "-n", host, "link", "set", f"v{host.removeprefix('pl')}", "down"], check=True)
+    for peer in peers:
+        asked = time.monotonic()
+        assert peer.ctrl_c() == 1, "Lightning's own answer to Ctrl-C"
+        assert time.monotonic() - asked < 5, peer.said[-1000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import together
 
+import potluck.utils
 from potluck.lightning import _roster, _schedulers
 from potluck.lightning._roster import Plan, Roster
 
@@ -21,10 +23,15 @@ _PATIENCE_SECONDS = 20.0
 
 
 class Network:
-    """A DHT in memory: the later expiry wins, expired records are gone."""
+    """A DHT in memory: the later expiry wins, expired records are gone. Its clock stands unless it is advanced."""
 
     def __init__(self) -> None:
         self.records: dict[str, dict[str, _Value]] = {}
+        self.now, self._moments = 1e9, itertools.count()
+
+    def time(self) -> float:
+        """A moment later than every one before, or two records of a peer would be equally late."""
+        return self.now + 1e-6 * next(self._moments)
 
     def peer(self, peer_id: str) -> Any:
         return _Door(self, peer_id)
@@ -33,6 +40,7 @@ class Network:
 class _Door:
     def __init__(self, network: Network, peer_id: str) -> None:
         self.peer_id, self._network, self.broken = peer_id, network, False
+        self.looks = 0
 
     def store(self, key: str, value: Any, expiration_time: float, subkey: str) -> bool:
         if self.broken:
@@ -46,8 +54,11 @@ class _Door:
     def get(self, key: str, latest: bool = False) -> Any:
         if self.broken:
             raise RuntimeError("shut down")
+        self.looks += 1
         entries = self._network.records.get(key, {})
-        live = {name: entry for name, entry in entries.items() if entry.expiration_time > time.time()}
+        live = {
+            name: entry for name, entry in entries.items() if entry.expiration_time > self._network.time()
+        }
         return _Value(live, 0.0) if live else None
 
 
@@ -57,8 +68,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def enter() -> Any:
+def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
     network, entered = Network(), []
+    monkeypatch.setattr(potluck.utils, "get_dht_time", network.time)
 
     def make(peer_id: str, writer: bool | None = None) -> Roster:
         entered.append(Roster(network.peer(peer_id), "run", writer))
@@ -91,12 +103,36 @@ def test_the_next_takes_over_when_the_writer_leaves(enter: Any) -> None:
     eventually(lambda: not third.is_writer)
 
 
-def test_the_next_takes_over_when_the_writer_dies(enter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_roster, "_LIFETIME_SECONDS", 0.3)
+def test_the_next_takes_over_when_the_writer_dies(enter: Any) -> None:
     first, second = enter("a"), enter("b")
     assert not second.is_writer
     first._dht.broken = True
+    enter.network.now += _roster._LIFETIME_SECONDS - 1
+    looked = second._dht.looks
+    eventually(lambda: second._dht.looks > looked + 1)
+    assert not second.is_writer, "its record still holds"
+    enter.network.now += 2
     eventually(lambda: second.is_writer)
+
+
+def test_a_network_that_is_down_does_not_hold_whoever_leaves(
+    enter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_roster, "_FAREWELL_SECONDS", 0.1)
+    roster, asked, answer = enter("a"), threading.Event(), threading.Event()
+
+    def store(*_args: Any, **_kwargs: Any) -> bool:
+        asked.set()
+        return answer.wait(10 * _PATIENCE_SECONDS)
+
+    monkeypatch.setattr(roster._dht, "store", store)
+    assert asked.wait(_PATIENCE_SECONDS)
+    leaving = threading.Thread(target=roster.close)
+    leaving.start()
+    leaving.join(_PATIENCE_SECONDS)
+    assert not leaving.is_alive() and not answer.is_set()
+    answer.set()
+    eventually(lambda: not roster._thread.is_alive())
 
 
 def test_a_tie_goes_to_the_lower_id(enter: Any) -> None:
@@ -148,7 +184,7 @@ def test_foreign_records_are_passed_over(enter: Any) -> None:
     first = enter("a")
     door = enter.network.peer("x")
     for subkey, value in (("x", "hello"), ("y", [1]), ("w", [1, 0, ["?", None]]), ("v", None)):
-        door.store("run_lightning", value, time.time() + 60, subkey)
+        door.store("run_lightning", value, enter.network.time() + 60, subkey)
     second = enter("b")
     assert not second.is_writer
     eventually(lambda: first.is_writer)

@@ -16,6 +16,7 @@ _log = logging.getLogger("potluck.lightning")
 
 _REFRESH_SECONDS = 2.0
 _LIFETIME_SECONDS = 10.0
+_FAREWELL_SECONDS = 1.0
 
 _LEFT, _NEVER, _AUTOMATIC, _ALWAYS = -2, -1, 0, 1
 
@@ -102,21 +103,23 @@ class Roster:
         return None if best is None else best.plan
 
     def close(self) -> None:
-        """Stop refreshing and say that this peer left, so that the next in order takes over at once."""
+        """Stop refreshing and say that this peer left, so that the next in order takes over at once.
+
+        Whoever cannot be told within a moment sees the record expire: a network that is down holds nobody here. Idempotent.
+        """
         self._stop.set()
         self._changed.set()
-        self._thread.join(timeout=_LIFETIME_SECONDS)
-        # In the DHT the later expiry wins, so a record is taken back by a newer one that says so.
-        self._announce(_LEFT)
+        self._thread.join(_FAREWELL_SECONDS)
 
     def _keep(self) -> None:
         while not self._stop.is_set():
             self._changed.wait(_REFRESH_SECONDS)
             self._changed.clear()
-            if self._stop.is_set():
-                return
-            self._announce()
-            self._look()
+            if not self._stop.is_set():
+                self._announce()
+                self._look()
+        # In the DHT the later expiry wins, so a record is taken back by a newer one that says so.
+        self._announce(_LEFT)
 
     def _announce(self, choice: int | None = None) -> None:
         from potluck.utils import get_dht_time

@@ -530,15 +530,17 @@ class HivemindStrategy(_StrategyBase):
         self._plateaus = []
         while self._undo:
             self._undo.pop()()
-        if self._roster is not None:
-            self._wrote_last_run = self._roster.is_writer
-            self._roster.close()
-            self._roster = None
+        roster, self._roster = self._roster, None
+        if roster is not None:
+            self._wrote_last_run = roster.is_writer
+            roster.close()
         if self._optimizer is not None:
             self._optimizer.shutdown()
         if self._dht is not None and self._own_dht:
             self._dht.shutdown()
             self._dht = None
+            if roster is not None:
+                roster.close()  # what it may have waited for in vain has ended with the DHT
         super().teardown()
 
 
