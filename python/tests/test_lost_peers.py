@@ -158,28 +158,39 @@ def test_a_killed_peer_catches_up_by_the_same_command(tmp_path: Path) -> None:
         assert process.stdout
         return process, process.stdout.readline().split()
 
-    def epochs(process: subprocess.Popen[str], count: int) -> dict[int, str]:
+    def told(process: subprocess.Popen[str]) -> tuple[int, str]:
         assert process.stdout
-        lines = [process.stdout.readline().split() for _ in range(count)]
-        return {int(epoch): weights for epoch, weights in lines}
+        epoch, weights = process.stdout.readline().split()
+        return int(epoch), weights
+
+    seen: dict[int, str] = {}
+
+    def agree(first: subprocess.Popen[str], other: subprocess.Popen[str]) -> tuple[int, int]:
+        """Until they have had equal weights at four epochs one after another; the other's first and last epoch.
+
+        While one comes, the first may end an epoch without it, and it loads that one's state.
+        """
+        began, row = None, 0
+        for _ in range(12):
+            epoch, weights = told(other)
+            began = epoch if began is None else began
+            while max(seen, default=0) < epoch:
+                seen.update([told(first)])
+            row = row + 1 if seen.get(epoch) == weights else 0
+            if row == 4:
+                return began, epoch
+        raise AssertionError(f"not equal since epoch {began}: {weights} beside {seen}")
 
     started: list[subprocess.Popen[str]] = []
     try:
         first, addresses = start("first")
         second, _ = start("second", addresses[0])
-        lived = epochs(second, 5)
+        _, last = agree(first, second)
         second.kill()
         second.wait()
         again, _ = start("second", addresses[0])
-        lives_on = epochs(again, 5)
-        assert min(lives_on) > max(lived), "it went on where the run is"
-        seen: dict[int, str] = {}
-        while max(seen, default=0) < max(lives_on):
-            seen.update(epochs(first, 1))
-        for life in (lived, lives_on):
-            same = [epoch for epoch in life if seen.get(epoch) == life[epoch]]
-            # While one comes or goes, the other may end an epoch without it, and it loads that one's state.
-            assert len(same) >= 4, (life, seen)
+        began, _ = agree(first, again)
+        assert began > last, "it went on where the run is"
     finally:
         for process in started:
             process.kill()

@@ -184,7 +184,9 @@ while True:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dashboard", [False, True], ids=["plain", "dashboard"])
-def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path, dashboard: bool) -> None:
+def test_kill_9_leaves_nothing_and_the_same_command_goes_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, dashboard: bool
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -198,7 +200,13 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path, dash
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "TMPDIR": str(temporary), "POTLUCK_RUNTIME_DIR": str(temporary / "notices")},
+            env={
+                **os.environ,
+                "TMPDIR": str(temporary),
+                "POTLUCK_RUNTIME_DIR": str(temporary / "notices"),
+                # torch makes itself a folder for compiled code, whoever uses it.
+                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("torch")),
+            },
             start_new_session=True,
         )
         try:
