@@ -48,14 +48,11 @@ test-python: wheel
 	test -x target/release/potluck || cargo build --release -p potluck-cli
 	$(PY) -m pytest python/tests
 	$(PY) -m pytest tests/hard_days
+	tools/oldest-lightning $(PY) -q python/tests/test_lightning_strategy.py \
+		python/tests/test_lightning_peers.py::test_every_way_to_join
 
-# Its own use of what newer Pythons and torches discourage is not ours to mend.
-oldest-lightning: wheel  ## Lightning's tests with the oldest Lightning that is supported
-	@rm -rf .build/oldest-lightning
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .build/oldest-lightning \
-		"lightning==2.2.*" "pytorch-lightning==2.2.*" "setuptools<80"
-	PYTHONPATH=.build/oldest-lightning $(PY) -m pytest python/tests/test_lightning_*.py \
-		-W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::UserWarning
+oldest-lightning: wheel  ## All of Lightning's tests with the oldest Lightning that is supported
+	tools/oldest-lightning $(PY) python/tests/test_lightning_*.py
 
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check

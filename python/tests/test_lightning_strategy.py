@@ -144,14 +144,14 @@ def test_reduce_on_plateau(lightning: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [None, step_lr, chained])
-def test_resuming_equals_never_having_stopped(lightning: Any, make: Any, tmp_path: Path) -> None:
+def test_resuming_equals_never_having_stopped(pl: Any, make: Any, tmp_path: Path) -> None:
     arguments = {"make_scheduler": make}
-    whole, _ = fit(lightning, "auto", arguments, max_epochs=4)
-    first, driver = fit(lightning, strategy(), arguments, max_epochs=2)
+    whole, _ = fit(pl, "auto", arguments, max_epochs=4)
+    first, driver = fit(pl, strategy(), arguments, max_epochs=2)
     assert driver.strategy.local_epoch == 16
     driver.save_checkpoint(tmp_path / "half.ckpt")
-    second = model_class(lightning)(**arguments)
-    driver = trainer(lightning, strategy(), max_epochs=4)
+    second = model_class(pl)(**arguments)
+    driver = trainer(pl, strategy(), max_epochs=4)
     driver.fit(second, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
     assert driver.strategy.local_epoch == 32
     assert first.rates + second.rates == whole.rates

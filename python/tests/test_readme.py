@@ -14,6 +14,7 @@ from lightning_support import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -99,6 +100,25 @@ def test_every_path_of_the_readme_exists() -> None:
 def test_the_install_without_make_names_what_the_wheel_offers() -> None:
     assert 'python -m pip install "./python[lightning]"' in README
     assert "lightning" in metadata.metadata("potluck").get_all("Provides-Extra")
+
+
+def test_the_versions_of_lightning_are_those_that_make_test_installs() -> None:
+    (oldest, newest) = re.search(
+        r"`make test` trains with (\d+\.\d+\.\d+) and with (\d+\.\d+)", README
+    ).groups()
+    locks = {
+        name: (ROOT / "python" / name).read_text() for name in ("oldest-lightning.lock", "requirements.lock")
+    }
+    for package in ("lightning", "pytorch-lightning"):
+        assert f"\n{package}=={oldest}\n" in locks["oldest-lightning.lock"]
+        assert f"\n{package}=={newest}." in locks["requirements.lock"]
+    assert (
+        oldest == "2.2.0"
+        and 'lightning = ["torch>=2.2", "lightning>=2.2"]' in (ROOT / "python/pyproject.toml").read_text()
+    )
+    assert re.search(r"^test:.*test-python", MAKEFILE, flags=re.M)
+    (recipe,) = re.findall(r"^test-python:.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.M)
+    assert "tools/oldest-lightning" in recipe
 
 
 def make(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
