@@ -195,6 +195,27 @@ async fn a_bootstrap_peer_that_comes_late_is_found() {
     server.close().await;
 }
 
+/// What a peer tells others right after its start is what it would tell them later: a token made with loopback alone, as it
+/// is found first, would lead nobody here. Many start at once, so that the system's list of interfaces comes late.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_started_peer_knows_its_addresses() {
+    let starts = (0..30).map(|_| async {
+        tokio::spawn(async {
+            let peer = peer_on(&["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"], |_| {}).await;
+            let told = peer.addresses();
+            (peer, told)
+        })
+        .await
+        .expect("a start does not panic")
+    });
+    let started = futures::future::join_all(starts).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for (peer, told) in started {
+        assert_eq!(told, peer.addresses());
+        peer.abort();
+    }
+}
+
 #[tokio::test]
 async fn addresses_that_cannot_be_used_are_refused_at_the_start() {
     let env = Env::real();
