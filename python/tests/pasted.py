@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 
 _WAIT_SECONDS = 120
 # What is promised is 5 s; the rest is room for a machine that runs other tests as well.
@@ -43,6 +44,13 @@ class Peer:
             self.process.poll()
             time.sleep(0.05)
         raise AssertionError(f"{pattern!r} was not printed in:\n{self.said[-3000:]}")
+
+    def wait_for_last(self, pattern: str, true_of: Callable[[str], bool]) -> None:
+        """Until what the pattern finds last is as wanted."""
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while not ((found := re.findall(pattern, self.said[-5000:])) and true_of(found[-1])):
+            assert time.monotonic() < deadline and self._reader.is_alive(), self.said[-3000:]
+            time.sleep(0.05)
 
     def ctrl_c(self) -> int:
         """Once; it must be gone within moments, without a traceback. The exit code."""

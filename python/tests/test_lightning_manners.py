@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 
 # A user's training without a guard for __main__, with DataLoader workers.
 PROGRAM = """
-import sys, warnings
+import os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 import lightning.pytorch as pl
@@ -42,7 +44,8 @@ class Model(pl.LightningModule):
 def train(workers, epochs):
     x = torch.randn(256, 16)
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, num_workers=workers)
-    strategy = HivemindStrategy(target_batch_size=32, host_maddrs=[f"/ip4/{ADDRESS}/tcp/0"])
+    place = {"host_maddrs": [f"/ip4/{ADDRESS}/tcp/{os.environ.get('PORT', 0)}"], "identity_path": os.environ.get("KEY")}
+    strategy = HivemindStrategy(target_batch_size=32, **place)
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_epochs=epochs, logger=False,
                          enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Model(), loader)
@@ -164,3 +167,32 @@ def test_ctrl_c_once_ends_a_training_whose_network_is_down(
         asked = time.monotonic()
         assert peer.ctrl_c() in (0, 1), "the exit code depends on the version of Lightning"
         assert time.monotonic() - asked < 5, peer.said[-1000:]
+
+
+def beyond(reached: int, epoch: str) -> bool:
+    return int(epoch) > reached
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
+def test_the_same_command_brings_a_killed_peer_back(starts: Callable[..., Peer], tmp_path: Path) -> None:
+    """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port."""
+    spoken = 'print("epoch", self.trainer.strategy.local_epoch, "peers", self.trainer.strategy.num_peers, flush=True)'
+    said = 'print("going", self.trainer.strategy.num_peers, flush=True)'
+    assert said in PROGRAM
+    (tmp_path / "program.py").write_text(PROGRAM.replace(said, spoken) + "train(0, -1)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    commands = [f"PORT={port} KEY=first.key python program.py"]
+    peers = [starts(commands[0])]
+    commands.append(peers[0].wait_for(r"\n\s+(POTLUCK_TOKEN=.*)\n").group(1))
+    peers.append(starts(commands[1]))
+    for peer in peers:
+        peer.wait_for(r"peers 2\n")
+    for killed, other in ((1, 0), (0, 1)):
+        peers[killed].kill()
+        peers[other].wait_for(r"peers 1\n", since=len(peers[other].said))
+        reached = int(peers[other].wait_for(r"epoch (\d+) peers", since=len(peers[other].said)).group(1))
+        peers[killed] = starts(commands[killed])
+        # The first trains alone until the other has found it again; then it takes over the run's state.
+        peers[killed].wait_for_last(r"epoch (\d+) peers 2\n", partial(beyond, reached))

@@ -19,7 +19,7 @@ from test_optimizer import train_together
 
 from potluck.dht import DHT
 
-MEGABYTE = 1 << 20
+MEGABYTE = 1_000_000
 
 # A training of a user, written without a guard for __main__, with DataLoader workers.
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -44,7 +45,8 @@ def the_block_with(text: str) -> str:
 def test_every_python_block_is_tried_here() -> None:
     tried = (
         "from potluck.lightning import HivemindStrategy\n",
-        "identity_path=",
+        'identity_path="owner.key"',
+        'identity_path="peer.key"',
         "optimizer = potluck.Optimizer(",
     )
     assert sorted(blocks("python")) == sorted(the_block_with(text) for text in tried)
@@ -75,7 +77,7 @@ def test_a_run_for_the_invited_only(tmp_path: Path) -> None:
     made = run(code, tmp_path)
     owner = made.stdout.strip()
     assert owner.startswith("12D3KooW") and (tmp_path / "owner.key").exists(), made.stderr
-    first, other = the_block_with("identity_path=").replace("12D3KooW…", owner).splitlines()
+    first, other = the_block_with('identity_path="owner.key"').replace("12D3KooW…", owner).splitlines()
     program = f"""
 import os, re
 from potluck.lightning import HivemindStrategy
@@ -88,6 +90,21 @@ print(first.dht.peer_id, other.dht.peer_id)
     assert done.returncode == 0, done.stderr
     peers = done.stdout.split()
     assert peers[0] == owner != peers[1]
+
+
+def test_a_first_machine_that_comes_back_by_the_same_command(tmp_path: Path) -> None:
+    """Its name and port are those of the line before; that it finds the run: test_lightning_manners."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    block = the_block_with('identity_path="peer.key"').replace("4001", port)
+    program = (
+        f"from potluck.lightning import HivemindStrategy\nprint({block.strip()}.dht.get_visible_maddrs()[0])"
+    )
+    first, again = run(program, tmp_path), run(program, tmp_path)
+    assert first.stdout == again.stdout and re.search(rf"/tcp/{port}/p2p/12D3KooW\w+\n$", first.stdout), (
+        first.stderr
+    )
 
 
 def test_every_path_of_the_readme_exists() -> None:
