@@ -297,7 +297,7 @@ def test_a_parameter_that_no_loss_touches_stands_still(local_dht: Callable[[], D
         models = train_together(local_dht, [8, 8], 4, OPTIMIZERS["AdamW"], **how)
     assert torch.equal(reference.spare, torch.ones(3)), "no gradient"
     assert not torch.equal(reference[2].weight, make()[2].weight), "a gradient of zeros"
-    assert distance(reference, models[0]) < 2e-5 and equal(*models)
+    assert distance(reference, models[0]) < 1e-6 and equal(*models)
     for model in models:
         assert torch.equal(model.spare, torch.ones(3))
 
