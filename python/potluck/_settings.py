@@ -60,7 +60,8 @@ REASONS = {
 
 def check_keys(name: str, rule: Any, tensors: Sequence[Mapping[str, Any]], more: str | None = None) -> None:
     """Refuse a rule for a tensor that there is not: it would have no effect. ``more`` is a pattern of further keys."""
-    keys = {tensor["key"] for tensor in tensors}
+    # What is exact is so under every rule.
+    keys = {tensor["key"] for tensor in tensors if tensor["role"] != "Exact"}
     if isinstance(rule, PerTensorCompression):
         unknown = [
             key

@@ -59,7 +59,7 @@ def test_each_purpose_is_what_the_tensors_are(local_dht: Callable[[], DHT], dtyp
     state = 4 * (3 * values + 11 + 6)
     held = {
         "gathering": wide * values,
-        "gradients": 4 * values,
+        "gradients": 4 * (values + 4),  # and which of the four parameters were touched
         "offloaded": wide * values,
         "state": state,
         "snapshot": wide * values + nbytes(extra),
@@ -72,7 +72,7 @@ def test_each_purpose_is_what_the_tensors_are(local_dht: Callable[[], DHT], dtyp
     statistics = [t for entries in opt.state.values() for t in entries.values()]
     assert len(statistics) == 3 * 4
     # One vector of each kind waits for the next round.
-    held |= {"snapshot": held["snapshot"] + nbytes(statistics), "rounds": 4 * values + state}
+    held |= {"snapshot": held["snapshot"] + nbytes(statistics), "rounds": held["gradients"] + state}
     assert shown(opt._session) == held
     opt.shutdown()
     assert opt.status()["memory"] == {}
@@ -88,8 +88,8 @@ def test_what_is_not_needed_is_not_held(local_dht: Callable[[], DHT]) -> None:
         with potluck.Optimizer(dht=local_dht(), optimizer=optimizer, **settings, **how) as opt:
             return shown(opt._session)
 
-    size = nbytes(make_model().parameters())
-    every = {"gathering": size, "gradients": size, "state": size, "snapshot": size}
+    size, touched = nbytes(make_model().parameters()), 4 * 4
+    every = {"gathering": size, "gradients": size + touched, "state": size, "snapshot": size}
     assert memory() == every
     assert memory(reuse_grad_buffers=True) == {k: v for k, v in every.items() if k != "gathering"}
     assert memory(use_local_updates=True) == {"state": size, "snapshot": size}

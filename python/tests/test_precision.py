@@ -363,9 +363,12 @@ def test_frozen_parameters_and_groups(local_dht: Callable[[], DHT]) -> None:
 )
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_delayed_state_averaging_keeps_peers_equal(
-    local_dht: Callable[[], DHT], compression: Any, name: str
+    loopback_dht: Callable[..., DHT], compression: Any, name: str
 ) -> None:
     models = train_together(
-        local_dht, [8, 8], 6, OPTIMIZERS[name], grad_compression=compression, delay_state_averaging=True
+        loopback_dht, [8, 8], 6, OPTIMIZERS[name], grad_compression=compression, delay_state_averaging=True
     )
     assert distance(*models) < 1e-5
+    plainly = make_model()
+    plain(OPTIMIZERS[name], batches(6, 16), plainly)
+    assert distance(plainly, models[0]) > 1e-6, "compressed"

@@ -20,6 +20,8 @@ pub enum TensorRole {
     Gradient,
     /// Optimizer statistics.
     Optimizer,
+    /// Numbers that decisions hang on: under every policy they travel as they are.
+    Exact,
     /// Not said.
     #[default]
     Unspecified,
@@ -156,6 +158,7 @@ impl Policy {
 
     fn resolve(&self, tensor: &TensorInfo) -> (Scheme, bool) {
         match self {
+            _ if tensor.role == TensorRole::Exact => (Scheme::None, false),
             Self::Fixed(scheme) => (*scheme, false),
             Self::ErrorFeedback(inner) => (inner.resolve(tensor).0, true),
             _ => self.child_for(tensor).resolve(tensor),
@@ -180,7 +183,7 @@ impl Policy {
                     TensorRole::Parameter => parameter,
                     TensorRole::Gradient => gradient,
                     TensorRole::Optimizer => optimizer,
-                    TensorRole::Unspecified => &None,
+                    TensorRole::Exact | TensorRole::Unspecified => &None,
                 };
                 chosen.as_deref().unwrap_or(default)
             }
@@ -210,6 +213,20 @@ mod tests {
 
     fn fixed(scheme: Scheme) -> Box<Policy> {
         Box::new(Policy::Fixed(scheme))
+    }
+
+    #[test]
+    fn no_policy_touches_what_must_be_exact() {
+        let exact = TensorInfo::vector("mask", 100, TensorRole::Exact);
+        let tensors = BTreeMap::from([("mask".to_owned(), Policy::Fixed(Scheme::Float16))]);
+        for policy in [
+            Policy::Fixed(Scheme::Uniform8Bit),
+            Policy::ErrorFeedback(fixed(Scheme::Blockwise4Bit)),
+            Policy::PerTensor { tensors, default: fixed(Scheme::Float16) },
+        ] {
+            assert_eq!(policy.scheme_for(&exact), Scheme::None);
+            assert!(!policy.error_feedback_for(&exact));
+        }
     }
 
     #[test]

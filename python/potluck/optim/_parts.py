@@ -68,14 +68,14 @@ class OptimizerParts(OptimizerFacts):
             state += _settings.tensor_infos([f"{statistic}.{n}" for n in names], shapes, "Optimizer")
         extra = [f"extra.{i:06}" for i in range(len(self._extra_tensors))]
         state += _settings.tensor_infos(extra, [t.shape for t in self._extra_tensors], "Unspecified")
+        loss = _settings.tensor_infos(["loss"], [(2,)], "Exact") if self._averages_loss else []
         if self.use_local_updates:
-            if self._averages_loss:
-                state += _settings.tensor_infos(["loss"], [(2,)], "Unspecified")
-            return [], state
-        losses = [("loss", (2,))] if self._averages_loss else []
+            return [], state + loss
         # Keys by position, as in hivemind: PerTensorCompression names them so.
-        keys = [str(i) for i in range(len(shapes))] + [n for n, _ in losses]
-        return _settings.tensor_infos(keys, [*shapes, *(s for _, s in losses)], "Gradient"), state
+        gradients = _settings.tensor_infos([str(i) for i in range(len(shapes))], shapes, "Gradient")
+        # Compressed, a trace of somebody's touch could vanish, or one appear.
+        touched = _settings.tensor_infos(["touched"], [(len(shapes),)], "Exact")
+        return gradients + touched + loss, state
 
     def _adopt_hooks(self) -> None:
         # torch's own constructor would add parameter groups; hooks, groups and state are those of the inner optimizer.
@@ -95,7 +95,7 @@ class OptimizerParts(OptimizerFacts):
             client_mode=self.client_mode,
             warn=False,
             start=False,
-            extra_values=2 * int(self._averages_loss),
+            extra_values=len(self._inner.model) + 2 * int(self._averages_loss),
         )
         if not isinstance(averager, GradientAverager):
             raise TypeError(

@@ -171,7 +171,6 @@ class Optimizer(OptimizerParts):
         self._outlook = Outlook(self.target_batch_size)
         self._worker = StepWorker(self._session.optimizer_ready)
         self._loss: float | None = None
-        self._untouched = [True] * len(self._inner.model)
         self._closed = False
         self._pid = os.getpid()
         if not self.auxiliary:
@@ -302,10 +301,9 @@ class Optimizer(OptimizerParts):
     def _gathered(self) -> tuple[Any, float, list[torch.Tensor | None] | None]:
         averager = self._gradients
         weight = float(averager.local_samples_accumulated)
-        self._untouched = [not touched for touched in averager._touched]
         averager.load_accumulators_into_averager_()
-        if self._averages_loss:
-            averager.extra_view.copy_(self._own_loss())
+        touched = torch.tensor(averager._touched, dtype=torch.float32)
+        averager.extra_view.copy_(torch.cat([touched, self._own_loss()]) if self._averages_loss else touched)
         if self.delay_grad_averaging:
             averager.reset_accumulated_grads_()
             return averager.flat_buffer, weight, None
@@ -318,16 +316,14 @@ class Optimizer(OptimizerParts):
     def _average_to_grads(
         self, averaged: Any, alone: bool, local: list[torch.Tensor | None] | None
     ) -> tuple[list[torch.Tensor | None], float | None]:
-        loss = None
-        shapes = [p.shape for p in self._inner.model]
-        if self._averages_loss:
-            loss = self._mean_loss(flat(averaged)[-2:])
         if alone and local is not None:
             # The gathered gradients themselves: not one bit differs from plain torch.
             return local, self._mean_loss(None) if self._averages_loss else None
+        shapes = [p.shape for p in self._inner.model]
+        *grads, touched = views_of(averaged, [*shapes, torch.Size([len(shapes)])])
+        loss = self._mean_loss(flat(averaged)[-2:]) if self._averages_loss else None
         # Where nobody's loss touched a parameter plain torch has no gradient, and not one of zeros.
-        views = zip(views_of(averaged, shapes), self._untouched, strict=True)
-        return [None if untouched and not bool(grad.any()) else grad for grad, untouched in views], loss
+        return [grad if share else None for grad, share in zip(grads, touched.tolist(), strict=True)], loss
 
     def _step_inner(self, grads: Sequence[torch.Tensor | None], loss: float | None) -> None:
         if any(grad is not None for grad in grads):
@@ -481,8 +477,6 @@ class Optimizer(OptimizerParts):
             _, meta, blobs = value
             self._codec.restore(meta, blobs)
         elif kind == "gradients":
-            # Somebody's loss touched what the average holds; this peer's own say nothing of it.
-            self._untouched = [False] * len(self._inner.model)
             self._step_inner(*self._average_to_grads(value, False, None))
         else:
             self._write_state(list(views_of(value, self._state.shapes)), sent=None)
