@@ -245,6 +245,13 @@ impl Session {
         self.core.optimizer_ready();
     }
 
+    /// What was to be applied is given up after an error; whether there was anything: then publish the state as it is.
+    fn abandon(&self) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        let _guard = handle.enter();
+        Ok(self.core.abandon())
+    }
+
     /// One epoch further, with the state that newcomers are to get.
     fn epoch_done(
         &self,

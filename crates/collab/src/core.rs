@@ -57,6 +57,10 @@ pub(crate) struct Core {
     /// A round that ends an epoch gave something to apply, and `epoch_done` has not said that it was: nobody knows what the
     /// parameters are until then.
     pub(crate) unsettled: bool,
+    /// The program gave up what it was to apply: the state that it offers next is its own alone.
+    abandoned: bool,
+    /// How often it did.
+    given_up: u64,
     /// What led from one history to the next, and nobody was told yet.
     sequels: Vec<Sequel>,
     /// The round failed although others were here: what this peer applies alone ends no epoch.
@@ -115,6 +119,8 @@ impl Core {
             state_next: None,
             applied: None,
             unsettled: false,
+            abandoned: false,
+            given_up: 0,
             sequels: Vec::new(),
             void: false,
             waiting: None,
@@ -432,6 +438,7 @@ impl Core {
     /// The epoch is over: one epoch further, history extended, counters on.
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
+        self.own_alone();
         self.unsettled = false;
         if std::mem::take(&mut self.void) {
             self.settle_factors(false);
@@ -489,12 +496,14 @@ impl Core {
         hasher.update(&self.nonce.to_le_bytes());
         hasher.update(&self.rounds.to_le_bytes());
         hasher.update(&self.rounds_failed.to_le_bytes());
+        hasher.update(&self.given_up.to_le_bytes());
         *hasher.finalize().as_bytes()
     }
 
     /// Make a snapshot of this lineage ready for newcomers. The first one names the initial parameters: peers that
     /// start from different ones then have different histories, and one of them wins.
     pub(crate) fn seal(&mut self, mut snapshot: Snapshot) -> Snapshot {
+        self.own_alone();
         if self.lineage.epoch == 0 && self.lineage.samples == 0 && self.applied.is_none() {
             let mut hasher = blake3::Hasher::new();
             for (name, blob) in &snapshot.blobs {
@@ -566,6 +575,7 @@ impl Core {
         }
         self.lineage = lineage;
         self.unsettled = false;
+        self.abandoned = false;
         self.background = Background::Idle;
         self.own.discard();
         self.own.restart_clock(now);

@@ -182,15 +182,8 @@ async fn a_failed_round_is_not_tried_again_at_once_while_something_runs_beside()
     }
 }
 
-/// Whoever failed over an average may have applied it or not: only a whole state is sure.
-#[test]
-fn a_program_that_did_not_finish_an_epoch_does_not_apply_its_round_twice() {
-    let mut core = in_company();
-    core.own.samples = 8;
-    core.lineage.samples = 64;
-    let ahead = core.lineage.next_epoch(&[2; 32], TARGET);
-    assert!(core.may_make_up(&ahead));
-    let result = RoundResult {
+fn average() -> RoundResult {
+    RoundResult {
         vector: vec![0.0],
         members: Vec::new(),
         gathered: Vec::new(),
@@ -199,8 +192,18 @@ fn a_program_that_did_not_finish_an_epoch_does_not_apply_its_round_twice() {
         unchanged: false,
         record: None,
         stats: crate::RoundStats::default(),
-    };
-    core.averaged(Channel::Gradients, &result, &[]);
+    }
+}
+
+/// Whoever failed over an average may have applied it or not: only a whole state is sure.
+#[test]
+fn a_program_that_did_not_finish_an_epoch_does_not_apply_its_round_twice() {
+    let mut core = in_company();
+    core.own.samples = 8;
+    core.lineage.samples = 64;
+    let ahead = core.lineage.next_epoch(&[2; 32], TARGET);
+    assert!(core.may_make_up(&ahead));
+    core.averaged(Channel::Gradients, &average(), &[]);
     assert!(!core.may_make_up(&ahead), "its optimizer raised, or the step after it");
     core.epoch_done();
     assert!(core.may_make_up(&ahead.next_epoch(&[3; 32], TARGET)));
@@ -217,4 +220,103 @@ fn a_program_that_did_not_finish_an_epoch_does_not_apply_its_round_twice() {
     core.epoch_done();
     assert_eq!(core.lineage, after);
     assert!(core.may_make_up(&after.next_epoch(&[5; 32], TARGET)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_given_up_holds_nothing_up_and_gives_way_to_the_state_of_before() {
+    for policy in [
+        PolicyKind::Synchronous,
+        PolicyKind::DelayedOptimizer,
+        PolicyKind::DelayedState,
+        PolicyKind::LocalUpdates,
+    ] {
+        for published in [false, true] {
+            let mut core = in_company();
+            core.config.policy = policy;
+            core.own.add(Instant::now(), 8);
+            assert!(!core.abandon(), "{policy:?}: there is nothing to give up");
+            assert_eq!(core.own.samples, 8);
+            let before = core.lineage;
+            core.averaged(Channel::Gradients, &average(), &[]);
+            if policy == PolicyKind::DelayedOptimizer {
+                core.begin_background(Channel::Gradients);
+                assert_eq!(core.next(Instant::now(), |_| false), Step::Accumulate);
+            }
+            assert!(core.abandon());
+            assert_eq!((core.own.samples, core.background), (0, Background::Idle), "{policy:?}");
+            assert!(!core.may_make_up(&before.next_epoch(&[2; 32], TARGET)));
+            match published {
+                true => drop(core.seal(Snapshot::default())),
+                false => core.epoch_done(),
+            }
+            let given_up = core.lineage;
+            assert_ne!(given_up.hash, before.next_epoch(&[2; 32], 64).hash, "it was not applied");
+            assert_eq!(given_up.beats(&before), !published, "what is trained on it counts");
+            core.seal(Snapshot::default());
+            assert_eq!(core.lineage, given_up, "once");
+            if published {
+                assert_eq!(core.next(Instant::now(), |_| false), Step::LoadState, "{policy:?}: at once");
+                core.adopt_lineage(before, Instant::now());
+                assert_ne!(core.next(Instant::now(), |_| false), Step::LoadState);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_average_that_is_not_handed_out_yet_cannot_be_given_up() {
+    let mut core = in_company();
+    core.config.policy = PolicyKind::DelayedGradient;
+    core.begin_background(Channel::Gradients);
+    core.averaged(Channel::Gradients, &average(), &[]);
+    assert!(!core.abandon());
+    core.background = Background::Ready;
+    assert!(core.abandon());
+    assert_eq!(core.background, Background::Idle);
+    // One that it missed and made up for.
+    core.seal(Snapshot::default());
+    let after = core.lineage.next_epoch(&[4; 32], TARGET).hash;
+    let (channel, plan_hash, vector) = (Channel::Gradients, [4; 32], vec![0.0]);
+    core.make_up(MissedRound { channel, plan_hash, samples: TARGET, after, vector }, Instant::now()).unwrap();
+    assert!(core.abandon());
+}
+
+/// It may have applied more of it the second time.
+#[test]
+fn what_is_given_up_twice_has_two_histories() {
+    let mut core = in_company();
+    let before = core.lineage;
+    let mut give_up = || {
+        core.adopt_lineage(before, Instant::now());
+        core.unsettled = true;
+        assert!(core.abandon());
+        core.seal(Snapshot::default());
+        core.lineage.hash
+    };
+    assert_ne!(give_up(), give_up());
+}
+
+/// At the start a history is named after the state, which may still be the first.
+#[test]
+fn a_first_average_that_is_given_up_is_made_up_for_from_the_start() {
+    let mut config = SessionConfig::new("run", TARGET, Vec::new());
+    config.policy = PolicyKind::DiLoCo { inner_steps: 4, outer_lr: 0.7, outer_momentum: 0.9 };
+    let start = Lineage::genesis("run", &[0; 32]);
+    let made = || {
+        let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config.clone(), start, 7);
+        core.seal(Snapshot::default());
+        core
+    };
+    let (mut clumsy, mut late) = (made(), made());
+    clumsy.averaged(Channel::State, &average(), &[]);
+    clumsy.agree(vec![1.0, 2.0]);
+    assert!(clumsy.abandon());
+    clumsy.seal(Snapshot::default());
+    assert_eq!(clumsy.lineage, late.lineage, "nothing of it was applied");
+    let after = late.lineage.next_epoch(&[4; 32], TARGET).hash;
+    let (channel, plan_hash, vector) = (Channel::State, [4; 32], vec![1.0, 2.0]);
+    let missed = MissedRound { channel, plan_hash, samples: TARGET, after, vector };
+    let parameters = late.make_up(missed.clone(), Instant::now());
+    assert_eq!(clumsy.make_up(missed, Instant::now()), parameters);
+    assert_eq!(clumsy.memory(), late.memory());
 }

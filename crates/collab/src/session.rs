@@ -17,6 +17,7 @@ use potluck_net::{Env, Outcome, PeerFault, PeerId, Tasks, Transport};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
+use waiting::Waiting;
 
 /// How many times a round is tried while its peers are there and nobody has moved on.
 const ROUND_ATTEMPTS: u32 = 3;
@@ -240,6 +241,21 @@ impl Session {
         let void = self.inner.core().round_void();
         self.inner.tell(void);
         void
+    }
+
+    /// An error in the program came between an average and `epoch_done`: what was to be applied is given up, and the epoch is
+    /// still to be made. Whether there was anything; then `publish` the state as it is now. Whoever has applied the average, or
+    /// has at least the state of before, replaces it.
+    pub fn abandon(&self) -> bool {
+        let abandoned = {
+            let mut core = self.inner.core();
+            // Under this lock, an average that is ready and not here was handed out. One of the state waits for the epoch's end.
+            let started = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner);
+            let waits = started.as_ref().is_some_and(|(it, _)| it.channel == Channel::Gradients);
+            !waits && core.abandon()
+        };
+        self.inner.tell(abandoned);
+        abandoned
     }
 
     /// The average was applied: one epoch further. The snapshot, if given, is offered to newcomers. When the round
@@ -476,8 +492,7 @@ impl Inner {
             let timeout = left.into_iter().chain(self.config.averaging_timeout).min();
             let gather = terms.gather.clone();
             let call = RoundCall { epoch, lineage, vector, weight, timeout, gather };
-            self.core().waiting = Some(channel);
-            self.tell(true);
+            let waiting = Waiting::begin(self, channel);
             let values = call.vector.len();
             let result = tokio::select! {
                 biased;
@@ -490,7 +505,7 @@ impl Inner {
                     faults: Vec::new(),
                 }),
             };
-            self.core().waiting = None;
+            drop(waiting);
             match result {
                 Ok(outcome) if outcome.value.members.len() > 1 => {
                     faults.extend(outcome.faults);

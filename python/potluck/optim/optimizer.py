@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -214,6 +215,10 @@ class Optimizer(OptimizerParts):
         ``batch_size`` is the number of samples behind the gradients, unless ``batch_size_per_step`` said it.
         ``step(grad_scaler=scaler)`` is ``scaler.step(optimizer)``. A pass without any gradients (a skipped batch) counts
         no samples.
+
+        An error of a hook, of the optimizer or of the schedule is raised here, of a delayed step in the next call. The
+        epoch's gradients are dropped, and a program that catches it goes on: with the state of whoever has finished the
+        epoch, or else by making it again with the next samples.
         """
         self._check_usable()
         self._inner.check_frozen()
@@ -260,16 +265,39 @@ class Optimizer(OptimizerParts):
     def _follow(self, samples: int) -> None:
         action = self._session.step(samples)
         self._log_events()
-        while action != "accumulate":
-            if action == "load_state":
-                if not self._load_state():
-                    break
-            else:
-                getattr(self, f"_do_{action}")()
-            self._log_events()
-            action = self._session.step(0)
+        with self._whole_or_abandoned():
+            while action != "accumulate":
+                if action == "load_state":
+                    if not self._load_state():
+                        break
+                else:
+                    getattr(self, f"_do_{action}")()
+                self._log_events()
+                action = self._session.step(0)
         if not self._outlook.done and (line := self._outlook.look(self.status())):
             logger.info("%s: %s", self.run_id, line)
+
+    @contextmanager
+    def _whole_or_abandoned(self) -> Iterator[None]:
+        """What fails in here, such as a hook of the program, leaves nothing that later steps would wait for."""
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """An average that was not applied, or only in part, is given up: its epoch is still to be made.
+
+        Whoever has applied it, or has at least the state of before, has the state that is loaded next.
+        """
+        # A delayed step that is on its way will end, and be taken then.
+        if self._worker.waits or not self._session.abandon():
+            return
+        if self.grad_averager is not None:
+            self.grad_averager.reset_accumulated_grads_()
+        self._inner.copy_to_model()
+        self._publish()
 
     def _do_average(self) -> None:
         vector, weight, local = self._gathered()
@@ -436,10 +464,11 @@ class Optimizer(OptimizerParts):
 
     def _finish_step(self, timeout: float | None = None, show: bool = True) -> None:
         """End a delayed step that is on its way: weights, optimizer and epoch belong together again."""
-        if self._worker.take(timeout):
-            if show:
-                self._inner.copy_to_model()
-            self._epoch_done()
+        with self._whole_or_abandoned():
+            if self._worker.take(timeout):
+                if show:
+                    self._inner.copy_to_model()
+                self._epoch_done()
 
     # State of others, checkpoints.
 
@@ -451,8 +480,9 @@ class Optimizer(OptimizerParts):
             )
         self._check_usable()
         self._hear_of_others()
-        while self._session.step(0) == "load_state" and self._load_state():
-            self._log_events()
+        with self._whole_or_abandoned():
+            while self._session.step(0) == "load_state" and self._load_state():
+                self._log_events()
 
     def _hear_of_others(self) -> None:
         """Who joins by somebody's address is hardly alone, and hears of the others within moments."""

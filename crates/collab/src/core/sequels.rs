@@ -3,7 +3,7 @@
 use super::Core;
 use crate::dialect::{Channel, MissedRound, RoundResult, Sequel};
 use crate::policy::Background;
-use crate::{Lineage, Record};
+use crate::{Lineage, PolicyKind, Record};
 use tokio::time::Instant;
 
 /// A round whose average is applied next.
@@ -77,6 +77,40 @@ impl Core {
             self.settle_factors(false);
         }
         void
+    }
+
+    /// What was handed to the program to be applied was not, or only in part: nothing waits for it any more, the samples behind
+    /// it are gone, and so are those of parameters that nobody knows. Whether there was anything.
+    pub(crate) fn abandon(&mut self) -> bool {
+        // Its average is there a moment before it can be asked for. Whether it was then, the session knows.
+        let is_coming =
+            self.config.policy == PolicyKind::DelayedGradient && self.background == Background::Running;
+        if !self.unsettled || is_coming {
+            return false;
+        }
+        self.settle_factors(false);
+        self.own.discard();
+        self.applied = None;
+        self.void = false;
+        self.gradients_are_applied();
+        if self.lineage.epoch == 0 && self.lineage.samples == 0 {
+            // Its history may be that of the start again, with which nothing has been agreed on.
+            self.agreed = None;
+            self.outer.iter_mut().for_each(|outer| outer.velocity.clear());
+        }
+        // Nothing can be made up for until it is known what the parameters are.
+        (self.unsettled, self.abandoned) = (true, true);
+        self.given_up += 1;
+        true
+    }
+
+    /// After [`abandon`](Self::abandon): a history of this peer's own, which gives way to that of the epoch's start.
+    pub(super) fn own_alone(&mut self) {
+        if std::mem::take(&mut self.abandoned) {
+            self.lineage = self.lineage.spoiled(&self.alone_hash());
+            self.unsettled = false;
+            self.behind.suspect();
+        }
     }
 
     /// An average that the others have applied while this peer still waited for it: it loads or makes up for what they have.

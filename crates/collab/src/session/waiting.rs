@@ -1,6 +1,7 @@
 //! How long a round of ours waits for others, and others may be waited for.
 
 use super::Inner;
+use crate::Channel;
 use std::time::Duration;
 
 /// How long the news of a member's result may take to reach us: a heartbeat and a slow link.
@@ -8,6 +9,23 @@ const FINISHING_MAX: Duration = Duration::from_millis(1500);
 
 /// A round whose other members have gone on is given up after at least this long.
 const LEFT_BEHIND_MIN: Duration = Duration::from_secs(4);
+
+/// While it lives the others know that we wait for them in a round, also if the wait is given up (Ctrl-C).
+pub(super) struct Waiting<'a>(&'a Inner);
+
+impl<'a> Waiting<'a> {
+    pub(super) fn begin(inner: &'a Inner, channel: Channel) -> Self {
+        inner.core().waiting = Some(channel);
+        inner.tell(true);
+        Self(inner)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.core().waiting = None;
+    }
+}
 
 impl Inner {
     /// The members of the last round have their result now or in a moment; starting without them would split us.
