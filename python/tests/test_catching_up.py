@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import together
-from test_optimizer import backward, batches, make_model
+from test_optimizer import OPTIMIZERS, backward, batches, equal, make_model, see_each_other
 
 import potluck
 from potluck.dht import DHT
+from potluck.lightning._roster import Plan
+from potluck.lightning._schedulers import SharedPlateau
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -82,3 +84,80 @@ def test_a_missed_round_is_applied_afterwards(
             assert all(torch.equal(entries[name], saved[1]["state"][index][name]) for name in entries)
     for peer in peers:
         peer.shutdown()
+
+
+class Heard:
+    """A roster in which the writer's rates are known."""
+
+    is_writer = alone = False
+
+    def __init__(self, plan: Plan):
+        self.plan = lambda: plan
+
+
+def test_a_lightning_plateaus_rates_hold_from_their_epoch_on_also_in_rounds_made_up_at_once(
+    loopback_dht: Callable[..., DHT],
+) -> None:
+    models, peers, rates = [make_model() for _ in range(3)], [], []
+    for model in models:
+        inner, used = OPTIMIZERS["Adam"](model.parameters()), []
+        opt = potluck.Optimizer(
+            dht=loopback_dht(),
+            run_id="late",
+            target_batch_size=16,
+            batch_size_per_step=8,
+            optimizer=inner,
+            # So many rounds are kept for those who missed them as are no more than the state.
+            grad_compression=potluck.Float16Compression(),
+            delay_state_averaging=False,
+            average_state_every=100,
+        )
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(inner)
+        SharedPlateau(plateau, Heard(Plan(3, (0.001,))), lambda opt=opt: opt.local_epoch)
+        inner.register_step_post_hook(
+            lambda inner, *_, used=used: used.append(inner.param_groups[0]["lr"]) or None
+        )
+        peers.append(opt)
+        rates.append(used)
+    see_each_other(peers)
+    late = peers[2]
+
+    def train(index: int, epochs: range) -> None:
+        for epoch, (x, y) in zip(epochs, batches(5, 16)[epochs.start :], strict=False):
+            backward(models[index], x[index * 8 :][:8], y[index * 8 :][:8])
+            peers[index].step()
+            peers[index].zero_grad()
+            while peers[index].local_epoch <= epoch:
+                peers[index]._session.changed(0.05)
+                peers[index]._follow(0)
+
+    # After the first one it is no newcomer, and the others know that somebody may ask.
+    for epochs in (range(1), range(1, 5)):
+        together(partial(train, 0, epochs), partial(train, 1, epochs))
+        while late.tracker.global_epoch < epochs.stop:
+            late._session.changed(0.1)
+        late.load_state_from_peers()
+        assert late.local_epoch == epochs.stop
+    assert rates == [[0.01] * 3 + [0.001] * 2] * 3
+    assert equal(models[0], models[2]) and equal(models[0], models[1])
+    for peer in peers:
+        peer.shutdown()
+
+
+def test_a_plateaus_rates_hold_again_after_a_state_of_before_them_was_loaded() -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(inner)
+    shared = SharedPlateau(plateau, Heard(Plan(3, (0.5,))), lambda: 3)
+    before = inner.state_dict()
+    for _ in range(2):
+        shared.follow()
+        assert inner.param_groups[0]["lr"] == 0.5
+        inner.param_groups[0]["lr"] = 0.25
+        shared.follow()
+        assert inner.param_groups[0]["lr"] == 0.25, "the program's own changes stand"
+        inner.load_state_dict(before)
+    shared.release()
+    inner.load_state_dict(before)
+    inner.param_groups[0]["params"][0].grad = torch.ones(1)
+    inner.step()
+    assert inner.param_groups[0]["lr"] == 1.0

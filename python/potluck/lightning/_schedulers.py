@@ -120,6 +120,11 @@ class SharedPlateau:
 
         # A subclass, not an attribute: the scheduler's state_dict() is its __dict__.
         plateau.__class__ = type(plain.__name__, (plain,), {"step": step, "__module__": plain.__module__})
+        # Before every step and not before every batch, of which one may apply several epochs that were missed.
+        self._hooks = [
+            plateau.optimizer.register_step_pre_hook(lambda *_: self.follow()),
+            plateau.optimizer.register_load_state_dict_post_hook(lambda _: self._forget()),
+        ]
 
     def _on_metric(self, metrics: Any, *args: Any, **kwargs: Any) -> None:
         waiting = self._roster.plan()
@@ -141,8 +146,12 @@ class SharedPlateau:
         lead = max(_PLATEAU_LEAD_EPOCHS, heard)
         self._roster.publish(Plan(self._local_epoch() + lead, after))
 
+    def _forget(self) -> None:
+        """After a state was loaded: its rates may be those of before the plan."""
+        self._applied = None
+
     def follow(self) -> None:
-        """Before a step: take the rates that hold for the epoch now being trained."""
+        """Before a step: take the rates that hold for the epoch that it ends."""
         self._pace.note(self._local_epoch())
         plan = self._roster.plan()
         groups = self._plateau.optimizer.param_groups
@@ -159,4 +168,6 @@ class SharedPlateau:
 
     def release(self) -> None:
         """Give the scheduler its own class back, for after the run."""
+        for hook in self._hooks:
+            hook.remove()
         self._plateau.__class__ = self._plain

@@ -493,8 +493,6 @@ class HivemindStrategy(_StrategyBase):
         self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
         """Add this peer's gradients to the epoch; the run steps when it has target_batch_size samples."""
-        for plateau in self._plateaus:
-            plateau.follow()
         # Several steps in one batch happen only in manual optimization; each then stands for the batch.
         kwargs.setdefault("batch_size", self._samples or self._last_batch_samples)
         self._samples = 0
