@@ -75,7 +75,7 @@ def test_an_initialized_optimizer_steps_as_a_new_one(name: str) -> None:
         if initialized:
             groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             initialize_optimizer_state_(optimizer)
-            assert all(len(optimizer.state[p]) > 0 for p in model.parameters()) and name != "", name
+            assert all(optimizer.state[p] for p in model.parameters()), "there is nothing to begin with"
             assert all(
                 torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True)
             )
@@ -152,6 +152,45 @@ def test_a_scaler_unscales_and_skips_overflows(
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["in place", "offload"])
+@pytest.mark.parametrize("make", [torch.amp.GradScaler, potluck.GradScaler], ids=["torch", "potluck"])
+def test_hooks_of_a_scaled_step_run_once_on_unscaled_gradients(
+    local_dht: Callable[[], DHT], make: Any, offload: bool
+) -> None:
+    """Clipping of the model's gradients in a hook, as everybody writes it, is one of what is applied."""
+    model, reference, (x, y) = make_model(), make_model(), batches(1, 8)[0]
+    peer, plain = averager(model, local_dht(), offload=offload), SGD(reference.parameters())
+    seen: list[tuple[str, list[torch.Tensor | None]]] = []
+
+    def clip(of: torch.nn.Module) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            seen.append(("pre", [None if p.grad is None else p.grad.clone() for p in of.parameters()]))
+            torch.nn.utils.clip_grad_norm_(of.parameters(), 0.1)
+
+        return hook
+
+    plain.register_step_pre_hook(clip(reference))
+    backward(reference, x, y)
+    plain.step()
+    peer.optimizer.register_step_pre_hook(clip(model))
+    peer.optimizer.register_step_post_hook(lambda *_: seen.append(("post", [])))
+    scaler = make("cpu", init_scale=1024.0)
+    scaler.scale(torch.nn.functional.mse_loss(model(x), y)).backward()
+    peer.step(optimizer_step=True, zero_grad=True, grad_scaler=scaler)
+    scaler.update()
+    (_, expected), (_, found), _ = seen
+    assert [kind for kind, _ in seen] == ["pre", "pre", "post"]
+    for mine, wanted in zip(found, expected, strict=True):
+        assert mine is not None and torch.allclose(mine, wanted, atol=1e-7)
+    for mine, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-7)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    peer.step(optimizer_step=True, grad_scaler=scaler)
+    assert len(seen) == 3, "not for an overflow"
+    assert all(bool(p.grad.isinf().all()) for p in model.parameters())
 
 
 def test_custom_gradients_are_those_of_the_offloaded_parameters(local_dht: Callable[[], DHT]) -> None:
@@ -313,6 +352,42 @@ def test_the_round_is_logged_as_loud_as_wished(
     together(*(lambda p=p: p.step(averaging_round=True) for p in peers))
     levels = {r.levelno for r in caplog.records if r.getMessage().startswith("s: ")}
     assert levels == {logging.INFO}
+
+
+@pytest.mark.parametrize("delay", [False, True], ids=["at once", "delayed"])
+@pytest.mark.parametrize("delta", [False, True], ids=["values", "changes"])
+def test_values_of_before_are_let_go_with_the_round(
+    local_dht: Callable[[], DHT], delay: bool, delta: bool
+) -> None:
+    layers, peers = pair(local_dht, delta_rule_averaging=delta)
+    together(*(lambda p=p: p.step(averaging_round=True, delay_averaging=delay) for p in peers))
+    if delay:
+        assert all(peer._before for peer in peers)
+        for peer in peers:
+            peer.step(wait_for_delayed_updates=True)
+    assert [layer.weight.item() for layer in layers] == [2.0, 2.0]
+    assert not any(peer._before for peer in peers)
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), KeyError("odd"), TimeoutError()], ids=repr)
+def test_whatever_a_delayed_average_failed_with_is_met_once(
+    local_dht: Callable[[], DHT], caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    layers, peers = pair(local_dht)
+
+    class Failed:
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> Any:
+            raise error
+
+    peers[0]._delayed, peers[0]._before = Failed(), [torch.zeros(1)]
+    peers[0].step()
+    assert "the delayed average did not come" in caplog.text
+    assert peers[0]._delayed is None and not peers[0]._before
+    together(*(lambda p=p: p.step(averaging_round=True) for p in peers))
+    assert [layer.weight.item() for layer in layers] == [2.0, 2.0]
 
 
 # State.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +75,14 @@ class InnerOptimizer:
     def offloaded_bytes(self) -> int:
         """Bytes of the copies of parameters in host memory."""
         return sum(p.nbytes for p in self.main_all) if self.offload else 0
+
+    def groups_text(self) -> str:
+        """Which parameters are in which group, in one short line that is equal at peers where this is."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        facts = [[(list(p.shape), p.requires_grad) for p in group] for group in groups]
+        counts = ", ".join(str(len(group)) for group in groups[:8]) + (", …" if len(groups) > 8 else "")
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return f"{len(groups)} of {counts} parameters, {digest[:16]}"
 
     def _make_scheduler(self, scheduler: Any) -> Any:
         if isinstance(scheduler, type) or (callable(scheduler) and not hasattr(scheduler, "step")):
@@ -147,19 +157,38 @@ class InnerOptimizer:
             return list(grads)
         with _kept([*self.main, *self.model]):
             self._place(grads)
-            shown = []
-            for model, main in zip(self.model, self.main, strict=True):
-                # Of one type and place they are one tensor.
-                model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
-                if model.grad is not None:
-                    shown.append((model, main, model.grad, model.grad._version))
-            with torch.enable_grad():
-                for hook in list(self._hooks.values()):
-                    hook(self.optimizer, (), {})
-            for model, main, grad, version in shown:
-                if model.grad is not grad or grad._version != version:
-                    main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
+            self._run_hooks(self._hooks)
             return [p.grad for p in self.main]
+
+    def _run_hooks(self, hooks: OrderedDict[int, Any]) -> None:
+        """On what lies in ``.grad`` of the copies."""
+        shown = []
+        for model, main in zip(self.model, self.main, strict=True):
+            # Of one type and place they are one tensor.
+            model.grad = None if main.grad is None else main.grad.to(model.device, model.dtype)
+            if model.grad is not None:
+                shown.append((model, main, model.grad, model.grad._version))
+        with torch.enable_grad():
+            for hook in list(hooks.values()):
+                hook(self.optimizer, (), {})
+        for model, main, grad, version in shown:
+            if model.grad is not grad or grad._version != version:
+                main.grad = None if model.grad is None else model.grad.to(main.device, main.dtype)
+
+    @contextmanager
+    def hooks_at_the_model(self) -> Iterator[None]:
+        """Inside, whoever else calls the optimizer's step (a gradient scaler does) has its hooks work as in :meth:`step`."""
+        hooks = self._hooks
+        if not self.offload or not hooks:
+            yield
+            return
+        at_model = {0: lambda *_: self._run_hooks(hooks)}
+        self.optimizer._optimizer_step_pre_hooks = OrderedDict(at_model)
+        try:
+            with _kept(self.model):
+                yield
+        finally:
+            self.optimizer._optimizer_step_pre_hooks = hooks
 
     @torch.no_grad()
     def apply(self, grads: Sequence[torch.Tensor | None]) -> None:

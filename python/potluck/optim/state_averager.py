@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError
 from typing import Any
 
 import torch
@@ -196,7 +195,8 @@ class TrainingStateAverager(CodecAverager):
     def _apply_scaled(self, grad_scaler: Any) -> None:
         """Let the scaler unscale what the optimizer inside is given, and decide whether it steps."""
         if self.custom_gradients or not self.offload_optimizer:
-            grad_scaler.step(self._inner.optimizer)
+            with self._inner.hooks_at_the_model():
+                grad_scaler.step(self._inner.optimizer)
             return
         for main, model in zip(self._inner.main, self._inner.model, strict=True):
             # Unscaling a copy leaves the model's own as they are, whoever looks at them next.
@@ -204,7 +204,8 @@ class TrainingStateAverager(CodecAverager):
                 None if model.grad is None else model.grad.detach().to(main.device, main.dtype, copy=True)
             )
         try:
-            grad_scaler.step(self._inner.optimizer)
+            with self._inner.hooks_at_the_model():
+                grad_scaler.step(self._inner.optimizer)
         finally:
             for main in self._inner.main:
                 main.grad = None
@@ -225,15 +226,19 @@ class TrainingStateAverager(CodecAverager):
                 [t.detach().clone() for t in self._tensors] if delay or self.delta_rule_averaging else []
             )
         self._averaged, self._delaying = None, delay
-        if control is None:
-            control = super().step(wait=False, require_trigger=True, **opts)
-        if self.sync_epoch_when_averaging:
-            control.data_for_gather = MSGPackSerializer.dumps(self.local_epoch)
-        control.allow_allreduce()
-        if delay:
-            self._delayed = control
-            return control
-        outcome = control.result()
+        try:
+            if control is None:
+                control = super().step(wait=False, require_trigger=True, **opts)
+            if self.sync_epoch_when_averaging:
+                control.data_for_gather = MSGPackSerializer.dumps(self.local_epoch)
+            control.allow_allreduce()
+            if delay:
+                self._delayed = control
+                return control
+            outcome = control.result()
+        finally:
+            if self._delayed is None:
+                self._before = []
         self._inner.copy_to_model()
         self._sync_epoch(outcome)
         return outcome
@@ -245,8 +250,9 @@ class TrainingStateAverager(CodecAverager):
             return
         try:
             outcome = control.result()
-        except (TimeoutError, CancelledError, RuntimeError) as error:
-            logger.warning("%s: the delayed average did not come: %s", self.prefix, error or "cancelled")
+        except Exception as error:  # whatever it is, later steps must not meet it again
+            reason = str(error) or type(error).__name__
+            logger.warning("%s: the delayed average did not come: %s", self.prefix, reason)
             outcome = None
         if not apply:
             return
@@ -258,6 +264,7 @@ class TrainingStateAverager(CodecAverager):
                 self._inner.copy_to_model()
             if self._session is not None:
                 self._share(self._session)
+        self._before = []
         self._sync_epoch(outcome)
 
     def _sync_epoch(self, outcome: Any) -> None:
