@@ -16,7 +16,7 @@ import potluck
 from potluck import _core
 from potluck.averaging import DecentralizedAverager
 from potluck.dht import DHT
-from potluck.optim import PowerSGDGradientAverager, TrainingStateAverager
+from potluck.optim import GradientAverager, PowerSGDGradientAverager, TrainingStateAverager
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -93,6 +93,43 @@ def test_what_is_not_needed_is_not_held(local_dht: Callable[[], DHT]) -> None:
     assert memory() == every
     assert memory(reuse_grad_buffers=True) == {k: v for k, v in every.items() if k != "gathering"}
     assert memory(use_local_updates=True) == {"state": size, "snapshot": size}
+
+
+def test_means_are_not_kept_beside_the_vector_of_a_round(
+    local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made one by one when the vector is filled, and again only where the round was one of nobody else."""
+    made: list[int] = []
+    mean_grad = GradientAverager.mean_grad
+    monkeypatch.setattr(
+        GradientAverager, "mean_grad", lambda self, index: made.append(index) or mean_grad(self, index)
+    )
+    models = [make_model(), make_model()]
+    opts = [
+        potluck.Optimizer(
+            dht=local_dht(),
+            run_id="r",
+            target_batch_size=16,
+            batch_size_per_step=4,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        for model in models
+    ]
+
+    def train(index: int) -> None:
+        # Two passes each, so that a mean is not what was gathered.
+        for _ in range(2):
+            backward(models[index])
+            opts[index].step()
+            opts[index].zero_grad()
+        while opts[index].local_epoch < 1:
+            opts[index]._session.changed(0.05)
+            opts[index]._follow(0)
+
+    together(partial(train, 0), partial(train, 1))
+    assert sorted(made) == sorted(2 * [0, 1, 2, 3])
+    for opt in opts:
+        opt.shutdown()
 
 
 def test_low_rank_compression_shows_what_it_owes(loopback_dht: Callable[..., DHT]) -> None:

@@ -11,6 +11,7 @@ import torch
 from potluck import _core
 from potluck._tensors import FlatTensors
 from potluck.optim._inner import InnerOptimizer
+from potluck.optim._losses import LossTally
 from potluck.optim.grad_averager import GradientAverager
 from potluck.optim.progress_tracker import SessionTracker
 from potluck.utils.logging import get_logger
@@ -27,7 +28,7 @@ class OptimizerFacts(torch.optim.Optimizer):
     _held: list[_core.Held]
     grad_averager: GradientAverager | None
     _closed: bool
-    _loss: float | None
+    _losses: LossTally
     _said_no_loss = False
     run_id: str
     tracker: SessionTracker
@@ -91,19 +92,29 @@ class OptimizerFacts(torch.optim.Optimizer):
             self.grad_averager._release()
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
-        """This peer's latest loss: shown to everybody, averaged over peers for ``ReduceLROnPlateau``."""
-        self._loss = float(loss)
-        self._session.report_loss(self._loss)
+        """The loss of a batch. Its mean over an epoch is shown to everybody, and averaged over peers for
+        ``ReduceLROnPlateau``. One that lies on an accelerator is read when the epoch ends: nothing waits for it before.
+        """
+        if self._losses.add(loss):
+            self._show_loss()
+
+    def _show_loss(self) -> None:
+        loss = self._losses.mean()
+        self._session.report_loss(math.nan if loss is None else loss)
+
+    def _end_losses(self) -> None:
+        """The losses until now are those of an epoch."""
+        self._show_loss()
+        self._losses.end_epoch()
 
     def _own_loss(self) -> torch.Tensor:
         """This peer's part in the mean loss: the loss and that there is one, or zeros."""
-        if self._loss is None or not math.isfinite(self._loss):
-            return torch.zeros(2)
-        return torch.tensor([self._loss, 1.0])
+        loss = self._losses.mean()
+        return torch.zeros(2) if loss is None else torch.tensor([loss, 1.0])
 
     def _mean_loss(self, averaged: torch.Tensor | None) -> float | None:
         """The loss that a plateau looks at: of averaged parts, or of this peer alone."""
-        loss = self._loss
+        loss = self._losses.mean()
         if averaged is not None:
             total, share = averaged.tolist()
             # Rounding may leave a trace of nobody's share.

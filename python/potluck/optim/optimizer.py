@@ -16,6 +16,7 @@ from potluck._tensors import flat, views_of
 from potluck.compression import CompressionBase, NoCompression
 from potluck.optim import _checkpoint
 from potluck.optim._inner import InnerOptimizer
+from potluck.optim._losses import LossTally
 from potluck.optim._marks import GradientMarks
 from potluck.optim._outlook import Outlook
 from potluck.optim._parts import OptimizerParts
@@ -153,7 +154,10 @@ class Optimizer(OptimizerParts):
                 delay_state=self.delay_state_averaging,
             ),
             average_state_every="never" if self.use_local_updates else {"epochs": average_state_every},
-            manifest_extra={"optimizer": type(self._inner.optimizer).__name__},
+            manifest_extra={
+                "optimizer": type(self._inner.optimizer).__name__,
+                "parameter_groups": self._inner.groups_text(),
+            },
             auxiliary=self.auxiliary,
             client_mode=self.client_mode,
             load_state_timeout=load_state_timeout,
@@ -171,7 +175,7 @@ class Optimizer(OptimizerParts):
         )
         self._outlook = Outlook(self.target_batch_size)
         self._worker = StepWorker(self._session.optimizer_ready)
-        self._loss: float | None = None
+        self._losses = LossTally()
         self._closed = False
         self._pid = os.getpid()
         if not self.auxiliary:
@@ -296,11 +300,12 @@ class Optimizer(OptimizerParts):
             return
         if self.grad_averager is not None:
             self.grad_averager.reset_accumulated_grads_()
+        self._losses.end_epoch()
         self._inner.copy_to_model()
         self._publish()
 
     def _do_average(self) -> None:
-        vector, weight, local = self._gathered()
+        vector, weight = self._gathered()
         if self.delay_grad_averaging:
             self._session.start_gradients(vector, weight)
             return
@@ -308,7 +313,7 @@ class Optimizer(OptimizerParts):
         if found is None:
             return  # the others finished without us; what they have is loaded next
         averaged, alone, _, _ = found
-        grads, loss = self._average_to_grads(averaged, alone, local)
+        grads, loss = self._average_to_grads(averaged, alone)
         if self.delay_optimizer_step:
             self._gradients.reset_accumulated_grads_()
             # Hooks may look at the model, which the next batch uses meanwhile.
@@ -326,27 +331,28 @@ class Optimizer(OptimizerParts):
             raise RuntimeError("with use_local_updates=True gradients are not averaged")
         return self.grad_averager
 
-    def _gathered(self) -> tuple[Any, float, list[torch.Tensor | None] | None]:
+    def _gathered(self) -> tuple[Any, float]:
         averager = self._gradients
         weight = float(averager.local_samples_accumulated)
         averager.load_accumulators_into_averager_()
         touched = torch.tensor(averager._touched, dtype=torch.float32)
         averager.extra_view.copy_(torch.cat([touched, self._own_loss()]) if self._averages_loss else touched)
+        self._end_losses()
         if self.delay_grad_averaging:
             averager.reset_accumulated_grads_()
-            return averager.flat_buffer, weight, None
-        local = [averager.mean_grad(i) for i in range(len(self._inner.model))]
+        return averager.flat_buffer, weight
+
+    def _own_grads(self) -> list[torch.Tensor | None]:
+        """What this peer has gathered: not one bit differs from plain torch."""
+        own = [self._gradients.mean_grad(i) for i in range(len(self._inner.model))]
         if self.delay_optimizer_step:
             # The next gradients gather in the same memory while the step still reads these.
-            local = [None if grad is None else grad.clone() for grad in local]
-        return averager.flat_buffer, weight, local
+            own = [None if grad is None else grad.clone() for grad in own]
+        return own
 
-    def _average_to_grads(
-        self, averaged: Any, alone: bool, local: list[torch.Tensor | None] | None
-    ) -> tuple[list[torch.Tensor | None], float | None]:
-        if alone and local is not None:
-            # The gathered gradients themselves: not one bit differs from plain torch.
-            return local, self._mean_loss(None) if self._averages_loss else None
+    def _average_to_grads(self, averaged: Any, alone: bool) -> tuple[list[torch.Tensor | None], float | None]:
+        if alone and not self.delay_grad_averaging:
+            return self._own_grads(), self._mean_loss(None) if self._averages_loss else None
         shapes = [p.shape for p in self._inner.model]
         *grads, touched = views_of(averaged, [*shapes, torch.Size([len(shapes)])])
         loss = self._mean_loss(flat(averaged)[-2:]) if self._averages_loss else None
@@ -371,7 +377,7 @@ class Optimizer(OptimizerParts):
             return
         averaged, alone, _, _ = found
         if channel == "gradients":
-            grads, loss = self._average_to_grads(averaged, alone, None)
+            grads, loss = self._average_to_grads(averaged, alone)
             self._step_inner(grads, loss)
             self._inner.copy_to_model()
             self._epoch_done()
@@ -383,6 +389,8 @@ class Optimizer(OptimizerParts):
     def _do_average_state(self) -> None:
         for cell in self._loss_cells:
             cell.copy_(self._own_loss())
+        if self.use_local_updates:
+            self._end_losses()
         self._read_state()
         background = self.delay_state_averaging and not (
             self.delay_grad_averaging or self.delay_optimizer_step
@@ -502,12 +510,13 @@ class Optimizer(OptimizerParts):
         if self.grad_averager is not None:
             # They were computed at parameters that are gone.
             self.grad_averager.reset_accumulated_grads_()
+        self._losses.end_epoch()
         kind, value = found
         if kind == "state":
             _, meta, blobs = value
             self._codec.restore(meta, blobs)
         elif kind == "gradients":
-            self._step_inner(*self._average_to_grads(value, False, None))
+            self._step_inner(*self._average_to_grads(value, alone=False))
         else:
             self._write_state(list(views_of(value, self._state.shapes)), sent=None)
             if self.use_local_updates:
