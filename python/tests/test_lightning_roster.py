@@ -91,7 +91,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def test_the_first_peer_writes_whatever_its_name(enter: Any) -> None:
     first, second, third = enter("z"), enter("m"), enter("a")
-    assert first.alone or first.is_writer
+    assert first.is_writer, "from the beginning"
     eventually(lambda: not first.alone and not third.alone)
     assert [peer.is_writer for peer in (first, second, third)] == [True, False, False]
 
@@ -99,8 +99,10 @@ def test_the_first_peer_writes_whatever_its_name(enter: Any) -> None:
 def test_the_next_takes_over_when_the_writer_leaves(enter: Any) -> None:
     first, second, third = enter("a"), enter("b"), enter("c")
     first.close()
-    eventually(lambda: second.is_writer)
-    eventually(lambda: not third.is_writer)
+    assert not second.is_writer
+    eventually(lambda: second.is_writer and not first._thread.is_alive())
+    third._look()
+    assert len(third._others) == 1 and not third.is_writer, "it knows that the first has gone"
 
 
 def test_the_next_takes_over_when_the_writer_dies(enter: Any) -> None:
@@ -187,7 +189,8 @@ def test_foreign_records_are_passed_over(enter: Any) -> None:
         door.store("run_lightning", value, enter.network.time() + 60, subkey)
     second = enter("b")
     assert not second.is_writer
-    eventually(lambda: first.is_writer)
+    eventually(lambda: not first.alone)
+    assert first.is_writer and list(first._others) == ["b"] and list(second._others) == ["a"]
 
 
 def plateau(roster: Roster, epoch: list[int]) -> tuple[Any, _schedulers.SharedPlateau]:

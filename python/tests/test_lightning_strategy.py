@@ -192,8 +192,16 @@ def test_callbacks_loggers_and_early_stopping(lightning: Any, tmp_path: Path) ->
 
 def test_validation_and_prediction_need_no_run(lightning: Any) -> None:
     module, driver = fit(lightning, strategy())
-    assert driver.validate(module, loader(), verbose=False)[0]["val"] < 100
-    assert driver.is_global_zero
+    assert driver.strategy._roster is None and driver.strategy.status is None
+    with torch.no_grad():
+        errors = [float(module.error(batch)) for batch in loader()]
+        outputs = [module.net(x) for x, _ in loader()]
+    (found,) = driver.validate(module, loader(), verbose=False)
+    assert found["val"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    module.predict_step = lambda batch, *_: module.net(batch[0])
+    predicted = driver.predict(module, loader())
+    assert all(torch.equal(a, b) for a, b in zip(predicted, outputs, strict=True))
+    assert driver.is_global_zero and driver.strategy.status is None
 
 
 def test_the_batch_size_is_read_off_every_batch(lightning: Any) -> None:

@@ -248,7 +248,9 @@ def test_given_tensors_hold_the_averaged_gradients(local_dht: Callable[[], DHT])
     together(*(p.step for p in peers))
     assert [grads[0].tolist() for grads in given] == [[[2.0, 2.0]]] * 2
     assert gradient(peers[0]) == [2.0, 2.0]
-    for wrong, match in (([], None), ([torch.zeros(3)], r"\(1, 2\)"), ([torch.zeros(1, 2)] * 2, "1 tensors")):
-        if match is not None:
-            with pytest.raises(ValueError, match=match):
-                with_gradient(local_dht(), 1.0, averaged_grads=wrong)
+    for wrong, match in (([torch.zeros(3)], r"\(1, 2\)"), ([torch.zeros(1, 2)] * 2, "1 tensors")):
+        with pytest.raises(ValueError, match=match):
+            with_gradient(local_dht(), 1.0, averaged_grads=wrong)
+    nowhere = with_gradient(local_dht(), 5.0, averaged_grads=[])
+    nowhere.step(timeout=0.1)
+    assert gradient(nowhere) == [5.0, 5.0], "none given are those of its own"
