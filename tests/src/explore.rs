@@ -55,7 +55,13 @@ pub fn explore(seed: u64, protocol: Protocol) -> Explored {
         };
         let _relay = net_relay(&world);
         let peers = PEERS.0 + below(&mut rng, PEERS.1 - PEERS.0 + 1);
-        let ids: Vec<PeerId> = (0..peers).map(|_| world.start(plan(&mut rng, protocol))).collect();
+        // Drawn apart, so that a seed's other faults are what they were.
+        let mut clumsy = StdRng::seed_from_u64(!seed);
+        let fumbling = below(&mut clumsy, 4) == 0;
+        let mut fumbles = || if fumbling { below(&mut clumsy, 40) } else { 0 };
+        let ids: Vec<PeerId> = (0..peers)
+            .map(|_| world.start(PeerPlan { fumbles: fumbles(), ..plan(&mut rng, protocol) }))
+            .collect();
         for id in &ids {
             story.push(format!("peer {}", id.short()));
         }
@@ -248,6 +254,7 @@ pub fn lines(entries: &[Entry]) -> Vec<String> {
                 Some(format!("{} {}: INJECTED {what}", seconds(at), peer.short()))
             }
             Entry::JoinFailed { peer, reason } => Some(format!("{}: join failed: {reason}", peer.short())),
+            Entry::GaveUp { peer, epoch } => Some(format!("{}: gave up epoch {epoch}", peer.short())),
             Entry::Loaded { peer, from, to } => Some(format!("{}: loaded {from} -> {to}", peer.short())),
             _ => None,
         })

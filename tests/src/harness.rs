@@ -82,6 +82,8 @@ pub struct PeerPlan {
     pub auxiliary: bool,
     /// What it does to its contributions.
     pub mischief: Mischief,
+    /// In so many of a hundred epochs its program fails over the average.
+    pub fumbles: u64,
 }
 
 impl Default for PeerPlan {
@@ -92,6 +94,7 @@ impl Default for PeerPlan {
             step_time: Duration::from_millis(250),
             auxiliary: false,
             mischief: Mischief::None,
+            fumbles: 0,
         }
     }
 }
@@ -166,6 +169,7 @@ impl World {
             initial_seed: self.spec.seed,
             auxiliary: peer.plan.auxiliary,
             mischief: peer.plan.mischief,
+            fumbles: peer.plan.fumbles,
             epochs: self.spec.epochs,
         };
         let (env, record, hub) = (self.net.env(id), self.record.clone(), self.hub.clone());

@@ -32,6 +32,13 @@ pub enum Entry {
         /// Who failed meanwhile.
         faults: Vec<PeerFault>,
     },
+    /// A peer did not apply what a round of this epoch gave, or only in part: the epoch may be made again by the same peers.
+    GaveUp {
+        /// Who.
+        peer: PeerId,
+        /// Which epoch.
+        epoch: u64,
+    },
     /// A peer holds these parameters at the start of an epoch.
     Epoch {
         /// Who.

@@ -4,8 +4,8 @@ use crate::models::{Model, Optimizer};
 use crate::record::{Entry, Record, hash_of};
 use potluck_collab::{Averaged, Loaded, PolicyKind, Session, Snapshot, Step};
 use potluck_net::{Env, Outcome, PeerId};
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -42,6 +42,8 @@ pub struct Training {
     pub auxiliary: bool,
     /// What it does to its contributions.
     pub mischief: Mischief,
+    /// In so many of a hundred epochs an error comes between the average and the end of the epoch, as from a user's hook.
+    pub fumbles: u64,
     /// It stops training after this many epochs.
     pub epochs: u64,
 }
@@ -53,6 +55,8 @@ pub struct Trainer {
     env: Env,
     record: Record,
     rng: StdRng,
+    /// When it fumbles.
+    clumsiness: StdRng,
     params: Vec<f32>,
     optimizer: Optimizer,
     sum: Vec<f32>,
@@ -69,6 +73,7 @@ impl Trainer {
         let len = params.len();
         Self {
             rng: StdRng::seed_from_u64(training.data_seed),
+            clumsiness: StdRng::seed_from_u64(!training.data_seed),
             session,
             env,
             record,
@@ -167,6 +172,9 @@ impl Trainer {
                 if averaged.value.missed {
                     return;
                 }
+                if self.fumbles(|it| it.optimizer.step(&mut it.params, &averaged.value.vector)) {
+                    return;
+                }
                 let mut params = self.params.clone();
                 self.optimizer.step(&mut params, &averaged.value.vector);
                 self.next_params = Some(params);
@@ -174,7 +182,9 @@ impl Trainer {
             }
             _ => {
                 let averaged = self.averaged(epoch, gradient, count).await;
-                if averaged.value.missed {
+                if averaged.value.missed
+                    || self.fumbles(|it| it.optimizer.step(&mut it.params, &averaged.value.vector))
+                {
                     return;
                 }
                 self.optimizer.step(&mut self.params, &averaged.value.vector);
@@ -214,8 +224,12 @@ impl Trainer {
         if averaged.value.missed {
             return;
         }
+        let ends_epoch = matches!(self.training.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. });
+        if ends_epoch && self.fumbles(|it| it.params.clone_from(&averaged.value.vector)) {
+            return;
+        }
         self.params = averaged.value.vector;
-        if matches!(self.training.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. }) {
+        if ends_epoch {
             self.end_epoch();
         } else {
             self.session.publish(self.snapshot());
@@ -245,8 +259,30 @@ impl Trainer {
             return self.session.publish(self.snapshot());
         }
         self.note_round(self.session.epoch(), &started.averaged);
-        self.optimizer.step(&mut self.params, &started.averaged.value.vector);
+        let averaged = &started.averaged.value.vector;
+        if self.fumbles(|it| it.optimizer.step(&mut it.params, averaged)) {
+            return;
+        }
+        self.optimizer.step(&mut self.params, averaged);
         self.end_epoch();
+    }
+
+    /// Whether an error comes before the end of the epoch: before the average was applied, or behind it.
+    fn fumbles(&mut self, apply: impl FnOnce(&mut Self)) -> bool {
+        if self.clumsiness.next_u64() % 100 >= self.training.fumbles {
+            return false;
+        }
+        if self.clumsiness.next_u64().is_multiple_of(2) {
+            apply(self);
+        }
+        let epoch = self.session.epoch();
+        assert!(self.session.abandon(), "there was an average to give up");
+        self.record.push(Entry::GaveUp { peer: self.me(), epoch });
+        self.sum.iter_mut().for_each(|value| *value = 0.0);
+        self.count = 0;
+        self.session.publish(self.snapshot());
+        self.note_epoch();
+        true
     }
 
     fn end_epoch(&mut self) {
@@ -283,6 +319,9 @@ impl Trainer {
                 self.optimizer.velocity = floats(&snapshot.blobs["velocity"]);
             }
             Loaded::Gradients(average) => {
+                if self.fumbles(|it| it.optimizer.step(&mut it.params, &average)) {
+                    return;
+                }
                 self.optimizer.step(&mut self.params, &average);
                 self.session.epoch_done(Some(self.snapshot()));
             }

@@ -53,6 +53,7 @@ async fn main() {
         initial_seed: spec.seed,
         auxiliary: false,
         mischief: Mischief::None,
+        fumbles: 0,
         epochs,
     };
     let record = Record::default();

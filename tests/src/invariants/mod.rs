@@ -14,6 +14,7 @@ mod same_bits;
 mod weighted_mean;
 
 use crate::record::Entry;
+use std::collections::BTreeSet;
 
 /// A broken invariant: its name and what was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +45,16 @@ pub fn check_end(streams_left: usize) -> Vec<Violation> {
     let mut found = Vec::new();
     collect(&mut found, "nothing outlives its session", nothing_is_left::check(streams_left));
     found
+}
+
+/// Epochs whose round a program gave up: the same peers may average them again, so that it does not tell one round from
+/// another. What they agree on afterwards is checked by their histories.
+fn made_again(entries: &[Entry]) -> BTreeSet<u64> {
+    let given_up = entries.iter().filter_map(|entry| match entry {
+        Entry::GaveUp { epoch, .. } => Some(*epoch),
+        _ => None,
+    });
+    given_up.collect()
 }
 
 fn collect(into: &mut Vec<Violation>, invariant: &'static str, found: Vec<String>) {

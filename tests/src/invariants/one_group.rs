@@ -30,7 +30,9 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
         results.insert((*epoch, *peer), (&averaged.members, faults));
     }
     let names = |faults: &[PeerFault], peer: &PeerId| faults.iter().any(|fault| fault.peer == *peer);
-    for ((epoch, peer), (members, faults)) in &results {
+    let again = super::made_again(entries);
+    for ((epoch, peer), (members, faults)) in results.iter().filter(|((epoch, _), _)| !again.contains(epoch))
+    {
         for other in members.iter().filter(|other| *other != peer) {
             if let Some((theirs, their_faults)) = results.get(&(*epoch, *other))
                 && theirs != members

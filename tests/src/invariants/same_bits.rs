@@ -16,6 +16,7 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
             _ => None,
         })
         .collect();
+    let again = super::made_again(entries);
     let mut found = Vec::new();
     for entry in entries {
         match entry {
@@ -29,7 +30,9 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
                     ));
                 }
             }
-            Entry::Round { peer, epoch, averaged, .. } if !averaged.alone && !cut_off.contains(peer) => {
+            Entry::Round { peer, epoch, averaged, .. }
+                if !averaged.alone && !cut_off.contains(peer) && !again.contains(epoch) =>
+            {
                 let hash = hash_of(&averaged.vector);
                 let key = (*epoch, &averaged.members[..], averaged.weight_total.to_bits());
                 let (first, expected) = averages.entry(key).or_insert((*peer, hash));
