@@ -23,3 +23,9 @@ fn sessions_keep_every_invariant_over_the_native_protocol() {
 fn sessions_keep_every_invariant_over_the_native_protocol_further() {
     hold(100..200, Protocol::Native);
 }
+
+/// A peer holds the part that a group of two agreed on, and restarts before the other has it.
+#[test]
+fn nobody_waits_for_ever_for_a_part_whose_holder_is_lost() {
+    hold([11831], Protocol::Native);
+}

@@ -560,6 +560,15 @@ impl Exchange {
         self.shared.wake[holder].notify_one();
     }
 
+    /// A part that the group agreed on as somebody else holds it, who was lost before it came.
+    pub(crate) fn out_of_reach(&self) -> Option<usize> {
+        let board = self.shared.board();
+        let missing = |(part, holder): &(&usize, &usize)| {
+            board.lost[**holder] && !board.store.parts[**part].is_complete()
+        };
+        self.refetching.iter().find(missing).map(|(part, _)| *part)
+    }
+
     /// Members that were given up in this phase.
     pub(crate) fn lost(&self) -> Vec<PeerId> {
         let board = self.shared.board();

@@ -280,6 +280,10 @@ impl Averager {
             if lost.len() * 2 > plan.members.len() {
                 return Err(RoundErrorKind::CutOff { lost: lost.len(), members: plan.members.len() });
             }
+            if let Some(part) = exchange.out_of_reach() {
+                let reason = format!("whoever holds part {part} as it was agreed on is lost");
+                return Err(RoundErrorKind::Diverged { reason });
+            }
             let mut out = Vec::new();
             channel.station().keep_in_touch(now, &lost, &mut out);
             let agreed = {
