@@ -1,6 +1,6 @@
 //! Invariant 6. Nobody is blamed to whom nothing happened, and a fault never names the peer itself. That somebody left a
 //! round, or that its values are missing, is no blame but must be true: it has no result of that round, or somebody in
-//! the round was broken. (That injected faults do appear is checked by the
+//! the round was broken, or the epoch was made again, of which it may have another round's result. (That injected faults do appear is checked by the
 //! scenarios, which know what they hit.)
 
 use crate::record::Entry;
@@ -24,6 +24,7 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
             _ => None,
         })
         .collect();
+    let again = super::made_again(entries);
     let mut found = Vec::new();
     for entry in entries {
         let Entry::Round { peer, epoch, faults, averaged } = entry else { continue };
@@ -31,10 +32,11 @@ pub(super) fn check(entries: &[Entry]) -> Vec<String> {
             let left = fault.kind == FaultKind::Left;
             // A broken member that reduced may have missed what a healthy one sent; all see that it is missing.
             let missing = fault.kind == FaultKind::Missing;
-            if missing && averaged.members.iter().any(|member| hit.contains(member)) {
+            let twice = again.contains(epoch);
+            if missing && (twice || averaged.members.iter().any(|member| hit.contains(member))) {
                 continue;
             }
-            if left && !finished.contains(&(fault.peer, *epoch, &averaged.members[..])) {
+            if left && (twice || !finished.contains(&(fault.peer, *epoch, &averaged.members[..]))) {
                 continue;
             }
             // Its own values may be bad, or not have arrived, and then it says so.
