@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-# Examples read better without Lightning's hints about DataLoader workers.
-warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+# What one looks for, the line to paste and the progress bar, stands out without Lightning's hints.
+warnings.filterwarnings("ignore", message=".*(does not have many workers|tensorboardX|LeafSpec).*")
 
 
 def model_class(base: type) -> type:

@@ -134,6 +134,7 @@ def test_an_example_is_joined_by_pasting_what_it_prints(
     finally:
         for peer in peers:
             peer.kill()
+    assert not re.search("LeafSpec|tensorboardX", "".join(peer.said for peer in peers))
     # The first peer writes the run's artefacts, and only it.
     assert len(list(tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt"))) == 1
 
