@@ -9,7 +9,7 @@ use crate::record::Entry;
 use crate::reference::test_loss;
 use potluck_collab::{Policy, PolicyKind, PowerSgd, Scheme, StateEvery};
 use potluck_net::PeerId;
-use potluck_net_sim::{FaultRates, NatClass, PeerSpec, SimTransport};
+use potluck_net_sim::{FaultRates, NatClass, PeerSpec, SimTransport, TraceName};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
@@ -43,8 +43,17 @@ pub struct Explored {
     pub violations: Vec<Violation>,
 }
 
-/// Explore one seed.
+/// Explore one seed; over the network twice, the second time with clocks that agree.
 pub fn explore(seed: u64, protocol: Protocol) -> Explored {
+    let (mut explored, apart) = explore_once(seed, protocol, true);
+    if protocol == Protocol::Native {
+        let (_, together) = explore_once(seed, protocol, false);
+        explored.violations.extend(invariants::check_clocks(&apart, &together));
+    }
+    explored
+}
+
+fn explore_once(seed: u64, protocol: Protocol, clocks_apart: bool) -> (Explored, TraceName) {
     potluck_net_sim::run(seed, async |net| {
         let mut rng = StdRng::seed_from_u64(seed);
         let spec = spec(seed, &mut rng);
@@ -60,7 +69,11 @@ pub fn explore(seed: u64, protocol: Protocol) -> Explored {
         let fumbling = below(&mut clumsy, 4) == 0;
         let mut fumbles = || if fumbling { below(&mut clumsy, 40) } else { 0 };
         let ids: Vec<PeerId> = (0..peers)
-            .map(|_| world.start(PeerPlan { fumbles: fumbles(), ..plan(&mut rng, protocol) }))
+            .map(|_| {
+                let mut plan = PeerPlan { fumbles: fumbles(), ..plan(&mut rng, protocol) };
+                plan.machine.clock_skew *= i64::from(clocks_apart);
+                world.start(plan)
+            })
             .collect();
         for id in &ids {
             story.push(format!("peer {}", id.short()));
@@ -73,13 +86,14 @@ pub fn explore(seed: u64, protocol: Protocol) -> Explored {
         world.heal_partitions();
         world.healed();
         let mut violations = conclude(&world, &spec, &ids).await;
+        let net = world.net.clone();
         let (record, streams) = world.finish().await;
         violations.extend(invariants::check_end(if protocol == Protocol::Native { streams } else { 0 }));
         violations.extend(record.with(|entries| invariants::check(entries, is_exact(&spec))));
         if !violations.is_empty() {
             story.extend(record.with(lines));
         }
-        Explored { story, violations }
+        (Explored { story, violations }, net.trace_name())
     })
 }
 

@@ -75,6 +75,8 @@ pub(crate) struct Inner {
     pub(crate) pool: Arc<BufferPool>,
     state: Mutex<State>,
     view: watch::Sender<View>,
+    /// Rung when the view has changed.
+    news: Notify,
     wake: Notify,
     /// A handle that does not keep the tasks alive: they hold `Inner`, the public `Swarm` holds them.
     spawner: mpsc::Sender<BoxFuture<'static, ()>>,
@@ -125,6 +127,7 @@ impl Swarm {
                 armed: now,
             }),
             view: watch::Sender::new(View::default()),
+            news: Notify::new(),
             wake: Notify::new(),
             pool: Arc::default(),
             spawner,
@@ -147,6 +150,12 @@ impl Swarm {
     /// Who is here, as it changes; ourselves included.
     pub fn members(&self) -> watch::Receiver<View> {
         self.inner.view.subscribe()
+    }
+
+    /// Resolves when the view changes after this call. Those who wait go on in the order in which they began to, which tokio's
+    /// watch channels draw at random: a simulated run must not depend on that.
+    pub fn changed(&self) -> impl Future<Output = ()> + Send + '_ {
+        self.inner.news.notified()
     }
 
     /// Who is here now.
@@ -295,11 +304,14 @@ impl Inner {
             }
             let changes = state.membership.take_changes(self.env.now(), |peer| self.transport.path(peer));
             let mut matters = false;
-            self.view.send_if_modified(|view| {
+            let differs = self.view.send_if_modified(|view| {
                 let (differs, of_rounds) = view.apply(changes);
                 matters = of_rounds;
                 differs
             });
+            if differs {
+                self.news.notify_waiters();
+            }
             if !matters {
                 return;
             }

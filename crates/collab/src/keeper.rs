@@ -36,7 +36,6 @@ pub struct KeeperConfig {
 /// See the module. Ends when dropped; [`Keeper::leave`] says goodbye first.
 pub struct Keeper {
     swarm: Swarm,
-    members: watch::Receiver<View>,
     exchange: Exchange,
 }
 
@@ -74,7 +73,7 @@ impl Keeper {
         let swarm = Swarm::join(transport, env, swarm).await.map_err(|error| network(error.to_string()))?;
         // Only the first and only call sets it.
         let _ = known.set(swarm.members());
-        Ok(Self { members: swarm.members(), swarm, exchange })
+        Ok(Self { swarm, exchange })
     }
 
     /// Peers that train, with the epoch that each works on.
@@ -86,11 +85,7 @@ impl Keeper {
 
     /// Resolves when `trainers` may have changed. Cancel-safe.
     pub async fn changed(&self) {
-        let mut members = self.members.clone();
-        members.mark_unchanged();
-        if members.changed().await.is_err() {
-            futures::future::pending::<()>().await;
-        }
+        self.swarm.changed().await;
     }
 
     /// Download the newest state, of `epoch_min` or later.

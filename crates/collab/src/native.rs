@@ -260,14 +260,7 @@ impl Dialect for Native {
     }
 
     fn changed(&self) -> BoxFuture<'_, ()> {
-        let mut members = self.members.clone();
-        members.mark_unchanged();
-        Box::pin(async move {
-            if members.changed().await.is_err() {
-                // The swarm has ended; nothing will ever change again.
-                futures::future::pending::<()>().await;
-            }
-        })
+        Box::pin(self.swarm.changed())
     }
 
     fn report(&self, report: Report) {

@@ -63,7 +63,7 @@ mod world;
 pub use rule::{FrameInfo, OpenInfo, Verdict};
 pub use sim::{FaultGuard, SimNet};
 pub use spec::{FaultRates, NatClass, PeerSpec, Traffic};
-pub use trace::Trace;
+pub use trace::{Trace, TraceName};
 pub use transport::SimTransport;
 
 use std::future::Future;

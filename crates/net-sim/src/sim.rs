@@ -3,7 +3,7 @@
 use crate::rule::{FrameInfo, OpenInfo, Rules, Verdict};
 use crate::transport::SimTransport;
 use crate::world::{Node, World};
-use crate::{PeerSpec, Trace, Traffic};
+use crate::{PeerSpec, Trace, TraceName, Traffic};
 use bytes::Bytes;
 use futures::future::poll_fn;
 use potluck_net::{Env, Identity, PeerId, Protocol, Tasks};
@@ -242,6 +242,11 @@ impl SimNet {
     pub fn trace(&self) -> Trace {
         let world = self.inner.lock();
         world.log.snapshot(|node| world.peer_id(node))
+    }
+
+    /// Names what happened so far: equal for equal traces, and cheaper.
+    pub fn trace_name(&self) -> TraceName {
+        self.inner.lock().log.name()
     }
 
     /// What one peer has moved so far.

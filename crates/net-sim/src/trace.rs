@@ -18,6 +18,15 @@ pub struct Trace {
     pub lines: Vec<String>,
 }
 
+/// What tells traces apart, without their lines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TraceName {
+    /// As of [`Trace`].
+    pub hash: String,
+    /// As of [`Trace`].
+    pub total: u64,
+}
+
 /// What is known about one frame or control message.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
@@ -80,6 +89,10 @@ impl Log {
         self.total += 1;
     }
 
+    pub(crate) fn name(&self) -> TraceName {
+        TraceName { hash: self.hasher.finalize().to_hex().to_string(), total: self.total }
+    }
+
     pub(crate) fn snapshot(&self, name: impl Fn(u32) -> PeerId) -> Trace {
         let line = |entry: &Entry| {
             format!(
@@ -92,10 +105,7 @@ impl Log {
                 entry.what,
             )
         };
-        Trace {
-            hash: self.hasher.finalize().to_hex().to_string(),
-            total: self.total,
-            lines: self.entries.iter().map(line).collect(),
-        }
+        let TraceName { hash, total } = self.name();
+        Trace { hash, total, lines: self.entries.iter().map(line).collect() }
     }
 }

@@ -1,19 +1,21 @@
 //! What must hold in every run: one file per invariant of ARCHITECTURE.md. Each looks at the record of a run and names
 //! what is wrong; none may be loosened for a scenario.
 //!
-//! Invariant 4 (records expire) is the dht's and is checked there; 10 (mathematics) compares whole runs and is checked
-//! in `scenarios/mathematics.rs`; 12 (layers) is checked by the `tidy` tests.
+//! Invariant 4 (records expire) is the dht's and is checked there; 10 (mathematics) compares whole runs with plain
+//! training, in `tests/scenarios.rs` and with torch in the Python tests; 12 (layers) is checked by the `tidy` tests.
 
 mod bounded_calls;
 mod epochs_never_fall;
 mod faults_are_named;
 mod finite;
+mod no_wall_clock;
 mod nothing_is_left;
 mod one_group;
 mod same_bits;
 mod weighted_mean;
 
 use crate::record::Entry;
+use potluck_net_sim::TraceName;
 use std::collections::BTreeSet;
 
 /// A broken invariant: its name and what was found.
@@ -44,6 +46,13 @@ pub fn check(entries: &[Entry], exact: bool) -> Vec<Violation> {
 pub fn check_end(streams_left: usize) -> Vec<Violation> {
     let mut found = Vec::new();
     collect(&mut found, "nothing outlives its session", nothing_is_left::check(streams_left));
+    found
+}
+
+/// Check a run against the same one with clocks that agree.
+pub fn check_clocks(apart: &TraceName, together: &TraceName) -> Vec<Violation> {
+    let mut found = Vec::new();
+    collect(&mut found, "no wall clock decides anything", no_wall_clock::check(apart, together));
     found
 }
 
