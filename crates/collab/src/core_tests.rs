@@ -1,9 +1,9 @@
 //! What a session decides after rounds that failed or were missed.
 
 use super::*;
-use crate::Rates;
 use crate::dialect::MissedRound;
 use crate::status::Status;
+use crate::{Rates, Snapshot};
 
 const TARGET: u64 = 64;
 
