@@ -6,6 +6,8 @@ use std::time::Duration;
 
 /// Lines that are kept in clear; the hash covers all of them.
 const LINES_MAX: usize = 1 << 16;
+/// Bytes that are hashed at a time: blake3 takes many blocks side by side.
+const HASHED_AT_ONCE: usize = 16 << 10;
 
 /// A copy of the trace so far. Two runs with the same seed and program have equal traces, in any process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +68,8 @@ pub(crate) enum What {
 #[derive(Default)]
 pub(crate) struct Log {
     hasher: blake3::Hasher,
+    /// What it has not seen yet.
+    unhashed: Vec<u8>,
     entries: VecDeque<Entry>,
     total: u64,
 }
@@ -78,9 +82,13 @@ impl Log {
         head[12..16].copy_from_slice(&entry.to.to_le_bytes());
         head[16..24].copy_from_slice(&entry.bytes.to_le_bytes());
         head[24] = entry.what as u8;
-        self.hasher.update(&head);
+        self.unhashed.extend_from_slice(&head);
         if let Some(protocol) = &entry.protocol {
-            self.hasher.update(protocol.as_str().as_bytes());
+            self.unhashed.extend_from_slice(protocol.as_str().as_bytes());
+        }
+        if self.unhashed.len() >= HASHED_AT_ONCE {
+            self.hasher.update(&self.unhashed);
+            self.unhashed.clear();
         }
         if self.entries.len() == LINES_MAX {
             self.entries.pop_front();
@@ -90,7 +98,8 @@ impl Log {
     }
 
     pub(crate) fn name(&self) -> TraceName {
-        TraceName { hash: self.hasher.finalize().to_hex().to_string(), total: self.total }
+        let hash = self.hasher.clone().update(&self.unhashed).finalize();
+        TraceName { hash: hash.to_hex().to_string(), total: self.total }
     }
 
     pub(crate) fn snapshot(&self, name: impl Fn(u32) -> PeerId) -> Trace {

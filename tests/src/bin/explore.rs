@@ -9,6 +9,10 @@ use potluck_tests::explore::{Protocol, explore, report};
 use potluck_tests::properties;
 use std::process::ExitCode;
 
+/// A thousand simulated peers allocate and free some hundred thousand small things a second.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn number(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
         Ok(text) if !text.is_empty() => text.parse().unwrap_or_else(|_| {
