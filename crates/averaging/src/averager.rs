@@ -237,15 +237,15 @@ impl Channel {
     }
 
     pub(crate) fn deliver(&self, out: Out) {
-        for (peer, message) in out {
-            self.swarm.send_round(peer, &self.name, message);
+        for (peers, message) in out {
+            self.swarm.send_round(&peers, &self.name, &message);
         }
     }
 }
 
 impl ChannelHandler for Channel {
     fn message(&self, now: Instant, from: PeerId, message: RoundMessage) {
-        let mut out = Vec::new();
+        let mut out = Out::default();
         self.station().message(now, from, message, &mut out);
         self.deliver(out);
         self.changed.notify_one();
@@ -270,7 +270,7 @@ struct Leaving<'a>(&'a Channel);
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        let mut out = Vec::new();
+        let mut out = Out::default();
         self.0.station().end(self.0.swarm.env.now(), &mut out);
         self.0.deliver(out);
     }

@@ -77,6 +77,8 @@ pub(crate) struct Mesh {
     ring: Vec<PeerId>,
     /// Somebody came or went since `ring` was made.
     stale: bool,
+    /// Peers have come into our lines that were there all the time.
+    shifted: bool,
 }
 
 impl Mesh {
@@ -86,7 +88,14 @@ impl Mesh {
 
     /// So many others are alive now.
     pub(crate) fn count(&mut self, alive: usize) {
+        let (before, was_large) = (self.lines, self.is_large());
         (self.alive, self.lines, self.stale) = (alive, lines(alive, self.large_from), true);
+        self.shifted |= (before, was_large) != (self.lines, self.is_large());
+    }
+
+    /// Whether peers may have come into our lines, since this was last asked, that were there before.
+    pub(crate) fn take_shift(&mut self) -> bool {
+        std::mem::take(&mut self.shifted)
     }
 
     /// Our own.

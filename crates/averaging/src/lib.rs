@@ -48,6 +48,6 @@ pub use invite::Invite;
 pub use plan::GROUP_MAX;
 pub use record::Record;
 pub use spans::{Chunk, Layout};
-pub use swarm::{Directory, JoinError, Manifest, Swarm, SwarmConfig};
+pub use swarm::{Directory, JoinError, Manifest, Roll, Swarm, SwarmConfig};
 pub use view::{Member, View};
 pub use wire::{APP_BYTES_MAX, GATHER_BYTES_MAX, PROTOCOL_VERSION, Progress};

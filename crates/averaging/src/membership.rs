@@ -78,6 +78,8 @@ struct Entry {
     connect_at: Instant,
     /// Heartbeats that shall still carry this item first.
     fresh: u8,
+    /// It is in `reported`.
+    reported: bool,
 }
 
 /// The table of peers.
@@ -105,6 +107,8 @@ pub(crate) struct Membership {
     fresh: BTreeSet<PeerId>,
     /// Peers of which the view must be made anew, ourselves included.
     changed: BTreeSet<PeerId>,
+    /// Peers with whom we do not average and of whom only reports are newer than the view: made anew when somebody looks.
+    reported: BTreeSet<PeerId>,
     /// We have said farewell: others now say rightly that we are gone.
     leaving: bool,
 }
@@ -129,6 +133,7 @@ impl Membership {
             mesh: Mesh::new(me, mesh_max),
             fresh: BTreeSet::new(),
             changed: BTreeSet::from([me]),
+            reported: BTreeSet::new(),
             leaving: false,
         }
     }
@@ -200,6 +205,7 @@ impl Membership {
             pulse_at: now,
             connect_at: now,
             fresh: 0,
+            reported: false,
         }))
     }
 
@@ -331,7 +337,11 @@ impl Membership {
         }
         if let Some(pulse) = news.beat.take_if(|beat| beat.sequence > entry.pulse.sequence) {
             (entry.pulse, entry.pulse_at) = (pulse, now);
-            self.changed.insert(news.peer);
+            if self.mesh.wants(&news.peer, &entry.place) {
+                self.changed.insert(news.peer);
+            } else if !std::mem::replace(&mut entry.reported, true) {
+                self.reported.insert(news.peer);
+            }
         }
         let told = news.addresses.is_empty() || entry.addresses == news.addresses;
         (!told).then_some(news)
@@ -488,19 +498,29 @@ impl Membership {
         self.next_beat.min(self.next_look)
     }
 
-    /// What has changed in the view since the last call; `None` is gone.
+    /// What has changed in the view since the last call, with the `reports` of those whom no round of ours waits for or
+    /// without; `None` is gone.
     pub(crate) fn take_changes(
         &mut self,
         now: Instant,
+        reports: bool,
         path: impl Fn(PeerId) -> Option<Path>,
     ) -> Vec<(PeerId, Option<Member>)> {
-        let changed = std::mem::take(&mut self.changed);
+        let mut changed = std::mem::take(&mut self.changed);
+        // With other lines, others average with us: what is known of them was no concern of ours before.
+        if reports || self.mesh.take_shift() {
+            changed.append(&mut self.reported);
+        }
         let mut now_of = |peer: PeerId| {
             if peer == self.me {
                 let own = member(&self.pulse, self.incarnation, self.mesh.place(), None, true);
                 return Some(Member { twice: self.twin.is_certain(now), ..own });
             }
-            let entry = self.peers.get_mut(&peer).filter(|entry| entry.standing == Standing::Alive)?;
+            let entry = self.peers.get_mut(&peer)?;
+            entry.reported = false;
+            if entry.standing != Standing::Alive {
+                return None;
+            }
             if entry.linked && now >= entry.path.1 {
                 entry.path = (path(peer), now + HEARTBEAT / 2);
             }
@@ -513,6 +533,11 @@ impl Membership {
 
     pub(crate) fn has_changes(&self) -> bool {
         !self.changed.is_empty()
+    }
+
+    /// Whether there are reports that no view shows yet.
+    pub(crate) fn has_reports(&self) -> bool {
+        !self.reported.is_empty()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::exchange::Exchange;
 use crate::pair::Event;
 use crate::record::{Cut, Record};
 use crate::spans::{Chunk, Layout};
-use crate::station::{Agreed, Gathering, PlanHash};
+use crate::station::{Agreed, Gathering, Out, PlanHash};
 use crate::view::Member;
 use crate::wire::{Plan, PlanMember};
 use bytes::Bytes;
@@ -219,7 +219,7 @@ impl Averager {
         let channel = &self.channel;
         loop {
             let now = channel.swarm.env.now();
-            let mut out = Vec::new();
+            let mut out = Out::default();
             let state = {
                 let view = channel.swarm.current_view();
                 channel.station().gather(now, &view, &mut out)
@@ -284,7 +284,7 @@ impl Averager {
                 let reason = format!("whoever holds part {part} as it was agreed on is lost");
                 return Err(RoundErrorKind::Diverged { reason });
             }
-            let mut out = Vec::new();
+            let mut out = Out::default();
             channel.station().keep_in_touch(now, &lost, &mut out);
             let agreed = {
                 let view = channel.swarm.current_view();

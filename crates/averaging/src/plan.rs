@@ -30,13 +30,14 @@ pub(crate) fn coordinators(
     epoch: Option<u64>,
     peers: impl IntoIterator<Item = PeerId>,
 ) -> Vec<PeerId> {
-    let mut round = blake3::Hasher::new_derive_key("potluck coordinator 1");
+    let mut round = blake3::Hasher::new_derive_key("potluck coordinator 2");
     for field in [run.as_bytes(), channel.as_bytes()] {
         round.update(&(field.len() as u64).to_le_bytes());
         round.update(field);
     }
     round.update(&epoch.map_or([0xff; 8], u64::to_le_bytes));
-    let rank = |peer: PeerId| (*round.clone().update(peer.as_bytes()).finalize().as_bytes(), peer);
+    let round = *round.finalize().as_bytes();
+    let rank = |peer: PeerId| (*blake3::keyed_hash(&round, peer.as_bytes()).as_bytes(), peer);
     let mut ranked: Vec<([u8; 32], PeerId)> = peers.into_iter().map(rank).collect();
     ranked.sort_unstable_by(|a, b| b.cmp(a));
     ranked.dedup();

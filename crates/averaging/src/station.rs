@@ -30,8 +30,29 @@ const PROBE: Duration = Duration::from_secs(2);
 /// Bounds of the adaptive time that silent peers are waited for.
 const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(2)..Duration::from_secs(30);
 
-/// Messages to send.
-pub(crate) type Out = Vec<(PeerId, RoundMessage)>;
+/// Messages to send. What goes to many is held, and encoded, once.
+#[derive(Debug, Default)]
+pub(crate) struct Out(Vec<(Vec<PeerId>, RoundMessage)>);
+
+impl Out {
+    fn tell(&mut self, peer: PeerId, message: RoundMessage) {
+        self.0.push((vec![peer], message));
+    }
+
+    fn tell_all(&mut self, peers: impl Iterator<Item = PeerId>, message: RoundMessage) {
+        self.0.push((peers.collect(), message));
+    }
+}
+
+impl IntoIterator for Out {
+    type Item = (Vec<PeerId>, RoundMessage);
+    type IntoIter = std::vec::IntoIter<Self::Item>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
 /// Names a plan.
 pub(crate) type PlanHash = [u8; 32];
 
@@ -168,9 +189,9 @@ impl Station {
                 }
                 self.recent.truncate(RECENT_MAX);
                 let disowned = current.disowned.into_keys();
-                out.extend(disowned.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash })));
+                out.tell_all(disowned, RoundMessage::Withdraw { plan: current.hash });
             }
-            _ => out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: current.hash }))),
+            _ => out.tell_all(others, RoundMessage::Withdraw { plan: current.hash }),
         }
         self.next_attempt = (current.plan.epoch, current.plan.attempt.saturating_add(1));
     }
@@ -262,7 +283,7 @@ impl Station {
         }
         // Those who do not know that it is our turn learn it; those who went on without us say so.
         if now >= since + REPEAT && self.asked.is_none_or(|(_, _, last)| now >= last + REPEAT) {
-            out.extend(missing.by_ref().map(|peer| (*peer, RoundMessage::Ready(wish.ready.clone()))));
+            out.tell_all(missing.by_ref().copied(), RoundMessage::Ready(wish.ready.clone()));
             self.asked = Some((self.me, now, now));
         }
         let again = now + REPEAT;
@@ -288,7 +309,7 @@ impl Station {
             return Gathering::Wait(now);
         }
         if last.is_none_or(|last| now >= last + REPEAT) {
-            out.push((chosen, RoundMessage::Ready(wish.ready.clone())));
+            out.tell(chosen, RoundMessage::Ready(wish.ready.clone()));
             self.asked = Some((chosen, since, now));
             return Gathering::Wait(now + REPEAT);
         }
@@ -305,10 +326,9 @@ impl Station {
         let epoch = wish.ready.epoch;
         let attempt = ready.values().map(|r| r.attempt).max().unwrap_or(0);
         let plan = Arc::new(plan::make(&self.run, &self.channel, epoch, attempt, self.me, ready));
-        for member in plan.members.iter().filter(|member| member.peer != self.me) {
-            out.push((member.peer, RoundMessage::Begin(Box::new((*plan).clone()))));
-            self.ready.remove(&member.peer);
-        }
+        let others = plan.members.iter().map(|member| member.peer).filter(|peer| *peer != self.me);
+        others.clone().for_each(|peer| _ = self.ready.remove(&peer));
+        out.tell_all(others, RoundMessage::Begin(Box::new((*plan).clone())));
         let waited = now.saturating_duration_since(wish.started);
         self.spread = (self.spread * 3 + waited) / 4;
         self.accept(plan)
@@ -363,19 +383,20 @@ impl Station {
             RoundMessage::Query { plan } => {
                 if let Some(current) = self.current.as_ref().filter(|c| c.phase == plan) {
                     if let Some(agreed) = &current.agreed {
-                        out.push((from, verdict(plan, agreed)));
+                        out.tell(from, verdict(plan, agreed));
                     } else if let Some((_, digests)) = &current.own {
-                        out.push((from, RoundMessage::Done { plan, digests: digests.clone() }));
+                        out.tell(from, RoundMessage::Done { plan, digests: digests.clone() });
                     }
                 } else if let Some(agreed) = self.past(&plan) {
-                    out.push((from, verdict(plan, agreed)));
+                    out.tell(from, verdict(plan, agreed));
                 } else if self.current.as_ref().is_none_or(|c| c.hash != plan) {
                     // A plan that never reached us, or one that we left: the number of our step shows which.
                     let gathering = self.wish.as_ref().filter(|_| self.current.is_none());
-                    out.push(match gathering {
-                        Some(wish) => (from, RoundMessage::Ready(wish.ready.clone())),
-                        None => (from, RoundMessage::Withdraw { plan }),
-                    });
+                    let answer = match gathering {
+                        Some(wish) => RoundMessage::Ready(wish.ready.clone()),
+                        None => RoundMessage::Withdraw { plan },
+                    };
+                    out.tell(from, answer);
                 }
             }
         }
@@ -391,7 +412,7 @@ impl Station {
         if let Some(current) = self.current.as_mut().filter(|c| c.plan.epoch == ready.epoch) {
             match current.plan.members.iter().find(|member| member.peer == from) {
                 Some(member) if member.nonce == ready.nonce => {
-                    out.push((from, RoundMessage::Begin(Box::new((*current.plan).clone()))));
+                    out.tell(from, RoundMessage::Begin(Box::new((*current.plan).clone())));
                     return;
                 }
                 // It asks for a new round, so it is no longer in this one: it has restarted, faster than anybody could
@@ -404,13 +425,13 @@ impl Station {
             if ready.epoch.is_some() {
                 let attempt = current.plan.attempt;
                 let (nonce, epoch) = (ready.nonce, ready.epoch);
-                out.push((from, RoundMessage::LeftOut { nonce, epoch, attempt }));
+                out.tell(from, RoundMessage::LeftOut { nonce, epoch, attempt });
                 return;
             }
         }
         if self.current.is_none() && ready.epoch.is_some() && ready.epoch <= self.finished_epoch {
             let (nonce, epoch) = (ready.nonce, ready.epoch);
-            out.push((from, RoundMessage::LeftOut { nonce, epoch, attempt: 0 }));
+            out.tell(from, RoundMessage::LeftOut { nonce, epoch, attempt: 0 });
             return;
         }
         if self.ready.len() < READY_MAX || self.ready.contains_key(&from) {
@@ -441,19 +462,19 @@ impl Station {
             let _begun = self.accept(Arc::new(plan));
         } else {
             let others = plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
-            out.extend(others.map(|peer| (peer, RoundMessage::Withdraw { plan: hash })));
+            out.tell_all(others, RoundMessage::Withdraw { plan: hash });
         }
     }
 
     fn on_done(&mut self, from: PeerId, plan: PlanHash, digests: Vec<[u8; 32]>, out: &mut Out) {
         if let Some(current) = self.current.as_mut().filter(|c| c.phase == plan) {
             if let Some(agreed) = &current.agreed {
-                out.push((from, verdict(plan, agreed)));
+                out.tell(from, verdict(plan, agreed));
             } else if current.plan.index_of(from).is_some() {
                 current.done.insert(from, digests);
             }
         } else if let Some(agreed) = self.past(&plan) {
-            out.push((from, verdict(plan, agreed)));
+            out.tell(from, verdict(plan, agreed));
         }
     }
 
@@ -465,12 +486,12 @@ impl Station {
             current.probed = Some(now);
             let others = current.plan.members.iter().map(|m| m.peer).filter(|peer| *peer != self.me);
             let asked = others.filter(|peer| !lost.contains(peer));
-            out.extend(asked.map(|peer| (peer, RoundMessage::Query { plan: current.hash })));
+            out.tell_all(asked, RoundMessage::Query { plan: current.hash });
         }
         for peer in lost {
             if current.disowned.get(peer).is_none_or(|at| now >= *at + REPEAT) {
                 current.disowned.insert(*peer, now);
-                out.push((*peer, RoundMessage::Withdraw { plan: current.hash }));
+                out.tell(*peer, RoundMessage::Withdraw { plan: current.hash });
             }
         }
     }
@@ -532,11 +553,9 @@ impl Station {
         if current.authority != Some(authority) {
             if current.authority.is_some() || authority != plan.coordinator {
                 // Somebody may not know the plan: its coordinator is gone.
-                let begin = RoundMessage::Begin(Box::new((**plan).clone()));
-                let query = (authority == me).then_some(RoundMessage::Query { plan: current.phase });
-                for peer in others.clone() {
-                    out.push((peer, begin.clone()));
-                    out.extend(query.clone().map(|query| (peer, query)));
+                out.tell_all(others.clone(), RoundMessage::Begin(Box::new((**plan).clone())));
+                if authority == me {
+                    out.tell_all(others.clone(), RoundMessage::Query { plan: current.phase });
                 }
             }
             current.authority = Some(authority);
@@ -546,7 +565,7 @@ impl Station {
         if authority != me {
             if current.told_at.is_none_or(|at| now >= at + REPEAT) {
                 current.told_at = Some(now);
-                out.push((authority, RoundMessage::Done { plan: current.phase, digests: own }));
+                out.tell(authority, RoundMessage::Done { plan: current.phase, digests: own });
             }
             return None;
         }
@@ -557,7 +576,7 @@ impl Station {
         current.done.insert(me, own);
         let agreed = majority(me, &current.done);
         let members = plan.members.iter().map(|m| m.peer).filter(|peer| *peer != me);
-        out.extend(members.map(|peer| (peer, verdict(current.phase, &agreed))));
+        out.tell_all(members, verdict(current.phase, &agreed));
         current.agreed = Some(agreed.clone());
         Some(agreed)
     }

@@ -3,10 +3,12 @@
 //! Every event is handled synchronously under one short lock by the sans-I/O [`Membership`]; tasks only move frames and
 //! wait for time.
 
+mod sending;
+
 pub use crate::config::{Directory, Manifest, SwarmConfig};
 pub use crate::finding::JoinError;
 use crate::link;
-use crate::membership::{Action, Audience, Membership};
+use crate::membership::{Action, Membership};
 use crate::rates::{Downlink, Uplink};
 use crate::router::Router;
 use crate::view::View;
@@ -42,6 +44,17 @@ pub(crate) trait ChannelHandler: Send + Sync {
 pub struct Swarm {
     pub(crate) inner: Arc<Inner>,
     _tasks: Tasks,
+}
+
+/// Who is a member, for those who may outlive the [`Swarm`]: then nobody is.
+#[derive(Clone)]
+pub struct Roll(Weak<Inner>);
+
+impl Roll {
+    /// Whether this peer is a live member now.
+    pub fn contains(&self, peer: &PeerId) -> bool {
+        self.0.upgrade().is_some_and(|inner| inner.current_view().members.contains_key(peer))
+    }
 }
 
 pub(crate) struct Link {
@@ -136,7 +149,7 @@ impl Swarm {
             env,
             config,
         });
-        inner.refresh_view();
+        inner.refresh_view(false);
         start_tasks(&inner, &tasks, spawned, incoming, round_streams);
         let swarm = Self { inner, _tasks: tasks };
         if let Err(error) = crate::finding::contact(&swarm.inner).await {
@@ -149,7 +162,10 @@ impl Swarm {
 
     /// Who is here, as it changes; ourselves included.
     pub fn members(&self) -> watch::Receiver<View> {
-        self.inner.view.subscribe()
+        let receiver = self.inner.view.subscribe();
+        // From here on every report is in it at once.
+        self.inner.refresh_view(true);
+        receiver
     }
 
     /// Resolves when the view changes after this call. Those who wait go on in the order in which they began to, which tokio's
@@ -160,7 +176,19 @@ impl Swarm {
 
     /// Who is here now.
     pub fn view(&self) -> View {
+        self.inner.refresh_view(true);
         self.inner.view.borrow().clone()
+    }
+
+    /// As [`Swarm::view`], without a copy of it; `at` must be quick and must not call us.
+    pub fn look<R>(&self, at: impl FnOnce(&View) -> R) -> R {
+        self.inner.refresh_view(true);
+        at(&self.inner.view.borrow())
+    }
+
+    /// Answers whether somebody is a member, and keeps nobody in the run.
+    pub fn roll(&self) -> Roll {
+        Roll(Arc::downgrade(&self.inner))
     }
 
     /// Who we are.
@@ -293,23 +321,31 @@ impl Inner {
         for peer in connect {
             self.connect_soon(peer);
         }
-        self.refresh_view();
+        self.refresh_view(self.view.receiver_count() > 0);
     }
 
-    fn refresh_view(&self) {
+    /// Make the view anew where it has changed. In a large swarm most of what is heard are `reports` of peers that never average
+    /// with us; those it shows only when somebody looks at it.
+    fn refresh_view(&self, reports: bool) {
         let handlers: Vec<Arc<dyn ChannelHandler>> = {
             let mut state = self.lock();
-            if !state.membership.has_changes() {
+            let reported = state.membership.has_reports();
+            let due = state.membership.has_changes() || (reports && reported);
+            if !due {
+                if reported {
+                    self.news.notify_waiters();
+                }
                 return;
             }
-            let changes = state.membership.take_changes(self.env.now(), |peer| self.transport.path(peer));
+            let path = |peer| self.transport.path(peer);
+            let changes = state.membership.take_changes(self.env.now(), reports, path);
             let mut matters = false;
             let differs = self.view.send_if_modified(|view| {
                 let (differs, of_rounds) = view.apply(changes);
                 matters = of_rounds;
                 differs
             });
-            if differs {
+            if differs || reported {
                 self.news.notify_waiters();
             }
             if !matters {
@@ -360,15 +396,6 @@ impl Inner {
         let _full_only_while_shutting_down = self.spawner.try_send(Box::pin(task));
     }
 
-    /// Send a message to a peer over its control stream, if there is one. What must arrive is repeated by its sender.
-    pub(crate) fn send(&self, peer: PeerId, message: &Control) {
-        self.lock().send(peer, message);
-    }
-
-    pub(crate) fn send_round(&self, peer: PeerId, channel: &str, message: RoundMessage) {
-        self.send(peer, &Control::Round { channel: channel.to_owned(), message });
-    }
-
     /// Who must know at once that we begin this epoch, in a large swarm.
     fn leaders(&self, epoch: u64) -> Option<BTreeSet<PeerId>> {
         let handlers: Vec<Arc<dyn ChannelHandler>> = {
@@ -410,7 +437,7 @@ impl Inner {
         self.lock().channels.insert(channel.to_owned(), handler);
     }
 
-    /// The view of now; nobody may hold it for long.
+    /// The view of now, but for the reports of those with whom we do not average; nobody may hold it for long.
     pub(crate) fn current_view(&self) -> watch::Ref<'_, View> {
         self.view.borrow()
     }
@@ -519,39 +546,6 @@ impl Drop for Waiting<'_> {
 }
 
 impl State {
-    fn send(&mut self, peer: PeerId, message: &Control) {
-        if let Some(link) = self.links.get(&peer).and_then(|links| links.first()) {
-            let _full_or_gone = link.sender.try_send(wire::encode_control(message));
-        }
-    }
-
-    fn send_beats(&mut self, now: Instant) {
-        self.beat_due = None;
-        self.last_beat = now;
-        if self.membership.is_leaving() {
-            return;
-        }
-        let (pulse, news, audience) = self.membership.next_beat(self.links.len());
-        self.beat_due = self.membership.has_more_to_tell().then_some(now + BEAT_PAUSE);
-        let incarnation = self.membership.incarnation();
-        let frame = wire::encode_control(&Control::Beat { incarnation, pulse, news });
-        let leads = self.leaders.as_ref().map(|leaders| leaders.contains(&self.membership.me()));
-        for (at, (peer, links)) in self.links.iter().enumerate() {
-            let hears = match audience {
-                Audience::Everybody => true,
-                Audience::Round(round) => {
-                    leads.is_none_or(|leads| {
-                        leads || self.leaders.iter().flatten().any(|leader| leader == peer)
-                    }) && self.membership.meets(peer, round)
-                }
-                Audience::EveryNth { nth, first } => at % nth == first,
-            };
-            if let Some(link) = links.first().filter(|_| hears) {
-                let _full_or_gone = link.sender.try_send(frame.clone());
-            }
-        }
-    }
-
     fn next_wakeup(&self) -> Instant {
         let wakeup = self.membership.next_wakeup();
         self.beat_due.map_or(wakeup, |due| due.min(wakeup))

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of everything in this file; a different one is refused at the first message.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 /// Largest control message that is decoded, in bytes.
 const CONTROL_BYTES_MAX: usize = 2 << 20;
 /// Room for a control message as it is encoded; larger ones grow.
@@ -139,6 +139,7 @@ pub(crate) struct Ready {
     /// Reduces only, has no vector.
     pub(crate) auxiliary: bool,
     /// What must be equal: tensors and compression.
+    #[serde(with = "hash")]
     pub(crate) layout: [u8; 32],
 }
 
@@ -183,26 +184,79 @@ pub(crate) enum RoundMessage {
     },
     /// I gave this round up.
     Withdraw {
+        #[serde(with = "hash")]
         plan: [u8; 32],
     },
     /// I hold every part; these are their digests.
     Done {
+        #[serde(with = "hash")]
         plan: [u8; 32],
+        #[serde(with = "hashes")]
         digests: Vec<[u8; 32]>,
     },
     /// What was agreed: digests, and who holds the bytes of each part.
     Verdict {
+        #[serde(with = "hash")]
         plan: [u8; 32],
+        #[serde(with = "hashes")]
         digests: Vec<[u8; 32]>,
         holders: Vec<PeerId>,
     },
     /// The coordinator is gone: how far are you?
     Query {
+        #[serde(with = "hash")]
         plan: [u8; 32],
     },
 }
 
+/// A [`Control::Round`] whose parts are somebody else's.
+#[derive(Serialize)]
+#[serde(rename = "Control")]
+enum Borrowed<'a> {
+    Round { channel: &'a str, message: &'a RoundMessage },
+}
+
+/// Hashes as bytes: as lists of numbers they are half as long again, and a verdict has one for each part.
+mod hash {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(hash: &[u8; 32], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(hash)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error> {
+        let bytes = <&[u8]>::deserialize(deserializer)?;
+        <[u8; 32]>::try_from(bytes).map_err(|_| serde::de::Error::invalid_length(bytes.len(), &"32 bytes"))
+    }
+}
+
+/// One after the other.
+mod hashes {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(hashes: &[[u8; 32]], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(hashes.as_flattened())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<[u8; 32]>, D::Error> {
+        let bytes = <&[u8]>::deserialize(deserializer)?;
+        match bytes.as_chunks::<32>() {
+            (hashes, []) => Ok(hashes.to_vec()),
+            _ => Err(serde::de::Error::invalid_length(bytes.len(), &"a multiple of 32 bytes")),
+        }
+    }
+}
+
 pub(crate) fn encode_control(message: &Control) -> Bytes {
+    encode(message)
+}
+
+/// A [`Control::Round`].
+pub(crate) fn encode_round(channel: &str, message: &RoundMessage) -> Bytes {
+    encode(&Borrowed::Round { channel, message })
+}
+
+fn encode(message: &impl Serialize) -> Bytes {
     // A heartbeat's size, so that it is not copied while it grows.
     let mut bytes = Vec::with_capacity(ENCODED_BYTES);
     rmp_serde::encode::write(&mut bytes, message).expect("plain data always encodes");

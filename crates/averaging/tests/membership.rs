@@ -248,3 +248,37 @@ fn two_halves_that_never_met_find_each_other_through_bootstrap_peers() {
         all_see(&swarms, 4).await;
     });
 }
+
+#[test]
+fn whoever_looks_at_a_large_swarm_sees_the_reports_of_those_whom_it_never_averages_with() {
+    run(10, async |net| {
+        const PEERS: usize = 150;
+        let swarms = swarm(&net, PEERS).await;
+        all_see(&swarms, PEERS).await;
+        let id = swarms[7].local_peer();
+        swarms[7].report(Progress { epoch: 5, samples: 12, ..Progress::default() });
+        for swarm in &swarms {
+            let shows = |swarm: &Swarm| {
+                swarm.look(|view| view.members.get(&id).map(|member| (member.epoch, member.samples)))
+            };
+            let told = async {
+                loop {
+                    let changed = swarm.changed();
+                    if shows(swarm) == Some((5, 12)) {
+                        break;
+                    }
+                    changed.await;
+                }
+            };
+            let late = format!("{} does not show it", swarm.local_peer());
+            tokio::time::timeout(Duration::from_secs(20), told).await.expect(&late);
+            assert_eq!(swarm.view().members[&id].epoch, 5);
+            assert!(swarm.roll().contains(&id));
+        }
+        let (one, roll) = (swarms[0].local_peer(), swarms[0].roll());
+        assert!(roll.contains(&one));
+        drop(swarms);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(!roll.contains(&one), "the question keeps nobody in the run");
+    });
+}

@@ -5,13 +5,12 @@
 
 use crate::wire::Note;
 use crate::{DownloadFailed, Invite, JoinError, Lineage, Snapshot};
-use potluck_averaging::{Directory, Progress, Swarm, SwarmConfig, View};
+use potluck_averaging::{Directory, Member, Progress, Roll, Swarm, SwarmConfig};
 use potluck_net::{Env, Outcome, PeerId, Transport};
 use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// Why a state is not kept.
 const NO_LINEAGE: &str = "the state has no lineage: no session of potluck has published it";
@@ -58,11 +57,9 @@ impl Keeper {
         swarm.auxiliary = true;
         swarm.directory = config.directory;
         let network = |error: String| JoinError::Network(error);
-        let (closed, known) = (swarm.owner.is_some(), Arc::new(OnceLock::<watch::Receiver<View>>::new()));
+        let (closed, known) = (swarm.owner.is_some(), Arc::new(OnceLock::<Roll>::new()));
         let members = known.clone();
-        let admits = move |peer: &PeerId| {
-            !closed || members.get().is_some_and(|view| view.borrow().members.contains_key(peer))
-        };
+        let admits = move |peer: &PeerId| !closed || members.get().is_some_and(|roll| roll.contains(peer));
         let exchange = Exchange::start_for(transport.clone(), env.clone(), &config.run_id, admits)
             .map_err(|error| network(error.to_string()))?;
         // From the first message on: nobody shall wait for us, and whoever comes shall see what we have.
@@ -72,15 +69,16 @@ impl Keeper {
         };
         let swarm = Swarm::join(transport, env, swarm).await.map_err(|error| network(error.to_string()))?;
         // Only the first and only call sets it.
-        let _ = known.set(swarm.members());
+        let _ = known.set(swarm.roll());
         Ok(Self { swarm, exchange })
     }
 
     /// Peers that train, with the epoch that each works on.
     pub fn trainers(&self) -> Vec<(PeerId, u64)> {
-        let view = self.swarm.view();
-        let others = view.members.into_iter().filter(|(_, member)| !member.local && !member.auxiliary);
-        others.map(|(peer, member)| (peer, member.epoch)).collect()
+        let trainer = |(peer, member): (&PeerId, &Member)| {
+            (!member.local && !member.auxiliary).then_some((*peer, member.epoch))
+        };
+        self.swarm.look(|view| view.members.iter().filter_map(trainer).collect())
     }
 
     /// Resolves when `trainers` may have changed. Cancel-safe.

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_averaging::{
     Averager, AveragerConfig, JoinError as SwarmError, Member, Progress, Round, RoundError, RoundErrorKind,
-    RoundRequest, Swarm, SwarmConfig, View,
+    RoundRequest, Swarm, SwarmConfig,
 };
 use potluck_compression::Policy;
 use potluck_net::{Env, FaultKind, Outcome, PeerFault, PeerId, Transport};
@@ -22,14 +22,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// Without a limit from the user: far above any round whose peers are alive, because what is lost is noticed earlier.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(crate) struct Native {
     swarm: Swarm,
-    members: watch::Receiver<View>,
     gradients: Averager,
     factors: Option<Arc<Factors>>,
     state: Averager,
@@ -74,12 +72,11 @@ impl Native {
                 Averager::new(&swarm, "gradients", phases)
             }
         };
-        let (closed, members) = (config.owner.is_some(), swarm.members());
-        let admits = move |peer: &PeerId| !closed || members.borrow().members.contains_key(peer);
+        let (closed, roll) = (config.owner.is_some(), swarm.roll());
+        let admits = move |peer: &PeerId| !closed || roll.contains(peer);
         let exchange = Exchange::start_for(transport, env, &config.run_id, admits)
             .map_err(|error| JoinError::Network(error.to_string()))?;
         Ok(Self {
-            members: swarm.members(),
             gradients,
             factors,
             state: averager("state", &config.state_tensors, &config.state_compression),
@@ -237,26 +234,23 @@ impl Dialect for Native {
     }
 
     fn peers(&self) -> Vec<PeerView> {
-        let view = self.swarm.view();
-        let others = view.members.into_iter().filter(|(_, member)| !member.local);
-        others
-            .map(|(peer, member)| PeerView {
-                peer,
-                epoch: member.epoch,
-                samples: member.samples,
-                samples_per_second: member.samples_per_second as f32,
-                path: member.path,
-                rates: rates(&member),
-                auxiliary: member.auxiliary,
-                client: member.client,
-                note: member.app,
-            })
-            .collect()
+        let view_of = |(peer, member): (&PeerId, &Member)| PeerView {
+            peer: *peer,
+            epoch: member.epoch,
+            samples: member.samples,
+            samples_per_second: member.samples_per_second as f32,
+            path: member.path,
+            rates: rates(member),
+            auxiliary: member.auxiliary,
+            client: member.client,
+            note: member.app.clone(),
+        };
+        self.swarm.look(|view| view.members.iter().filter(|(_, other)| !other.local).map(view_of).collect())
     }
 
     fn twice(&self) -> BTreeSet<PeerId> {
-        let members = self.members.borrow();
-        members.members.iter().filter(|(_, member)| member.twice).map(|(peer, _)| *peer).collect()
+        let twice = |(peer, member): (&PeerId, &Member)| member.twice.then_some(*peer);
+        self.swarm.look(|view| view.members.iter().filter_map(twice).collect())
     }
 
     fn changed(&self) -> BoxFuture<'_, ()> {
@@ -358,8 +352,8 @@ impl Dialect for Native {
     }
 
     fn rates(&self) -> Rates {
-        let (view, me) = (self.members.borrow(), self.swarm.local_peer());
-        view.members.get(&me).map(rates).unwrap_or_default()
+        let me = self.swarm.local_peer();
+        self.swarm.look(|view| view.members.get(&me).map(rates).unwrap_or_default())
     }
 
     fn memory(&self) -> BTreeMap<Purpose, u64> {

@@ -515,7 +515,9 @@ fn the_rates_of_a_peer_are_those_of_its_link_and_everybody_shows_them() {
         for (peer, (up, down)) in peers.iter().zip(links) {
             let rates = shown.iter().find(|(id, _)| *id == peer.id).unwrap().1;
             let seen = f64::from(rates.down_bytes_per_second.unwrap());
-            near(f64::from(rates.up_bytes_per_second.unwrap()), up, 0.2, "bytes per second up");
+            // The fastest waits for the others: what it could send meanwhile does not show.
+            let within = if up == 300e3 { 0.25 } else { 0.05 };
+            near(f64::from(rates.up_bytes_per_second.unwrap()), up, within, "bytes per second up");
             assert!((0.3 * down..1.1 * down).contains(&seen), "of {down} bytes per second down {seen}");
         }
     });
