@@ -220,7 +220,7 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(
     assert names[0] and names[0] == names[1], "the same port and identity could be used at once"
     assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"}
     # The notice by which `potluck status` finds a dashboard: the second start has removed that of the first.
-    left = [path for path in temporary.rglob("*") if path.is_file()]
+    left = [path for path in temporary.rglob("*") if not path.is_dir()]
     assert [path.name for path in left] == ([f"{process.pid}-0.json"] if dashboard else [])
     assert set(os.listdir("/dev/shm")) <= shared_before
 
