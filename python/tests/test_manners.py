@@ -7,16 +7,21 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from test_optimizer import train_together
+from conftest import together
+from test_optimizer import SGD, backward, batches, make_model, see_each_other, train_together
 
+import potluck
 from potluck.dht import DHT
 
 MEGABYTE = 1_000_000
@@ -113,6 +118,61 @@ def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
     assert len(rounds) == 18 and all("\n" not in line and len(line) < 120 for line in rounds)
     others = [record.getMessage() for record in said if "average" not in record.getMessage()]
     assert len(others) <= 6, others
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """What `use_hivemind_log_handler` prints in a program that has set up no logging."""
+    logger = logging.getLogger("potluck")
+    before = logger.level
+    logger.setLevel(logging.NOTSET)
+    potluck.use_hivemind_log_handler("in_hivemind")
+    yield capsys
+    potluck.use_hivemind_log_handler("nowhere")
+    logger.setLevel(before)
+
+
+def test_the_log_handler_prints_the_rounds_and_who_comes_and_goes(
+    loopback_dht: Callable[..., DHT], shown: pytest.CaptureFixture[str]
+) -> None:
+    models = [make_model(), make_model()]
+    stayer, leaver = opts = [
+        potluck.Optimizer(
+            dht=loopback_dht(),
+            run_id="r",
+            target_batch_size=16,
+            batch_size_per_step=8,
+            optimizer=SGD(model.parameters()),
+            delay_state_averaging=False,
+            average_state_every=100,
+        )
+        for model in models
+    ]
+    see_each_other(opts)
+
+    def peer(index: int) -> None:
+        backward(models[index], *batches(1, 8)[0])
+        opts[index].step()
+        while opts[index].local_epoch < 1:
+            opts[index]._session.changed(0.05)
+            opts[index]._follow(0)
+
+    together(partial(peer, 0), partial(peer, 1))
+    said = shown.readouterr().err
+    rounds = re.findall(r"^.*\[INFO\] r: epoch 0: averaged gradients with 2 peers.*$", said, re.M)
+    assert len(rounds) == 2, said
+    for opt in opts:
+        # By the other one.
+        name = str(opt.dht.peer_id)[-6:]
+        assert len(re.findall(rf"^.*\[INFO\] r: peer {name} is here; 2 peers$", said, re.M)) == 1, said
+    leaver.shutdown()
+    said, deadline = shown.readouterr().err, time.monotonic() + 60
+    while " is gone; 1 peer\n" not in said and time.monotonic() < deadline:
+        stayer._session.changed(0.05)
+        stayer._follow(0)
+        said += shown.readouterr().err
+    assert len(re.findall(r"peer \S+ is gone; 1 peer$", said, re.M)) == 1, said
+    stayer.shutdown()
 
 
 def test_a_script_without_a_guard_and_with_workers(tmp_path: Path) -> None:
