@@ -444,6 +444,15 @@ def test_whole_numbers_of_every_kind_are_taken(local_dht: Callable[[], DHT], num
                 opt.step(batch_size=wrong)
 
 
+def test_a_schedule_is_that_of_the_given_optimizer(local_dht: Callable[[], DHT]) -> None:
+    given, other = (SGD(make_model().parameters()) for _ in range(2))
+    schedule = torch.optim.lr_scheduler.StepLR(given, 3)
+    with potluck.Optimizer(dht=local_dht(), optimizer=given, scheduler=schedule, **COMMON) as opt:
+        assert opt.scheduler is schedule
+    with pytest.raises(ValueError, match="made for another optimizer"):
+        potluck.Optimizer(dht=local_dht(), optimizer=other, scheduler=schedule, **COMMON)
+
+
 def test_a_schedulers_class_is_a_function_of_the_optimizer(local_dht: Callable[[], DHT]) -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     with potluck.Optimizer(
