@@ -121,20 +121,21 @@ def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
 
 
 @pytest.fixture
-def shown(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
-    """What `use_hivemind_log_handler` prints in a program that has set up no logging."""
+def no_logging() -> Iterator[None]:
+    """A program that has set up no logging."""
     logger = logging.getLogger("potluck")
     before = logger.level
     logger.setLevel(logging.NOTSET)
-    potluck.use_hivemind_log_handler("in_hivemind")
-    yield capsys
+    yield
     potluck.use_hivemind_log_handler("nowhere")
     logger.setLevel(before)
 
 
+@pytest.mark.usefixtures("no_logging")
 def test_the_log_handler_prints_the_rounds_and_who_comes_and_goes(
-    loopback_dht: Callable[..., DHT], shown: pytest.CaptureFixture[str]
+    loopback_dht: Callable[..., DHT], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    potluck.use_hivemind_log_handler("in_hivemind")
     models = [make_model(), make_model()]
     stayer, leaver = opts = [
         potluck.Optimizer(
@@ -158,7 +159,7 @@ def test_the_log_handler_prints_the_rounds_and_who_comes_and_goes(
             opts[index]._follow(0)
 
     together(partial(peer, 0), partial(peer, 1))
-    said = shown.readouterr().err
+    said = capsys.readouterr().err
     rounds = re.findall(r"^.*\[INFO\] r: epoch 0: averaged gradients with 2 peers.*$", said, re.M)
     assert len(rounds) == 2, said
     for opt in opts:
@@ -166,11 +167,11 @@ def test_the_log_handler_prints_the_rounds_and_who_comes_and_goes(
         name = str(opt.dht.peer_id)[-6:]
         assert len(re.findall(rf"^.*\[INFO\] r: peer {name} is here; 2 peers$", said, re.M)) == 1, said
     leaver.shutdown()
-    said, deadline = shown.readouterr().err, time.monotonic() + 60
+    said, deadline = capsys.readouterr().err, time.monotonic() + 60
     while " is gone; 1 peer\n" not in said and time.monotonic() < deadline:
         stayer._session.changed(0.05)
         stayer._follow(0)
-        said += shown.readouterr().err
+        said += capsys.readouterr().err
     assert len(re.findall(r"peer \S+ is gone; 1 peer$", said, re.M)) == 1, said
     stayer.shutdown()
 
