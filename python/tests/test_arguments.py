@@ -15,6 +15,7 @@ from conftest import together
 from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
 
 import potluck
+from potluck._settings import TIMING, TRACKER_TIMING
 from potluck.dht import DHT
 from potluck.optim import PowerSGDGradientAverager
 
@@ -270,6 +271,87 @@ def test_a_state_that_a_scheme_cannot_express_travels_as_it_is(local_dht: Callab
     assert torch.equal(nets[1][0].weight.isnan(), nets[0][0].weight.isnan())
 
 
+def test_state_averaging_removes_what_rounding_did_to_a_newcomer(local_dht: Callable[[], DHT]) -> None:
+    nets = [make_model(), make_model(3)]
+    common = {
+        **COMMON,
+        "target_batch_size": 16,
+        "load_state_compression": HALF,
+        "delay_state_averaging": False,
+    }
+    opts = [potluck.Optimizer(dht=local_dht(), optimizer=SGD(nets[0].parameters()), **common)]
+    for x, y in batches(2, 8):
+        backward(nets[0], x, y)
+        opts[0].step()
+        opts[0].zero_grad()
+    opts.append(potluck.Optimizer(dht=local_dht(), optimizer=SGD(nets[1].parameters()), **common))
+    opts[1].load_state_from_peers()
+    assert opts[1].local_epoch == opts[0].local_epoch == 1 and 0 < distance(*nets) < 1e-3
+
+    def train(index: int) -> None:
+        backward(nets[index], *batches(1, 8, seed=index)[0])
+        opts[index].step()
+        while opts[index].local_epoch < 2:
+            opts[index]._session.changed(0.05)
+            opts[index]._follow(0)
+
+    together(partial(train, 0), partial(train, 1))
+    assert equal(*nets)
+    for opt in opts:
+        opt.shutdown()
+
+
+@pytest.mark.parametrize("seconds", [0.001, 3600.0], ids=["too short", "an hour"])
+def test_timing_arguments_are_neither_waited_for_nor_deadlines(
+    loopback_dht: Callable[..., DHT], watched: list[Any], seconds: float
+) -> None:
+    names = ("matchmaking_time", "averaging_timeout", "allreduce_timeout", "next_chunk_timeout")
+    models = train_together(
+        loopback_dht,
+        [8, 8],
+        3,
+        delay_state_averaging=False,
+        performance_ema_alpha=0.5,
+        averager_opts=dict.fromkeys(sorted(TIMING), seconds),
+        tracker_opts=dict.fromkeys(sorted(TRACKER_TIMING), seconds),
+        **dict.fromkeys(names, seconds),
+    )
+    assert equal(*models)
+    assert [(status["rounds"], status["rounds_failed"]) for status in watched] == [(6, 0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "beside"),
+    [({}, True), ({"delay_state_averaging": False}, False), ({"use_local_updates": True}, False)],
+    ids=str,
+)
+def test_state_is_averaged_beside_the_training_unless_told_otherwise(
+    local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], beside: bool
+) -> None:
+    rounds: list[str] = []
+
+    class Session:
+        """Notes how the state is averaged."""
+
+        def __init__(self, inner: Any):
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("start_state", "average_state"):
+                rounds.append(name)
+            return getattr(self._inner, name)
+
+    join = potluck.Optimizer._join
+
+    def watched_join(self: potluck.Optimizer, **how: Any) -> None:
+        join(self, **how)
+        self._session = Session(self._session)
+
+    monkeypatch.setattr(potluck.Optimizer, "_join", watched_join)
+    train_together(local_dht, [8, 8], 2, **options)
+    assert set(rounds) == {"start_state" if beside else "average_state"}
+
+
 def test_verbose_says_every_epoch(local_dht: Callable[[], DHT], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="potluck")
     for verbose in (False, True):
@@ -289,7 +371,8 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
             given = {"optimizer": SGD(make_model().parameters()), **COMMON, **kwargs}
             potluck.Optimizer(dht=local_dht(), **given)
 
-    for name in ("part_size_bytes", "min_vector_size", "target_group_size", "compression", "client_mode"):
+    sizes = ("bandwidth", "part_size_bytes", "min_vector_size", "target_group_size")
+    for name in (*sizes, "averaging_alpha", "compression", "client_mode"):
         refused(rf"averager_opts\['{name}'\] cannot have an effect", averager_opts={name: 1})
     refused("averager_opts.*expected one of", averager_opts={"request_timout": 1})
     refused("tracker_opts.*expected one of", tracker_opts={"private_key": 1})
@@ -303,6 +386,7 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
     refused("scheduler cannot have an effect", **auxiliary, scheduler=torch.optim.lr_scheduler.ExponentialLR)
     refused("reuse_grad_buffers cannot have an effect", **auxiliary, reuse_grad_buffers=True)
     refused("ends every epoch", use_local_updates=True, average_state_every=2)
+    refused("everybody waits for it", use_local_updates=True, delay_state_averaging=True)
     for delayed in ("delay_optimizer_step", "delay_grad_averaging"):
         offloaded = {"optimizer": SGD, "params": make_model().parameters(), delayed: True}
         refused("beside a delayed step", delay_state_averaging=True, **offloaded)
@@ -316,7 +400,7 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
     turning = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
     refused("view_as_real", optimizer=SGD([turning]))
     refused("or a function that makes one", scheduler=3)
-    for name in ("averaging_alpha", "min_group_size", "compression", "auxiliary", "warn", "prefix"):
+    for name in (*sizes, "averaging_alpha", "min_group_size", "compression", "auxiliary", "warn", "prefix"):
         factory = partial(potluck.GradientAverager, **{name: 1})
         refused(rf"grad_averager_factory\['{name}'\] cannot have an effect", grad_averager_factory=factory)
     for name, value in (("averaging_alpha", 0.5), ("min_group_size", 3), ("compression", HALF)):
@@ -358,6 +442,15 @@ def test_whole_numbers_of_every_kind_are_taken(local_dht: Callable[[], DHT], num
         for wrong in (8.0, np.float64(8), True, np.int64(0)):
             with pytest.raises(ValueError, match="expected a whole number"):
                 opt.step(batch_size=wrong)
+
+
+def test_a_schedule_is_that_of_the_given_optimizer(local_dht: Callable[[], DHT]) -> None:
+    given, other = (SGD(make_model().parameters()) for _ in range(2))
+    schedule = torch.optim.lr_scheduler.StepLR(given, 3)
+    with potluck.Optimizer(dht=local_dht(), optimizer=given, scheduler=schedule, **COMMON) as opt:
+        assert opt.scheduler is schedule
+    with pytest.raises(ValueError, match="made for another optimizer"):
+        potluck.Optimizer(dht=local_dht(), optimizer=other, scheduler=schedule, **COMMON)
 
 
 def test_a_schedulers_class_is_a_function_of_the_optimizer(local_dht: Callable[[], DHT]) -> None:

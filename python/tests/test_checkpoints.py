@@ -120,6 +120,35 @@ def test_the_end_takes_a_delayed_step_along(local_dht: Callable[[], DHT]) -> Non
     assert opt.local_epoch == 1 and equal(model, reference)
 
 
+class Told:
+    """Stands for a session or a worker, and notes how long its calls of one name may take."""
+
+    def __init__(self, inner: Any, name: str, seconds: list[float]):
+        self._inner, self._name, self._seconds = inner, name, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        plain = getattr(self._inner, name)
+        if name != self._name:
+            return plain
+        return lambda seconds: (self._seconds.append(seconds), plain(seconds))[1]
+
+
+def test_a_last_step_that_does_not_end_leaves_time_for_the_farewell(local_dht: Callable[[], DHT]) -> None:
+    """Waiting for the step and leaving share one deadline."""
+    gate, model, seconds = Gate(), make_model(), []
+    opt = delayed(local_dht, model, gate)
+    opt.shutdown_timeout = 0.5
+    backward(model, *batches(1, 8)[0])
+    opt.step()
+    worker = opt._worker
+    opt._worker, opt._session = Told(worker, "take", seconds), Told(opt._session, "leave", seconds)
+    opt.shutdown()
+    gate.may_step.set()
+    assert worker.wait(30)
+    waited, farewell = seconds
+    assert 0 < waited < 0.5 and waited + farewell <= 0.51, seconds
+
+
 def test_a_delayed_step_that_fails_says_so(local_dht: Callable[[], DHT]) -> None:
     def broken(parameters: Any) -> torch.optim.Optimizer:
         made = SGD(parameters)

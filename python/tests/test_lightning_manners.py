@@ -109,32 +109,46 @@ while True:
 """
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def in_a_session(program: str, folder: Path, caches: Path, **extra: str) -> subprocess.Popen[str]:
+    """A program in a session of its own; its temporary files are in ``tmp`` of the folder."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        # torch makes itself a folder for compiled code, whoever uses it.
+        env=environment(TMPDIR=str(folder / "tmp"), TORCHINDUCTOR_CACHE_DIR=str(caches), **extra),
+        start_new_session=True,
+    )
+
+
+def until_it_trains(process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line == "going 1\n":
+            return
+    raise AssertionError("".join(lines))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("program", [PLAIN, PROGRAM + "train(0, -1)"], ids=["torch", "lightning"])
 def test_ctrl_c_once_ends_a_training(
     program: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """It is one process, and leaves neither processes nor files."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        # torch makes itself a folder for compiled code, whoever uses it.
-        env=environment(TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.mktemp("torch"))),
-        start_new_session=True,
-    )
+    process = in_a_session(program, tmp_path, tmp_path_factory.mktemp("torch"))
     try:
-        assert process.stdout
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line == "going 1\n":
-                break
-        assert lines and lines[-1] == "going 1\n", "".join(lines)
+        until_it_trains(process)
         assert members(process.pid) == [process.pid], "one process and no children"
         os.kill(process.pid, signal.SIGINT)
         asked = time.monotonic()
@@ -144,7 +158,31 @@ def test_ctrl_c_once_ends_a_training(
     finally:
         process.kill()
         process.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == ["tmp"] and not list(temporary.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"] and not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_9_leaves_nothing_and_the_same_command_goes_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No process, no socket, no temporary or shared-memory file: only the key that was asked for."""
+    caches, shared_before = tmp_path_factory.mktemp("torch"), set(os.listdir("/dev/shm"))
+    asked_for = {"PORT": free_port(), "KEY": "key", "POTLUCK_RUNTIME_DIR": str(tmp_path / "tmp" / "notices")}
+    keys = []
+    for _ in range(2):
+        process = in_a_session(PROGRAM + "train(0, -1)", tmp_path, caches, **asked_for)
+        try:
+            until_it_trains(process)
+            assert members(process.pid) == [process.pid], "one process and no children"
+        finally:
+            process.kill()
+            process.communicate()
+        assert members(process.pid) == []
+        keys.append((tmp_path / "key").read_bytes())
+    assert keys[0] == keys[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"}
+    assert not list((tmp_path / "tmp").iterdir())
+    assert set(os.listdir("/dev/shm")) <= shared_before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs network namespaces")
@@ -174,22 +212,22 @@ def beyond(reached: int, epoch: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
+@pytest.mark.timeout(240)
 def test_the_same_command_brings_a_killed_peer_back(starts: Callable[..., Peer], tmp_path: Path) -> None:
-    """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port."""
+    """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port, so that the line which
+    it printed is good after its own crash, too.
+    """
     spoken = 'print("epoch", self.trainer.strategy.local_epoch, "peers", self.trainer.strategy.num_peers, flush=True)'
     said = 'print("going", self.trainer.strategy.num_peers, flush=True)'
     assert said in PROGRAM
     (tmp_path / "program.py").write_text(PROGRAM.replace(said, spoken) + "train(0, -1)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    commands = [f"PORT={port} KEY=first.key python program.py"]
+    commands = [f"PORT={free_port()} KEY=first.key python program.py"]
     peers = [starts(commands[0])]
     commands.append(peers[0].wait_for(r"\n\s+(POTLUCK_TOKEN=.*)\n").group(1))
     peers.append(starts(commands[1]))
     for peer in peers:
         peer.wait_for(r"peers 2\n")
-    for killed, other in ((1, 0), (0, 1)):
+    for killed, other in ((1, 0), (0, 1), (1, 0)):
         peers[killed].kill()
         peers[other].wait_for(r"peers 1\n", since=len(peers[other].said))
         reached = int(peers[other].wait_for(r"epoch (\d+) peers", since=len(peers[other].said)).group(1))

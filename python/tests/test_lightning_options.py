@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import test_lightning_strategy
 import torch
 from conftest import together
 from lightning_support import QUIET, equal, loader, model_class, regression, trainer, weights
-from test_lightning_strategy import fit, strategy
+from test_lightning_strategy import fit, networked, strategy
 
 from potluck import _core
 from potluck.dht import DHT
@@ -163,3 +164,97 @@ def test_an_offloaded_optimizer_resumes(lightning: Any, clip: Any, tmp_path: Pat
     driver.fit(second, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
     assert driver.strategy.local_epoch == 32
     assert equal(weights(second), weights(whole))
+
+
+def samples_in_order(lightning: Any, chosen: Any) -> list[float]:
+    """In which order it trains, with the seed that everybody has."""
+
+    class Noting(model_class(lightning)):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.extend(batch[0][:, 0].tolist())
+            return super().training_step(batch, batch_idx)
+
+    seen: list[float] = []
+    module, driver = Noting(), trainer(lightning, chosen, max_epochs=1)
+    torch.manual_seed(7)
+    driver.fit(module, loader(shuffle=True))
+    return seen
+
+
+def test_who_joins_shuffles_in_an_order_of_its_own(lightning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is nobody to hear of: the door to the network does not train.
+    monkeypatch.setattr("potluck.optim.optimizer._HEARING_SECONDS", 0.0)
+    door = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
+    try:
+        plain = samples_in_order(lightning, "auto")
+        first, told, joined, other, told_not = (
+            samples_in_order(lightning, chosen)
+            for chosen in (
+                strategy(),
+                strategy(shuffle_differently=True),
+                networked(token=door.token("r")),
+                networked(token=door.token("r")),
+                networked(token=door.token("r"), shuffle_differently=False),
+            )
+        )
+    finally:
+        door.shutdown()
+    assert first == told_not == plain != loader().dataset[:][0][:, 0].tolist()
+    own = [plain, told, joined, other]
+    assert all(sorted(order) == sorted(plain) for order in own), "everything once"
+    assert len(set(map(tuple, own))) == 4
+
+
+def test_who_stops_early_leaves_and_the_others_go_on(lightning: Any) -> None:
+    class Meet(lightning.Callback):  # type: ignore[name-defined]
+        """Begins when both are there."""
+
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            while trainer.strategy.num_peers < 2:
+                trainer.strategy._optimizer._session.changed(0.05)
+                trainer.strategy._optimizer._follow(0)
+
+    class UntilAlone(Meet):
+        """Trains until the other one has left, and some epochs more."""
+
+        last: int | None = None
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if self.last is None and trainer.strategy.num_peers == 1:
+                self.last = trainer.strategy.local_epoch + 3
+            trainer.should_stop = self.last is not None and trainer.strategy.local_epoch >= self.last
+
+    hub, alone = _core.Hub(), UntilAlone()
+    stopper = lightning.callbacks.EarlyStopping("val", patience=0, min_delta=1e9)
+    modules = [model_class(lightning)() for _ in range(2)]
+
+    def peer(index: int, validation: Any, max_epochs: int, *callbacks: Any) -> Any:
+        dht = DHT.within_process(hub)
+        chosen = strategy(target_batch_size=16, dht=dht)
+        driver = trainer(lightning, chosen, max_epochs=max_epochs, callbacks=list(callbacks))
+        driver.fit(modules[index], loader(), validation)
+        dht.shutdown()
+        return driver
+
+    stopped, _ = together(
+        lambda: peer(0, loader(), 1000, Meet(), stopper), lambda: peer(1, None, -1, alone), timeout=100
+    )
+    assert stopped.current_epoch == 2, "one without an improvement was enough"
+    assert alone.last is not None
+
+
+def test_the_dashboard_is_there_while_it_trains(lightning: Any) -> None:
+    pages: dict[str, str] = {}
+
+    class Look(lightning.Callback):  # type: ignore[name-defined]
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            url = trainer.strategy._optimizer.dashboard_url
+            for path in ("", "metrics"):
+                pages[url + path] = urllib.request.urlopen(url + path, timeout=30).read().decode()
+
+    fit(lightning, strategy(dashboard=True), callbacks=[Look()])
+    page, metrics = pages.values()
+    assert "potluck" in page and "potluck_" in metrics
+    for url in pages:
+        with pytest.raises(OSError):
+            urllib.request.urlopen(url, timeout=5)

@@ -64,8 +64,9 @@ torch.manual_seed(3)
 strategy = HivemindStrategy(target_batch_size=128, **json.loads(arguments.settings))
 callback = UntilDone()
 checkpoint = pl.callbacks.ModelCheckpoint(dirpath=f"checkpoints-{arguments.name}", every_n_train_steps=20)
-trainer = support.trainer(pl, strategy, max_epochs=-1, callbacks=[callback, checkpoint],
-                          enable_checkpointing=True, precision=arguments.precision)
+logger = pl.loggers.CSVLogger(".", name=f"logs-{arguments.name}")
+trainer = support.trainer(pl, strategy, max_epochs=-1, callbacks=[callback, checkpoint], logger=logger,
+                          log_every_n_steps=1, enable_checkpointing=True, precision=arguments.precision)
 model = support.model_class(pl)()
 if arguments.name != "first":
     with torch.no_grad():
@@ -133,7 +134,9 @@ def test_every_way_to_join(program: Path, started: list) -> None:
         until(process, "left")
         assert process.wait(_PATIENCE_SECONDS) == 0
     assert list(program.parent.glob("checkpoints-first/*.ckpt"))
-    assert len(list(program.parent.glob("checkpoints-*"))) == 1
+    assert "loss" in (program.parent / "logs-first" / "version_0" / "metrics.csv").read_text()
+    for artefact in ("checkpoints", "logs"):
+        assert len(list(program.parent.glob(f"{artefact}-*"))) == 1, artefact
 
 
 def test_writer_can_be_set(program: Path, started: list) -> None:

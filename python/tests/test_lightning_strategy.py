@@ -124,6 +124,20 @@ def test_a_scheduler_stands_still_between_shared_epochs(lightning: Any) -> None:
     assert together.rates == [0.05] * 12 + [0.025] * 4
 
 
+@pytest.mark.parametrize("config", [{}, {"interval": "epoch"}, {"interval": "step", "frequency": 3}], ids=str)
+def test_a_scheduler_counts_shared_epochs_whatever_its_interval(
+    lightning: Any, config: dict[str, Any]
+) -> None:
+    class Configured(model_class(lightning)):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step_lr(optimizer), **config}}
+
+    module = Configured()
+    trainer(lightning, strategy(target_batch_size=32)).fit(module, loader())
+    assert module.rates == [0.05] * 12 + [0.025] * 4
+
+
 def test_scheduler_fn(lightning: Any) -> None:
     together, _driver = fit(lightning, strategy(scheduler_fn=step_lr))
     alone, _ = fit(lightning, "auto", {"make_scheduler": step_lr})
@@ -245,6 +259,7 @@ def test_work_beside_the_training(lightning: Any, options: dict[str, Any]) -> No
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop = trainer.strategy.local_epoch >= 60
+            assert {name: getattr(trainer.strategy._optimizer, name) for name in options} == options
 
     module, _ = fit(
         lightning,

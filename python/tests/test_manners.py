@@ -7,16 +7,21 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from test_optimizer import train_together
+from conftest import together
+from test_optimizer import SGD, backward, batches, make_model, see_each_other, train_together
 
+import potluck
 from potluck.dht import DHT
 
 MEGABYTE = 1_000_000
@@ -113,6 +118,62 @@ def test_a_healthy_run_says_one_line_a_round_and_warns_of_nothing(
     assert len(rounds) == 18 and all("\n" not in line and len(line) < 120 for line in rounds)
     others = [record.getMessage() for record in said if "average" not in record.getMessage()]
     assert len(others) <= 6, others
+
+
+@pytest.fixture
+def no_logging() -> Iterator[None]:
+    """A program that has set up no logging."""
+    logger = logging.getLogger("potluck")
+    before = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield
+    potluck.use_hivemind_log_handler("nowhere")
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("no_logging")
+def test_the_log_handler_prints_the_rounds_and_who_comes_and_goes(
+    loopback_dht: Callable[..., DHT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    potluck.use_hivemind_log_handler("in_hivemind")
+    models = [make_model(), make_model()]
+    stayer, leaver = opts = [
+        potluck.Optimizer(
+            dht=loopback_dht(),
+            run_id="r",
+            target_batch_size=16,
+            batch_size_per_step=8,
+            optimizer=SGD(model.parameters()),
+            delay_state_averaging=False,
+            average_state_every=100,
+        )
+        for model in models
+    ]
+    see_each_other(opts)
+
+    def peer(index: int) -> None:
+        backward(models[index], *batches(1, 8)[0])
+        opts[index].step()
+        while opts[index].local_epoch < 1:
+            opts[index]._session.changed(0.05)
+            opts[index]._follow(0)
+
+    together(partial(peer, 0), partial(peer, 1))
+    said = capsys.readouterr().err
+    rounds = re.findall(r"^.*\[INFO\] r: epoch 0: averaged gradients with 2 peers.*$", said, re.M)
+    assert len(rounds) == 2, said
+    for opt in opts:
+        # By the other one.
+        name = str(opt.dht.peer_id)[-6:]
+        assert len(re.findall(rf"^.*\[INFO\] r: peer {name} is here; 2 peers$", said, re.M)) == 1, said
+    leaver.shutdown()
+    said, deadline = capsys.readouterr().err, time.monotonic() + 60
+    while " is gone; 1 peer\n" not in said and time.monotonic() < deadline:
+        stayer._session.changed(0.05)
+        stayer._follow(0)
+        said += capsys.readouterr().err
+    assert len(re.findall(r"peer \S+ is gone; 1 peer$", said, re.M)) == 1, said
+    stayer.shutdown()
 
 
 def test_a_script_without_a_guard_and_with_workers(tmp_path: Path) -> None:
@@ -220,7 +281,7 @@ def test_kill_9_leaves_nothing_and_the_same_command_goes_on(
     assert names[0] and names[0] == names[1], "the same port and identity could be used at once"
     assert {path.name for path in tmp_path.iterdir()} == {"key", "tmp"}
     # The notice by which `potluck status` finds a dashboard: the second start has removed that of the first.
-    left = [path for path in temporary.rglob("*") if path.is_file()]
+    left = [path for path in temporary.rglob("*") if not path.is_dir()]
     assert [path.name for path in left] == ([f"{process.pid}-0.json"] if dashboard else [])
     assert set(os.listdir("/dev/shm")) <= shared_before
 

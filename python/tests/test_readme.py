@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import socket
@@ -117,6 +118,17 @@ def test_every_path_of_the_readme_exists() -> None:
 def test_the_install_without_make_names_what_the_wheel_offers() -> None:
     assert 'python -m pip install "./python[lightning]"' in README
     assert "lightning" in metadata.metadata("potluck").get_all("Provides-Extra")
+
+
+def test_the_wheel_is_for_the_python_that_the_readme_names() -> None:
+    """By its metadata, by the interface that it is built for, and by the language that it is written in."""
+    (minor,) = re.findall(r"The wheel itself runs on Python 3\.(\d+) and newer", README)
+    assert metadata.metadata("potluck")["Requires-Python"] == f">=3.{minor}"
+    assert f'"abi3-py3{minor}"' in (ROOT / "Cargo.toml").read_text()
+    sources = sorted((ROOT / "python" / "potluck").rglob("*.py"))
+    assert len(sources) > 50
+    for source in sources:
+        ast.parse(source.read_text(), source.name, feature_version=(3, int(minor)))
 
 
 def test_the_versions_of_lightning_are_those_that_make_test_installs() -> None:

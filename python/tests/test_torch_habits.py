@@ -71,6 +71,12 @@ def test_hooks_are_those_of_the_optimizer(local_dht: Callable[[], DHT], offload:
         assert "load_state_dict_pre" in seen
 
 
+@OFFLOAD
+def test_what_holds_the_state_is_the_optimizer_itself(local_dht: Callable[[], DHT], offload: bool) -> None:
+    with make(local_dht, make_model(), offload) as opt:
+        assert opt.state_averager is opt
+
+
 def test_a_peer_cannot_be_copied(local_dht: Callable[[], DHT]) -> None:
     with make(local_dht, make_model(), False) as opt:
         for act in (copy.copy, copy.deepcopy, pickle.dumps):

@@ -34,6 +34,10 @@ def test_only_the_owner_writes_under_its_key() -> None:
     assert not owner.validate(changed)
     moved = dataclasses.replace(signed, key=MSGPackSerializer.dumps("other"))
     assert not owner.validate(moved)
+    assert thief.validate(dataclasses.replace(signed, expiration_time=1.0)), "a copy has less time left"
+    in_key = record([owner.local_public_key, "scores"], 3)
+    signed = dataclasses.replace(in_key, value=owner.sign_value(in_key))
+    assert thief.validate(signed) and not thief.validate(in_key)
     assert thief.validate(record("scores", 3)), "nobody's record is everybody's"
     assert not owner.validate(record("scores", 3, subkey=b"[owner:rubbish]"))
 

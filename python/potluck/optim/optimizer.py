@@ -392,9 +392,8 @@ class Optimizer(OptimizerParts):
         if self.use_local_updates:
             self._end_losses()
         self._read_state()
-        background = self.delay_state_averaging and not (
-            self.delay_grad_averaging or self.delay_optimizer_step
-        )
+        delayed = self.delay_grad_averaging or self.delay_optimizer_step
+        background = self.delay_state_averaging and not delayed
         # Alone there is nothing to wait for, and nothing to do beside it.
         if background and len(self.status()["peers"]) > 1:
             self._session.start_state(self._state.buffer)
@@ -580,16 +579,17 @@ class Optimizer(OptimizerParts):
             logger.info("%s: now at epoch %d", self.run_id, self.local_epoch)
 
     def shutdown(self) -> None:
-        """Leave the run. Idempotent; also done at exit and by ``with``."""
+        """Leave the run, within ``shutdown_timeout``. Idempotent; also done at exit and by ``with``."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        deadline = time.monotonic() + self.shutdown_timeout
         try:
-            self._finish_step(self.shutdown_timeout)
+            self._finish_step(0.8 * self.shutdown_timeout)  # the rest is for the farewell
         except Exception as error:  # to leave in good manners matters more than the last step
             logger.warning("%s: the last optimizer step failed: %s", self.run_id, error)
         self._release_memory()
-        self._session.leave(float(self.shutdown_timeout))
+        self._session.leave(max(0.0, deadline - time.monotonic()))
         self._log_events()
 
     def __enter__(self) -> Optimizer:
