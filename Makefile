@@ -86,8 +86,11 @@ neon:  ## Test the codecs as an aarch64 program under qemu (about two minutes)
 windows:  ## Check that the command and the wheel's core compile for Windows (some minutes)
 	tools/windows $(APT)
 
-bench: wheel  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
-	cargo build --release -p potluck-cli
+bench:  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
+	@# What the network brings and what the compiler makes need not wait for each other.
+	cargo build --release -p potluck-cli & built=$$!; $(MAKE) setup && $(PY) bench/run.py --install $(ARGS); \
+		installed=$$?; wait $$built && exit $$installed
+	tools/install-wheel $(PY)
 	$(PY) bench/run.py $(ARGS)
 
 hard-days: wheel  ## Real processes, real faults, real networks (needs root); ARGS="--only spot_notice", "--minutes 60"

@@ -38,7 +38,8 @@ def measure(name: str, quick: bool) -> dict:
     try:
         for row in SUITES[name](quick):
             rows.append(row)
-            print(f"    {row.what}: {row.potluck} {row.unit}, ratio {row.ratio}", file=sys.stderr, flush=True)
+            figures = f"{row.what}: {row.potluck} {row.unit}, ratio {row.ratio}"
+            print(f"[{time.monotonic() - start:5.0f} s]   {figures}", file=sys.stderr, flush=True)
     except (PeerDied, OSError, subprocess.SubprocessError) as error:
         rows.append(failed(name, "the suite broke", "", error))
     return {
@@ -58,11 +59,16 @@ def main():
     parser.add_argument(
         "--alone", action="store_true", help="without hivemind: nothing is installed, no ratios"
     )
+    parser.add_argument(
+        "--install", action="store_true", help="install what stands beside, and measure nothing"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
     harness.alone = args.alone
     if not args.alone:
         install_hivemind()
+    if args.install:
+        return
     suites = {}
     if args.only and args.output.exists():
         suites = json.loads(args.output.read_text())["suites"]

@@ -25,13 +25,18 @@ class Peer:
         self.dht = common.join(self.system, given, common.opened())
         self.parts = common.tensors(given.numel, given.rank)
 
+    def resize(self, numel: int, window: float):
+        """Tensors of another size from the next scheme on, and how long hivemind looks for a group."""
+        self.given.numel, self.given.matchmaking_time = numel, window
+        self.parts = common.tensors(numel, self.given.rank)
+
     def choose(self, scheme: str):
         """A new averager that compresses so."""
         if self.averager is not None:
             self.averager.shutdown()
         options = {
             "dht": self.dht,
-            "prefix": f"bench-{scheme}",
+            "prefix": f"bench-{scheme}-{self.given.numel}",
             "start": True,
             "min_group_size": self.given.peers,
         }
@@ -121,7 +126,11 @@ def main():
     common.say(ready=True, address=str(peer.dht.get_visible_maddrs()[0]))
     while (line := common.hear()) != "stop":
         word, _, rest = line.partition(" ")
-        if word == "scheme":
+        if word == "size":
+            numel, window = rest.split()
+            peer.resize(int(numel), float(window))
+            common.say(ok=True)
+        elif word == "scheme":
             peer.choose(rest)
             common.say(ok=True)
         elif word == "round":

@@ -8,9 +8,14 @@ import torch.distributed as dist
 import common
 
 
+def values(numel: int, rank: int) -> torch.Tensor:
+    """All values in one vector."""
+    return torch.cat([tensor.flatten() for tensor in common.tensors(numel, rank)])
+
+
 def main():
     given = common.options(argparse.ArgumentParser())
-    flat = torch.cat([tensor.flatten() for tensor in common.tensors(given.numel, given.rank)])
+    flat = values(given.numel, given.rank)
     address = common.opened()
     if address is None:
         store = dist.TCPStore(given.listen, 0, given.peers, is_master=True, wait_for_workers=False)
@@ -23,7 +28,9 @@ def main():
     if address is not None:
         common.say(ready=True, address=address)
     while (word := common.hear()) != "stop":
-        if word.startswith("scheme"):
+        if word.startswith("size"):
+            flat = values(int(word.split()[1]), given.rank)
+        if word.startswith(("size", "scheme")):
             common.say(ok=True)
             continue
         with common.Meter() as meter:
