@@ -18,7 +18,7 @@ import pytest
 
 from potluck import _core
 from potluck.dht import DHT, DHTRecord, RecordValidatorBase
-from potluck.utils import get_dht_time
+from potluck.utils import BatchTensorDescriptor, MSGPackSerializer, get_dht_time
 
 LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False}
 
@@ -190,6 +190,41 @@ def test_a_coroutine_runs_beside(peer: Callable[..., DHT]) -> None:
 
     assert one.run_coroutine(work) == 5
     assert one.run_coroutine(work, return_future=True).result(20) == 5
+
+
+def test_a_coroutines_node_takes_several_keys_and_no_argument_without_effect(
+    peer: Callable[..., DHT],
+) -> None:
+    one = peer()
+
+    async def work(dht: DHT, node: Any) -> Any:
+        await node.store("k", 5, get_dht_time() + 30)
+        found = await node.get_many(["k", "none"])
+        assert await node.get_visible_maddrs() == dht.get_visible_maddrs()
+        with pytest.raises(TypeError, match="await_all_replicas"):
+            await node.store("k", 6, get_dht_time() + 30, await_all_replicas=False)
+        with pytest.raises(TypeError, match="sufficient_expiration_time"):
+            await node.get("k", sufficient_expiration_time=0.0)
+        return found
+
+    found = one.run_coroutine(work)
+    assert found["k"].value == 5 and found["none"] is None
+
+
+def test_the_description_of_a_batch_is_a_value(peer: Callable[..., DHT]) -> None:
+    """Extension 0x51 of msgpack, as in hivemind."""
+    torch = pytest.importorskip("torch")
+    one = peer()
+    described = BatchTensorDescriptor(
+        4, 3, dtype=torch.float16, device=torch.device("cpu"), requires_grad=True
+    )
+    assert one.store("batch", described, get_dht_time() + 30)
+    found = one.get("batch").value
+    assert type(found) is BatchTensorDescriptor and found == described
+    assert found.make_zeros(2).shape == (2, 4, 3)
+    for damaged in ({"size": [0, 1], "other": 1}, {"size": [0, 1], "dtype": "torch.load"}, [0], {"size": 3}):
+        with pytest.raises(ValueError):
+            BatchTensorDescriptor.unpackb(MSGPackSerializer.dumps(damaged))
 
 
 def test_a_coroutine_that_fails_says_why(peer: Callable[..., DHT]) -> None:

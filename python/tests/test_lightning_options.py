@@ -13,6 +13,7 @@ from conftest import together
 from lightning_support import QUIET, equal, loader, model_class, regression, trainer, weights
 from test_lightning_strategy import fit, networked, strategy
 
+import potluck
 from potluck import _core
 from potluck.dht import DHT
 
@@ -258,3 +259,56 @@ def test_the_dashboard_is_there_while_it_trains(lightning: Any) -> None:
     for url in pages:
         with pytest.raises(OSError):
             urllib.request.urlopen(url, timeout=5)
+
+
+def test_each_argument_arrives_where_it_belongs(
+    lightning: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for_the_dht = {
+        "wait_timeout": 4.0,
+        "bootstrap_timeout": 3.0,
+        "use_auto_relay": True,
+        "identity_path": str(tmp_path / "peer.key"),
+        "announce_maddrs": ["/ip4/127.0.0.1/tcp/4001"],
+        "client_mode": False,
+    }
+    for_the_optimizer = {
+        "matchmaking_time": 7.0,
+        "averaging_timeout": 20.0,
+        "averager_opts": {"request_timeout": 1.0},
+        "tracker_opts": {"min_refresh_period": 1.0},
+        "delay_state_averaging": True,
+        "average_state_every": 3,
+        "verbose": True,
+        "run_id": "named",
+        "grad_compression": potluck.Float16Compression(),
+    }
+    given: dict[str, dict[str, Any]] = {}
+    optimizer, within_process = potluck.Optimizer, DHT.within_process
+
+    def make_dht(**kwargs: Any) -> DHT:
+        given["dht"] = kwargs
+        return within_process(_core.Hub())
+
+    def make_optimizer(**kwargs: Any) -> potluck.Optimizer:
+        given["optimizer"] = kwargs
+        return optimizer(**kwargs)
+
+    monkeypatch.setattr(potluck, "DHT", make_dht)
+    chosen = networked(**for_the_dht, **for_the_optimizer)
+    monkeypatch.setattr(potluck, "Optimizer", make_optimizer)
+    fit(lightning, chosen, max_epochs=1)
+    wanted = {**for_the_dht, "start": True, "initial_peers": None, "host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
+    assert given["dht"] == wanted
+    assert for_the_optimizer == {name: given["optimizer"][name] for name in for_the_optimizer}
+    with pytest.raises(ValueError, match="use_ipfs=True cannot have an effect"):
+        monkeypatch.setattr(potluck, "DHT", DHT)
+        networked(use_ipfs=True)
+
+
+def test_local_updates_step_with_every_batch_as_plain_lightning_alone(lightning: Any) -> None:
+    ended = []
+    for chosen in (strategy(use_local_updates=True, target_batch_size=16), "auto"):
+        module, _ = fit(lightning, chosen, max_epochs=2)
+        ended.append(weights(module))
+    assert equal(*ended)

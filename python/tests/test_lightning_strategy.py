@@ -317,7 +317,19 @@ REFUSED = {
     "no batch": (lambda pl: strategy(target_batch_size=0), "above 0"),
     "a fraction": (lambda pl: strategy(batch_size=2.5), "whole number"),
     "a token beside a DHT": (lambda pl: strategy(dht=object(), token="abc"), "beside dht="),
-    "an unknown argument": (lambda pl: fit(pl, strategy(grad_compresion=None)), "grad_compresion"),
+    "an unknown argument": (lambda pl: strategy(grad_compresion=None), "grad_compresion"),
+    "a schedule": (lambda pl: strategy(scheduler=step_lr), "use scheduler_fn="),
+    "samples by another name": (lambda pl: strategy(batch_size_per_step=8), "use batch_size="),
+    "a peer without gradients": (lambda pl: strategy(auxiliary=True), "potluck keeper"),
+    "averages beside, steps not": (
+        lambda pl: strategy(delay_grad_averaging=True, delay_optimizer_step=False),
+        "leave delay_optimizer_step out",
+    ),
+    "a delayed step in place": (
+        lambda pl: strategy(delay_optimizer_step=True, offload_optimizer=False),
+        "needs offload_optimizer=True",
+    ),
+    "part sizes": (lambda pl: strategy(averager_opts={"part_size_bytes": 1}), "measured bandwidth"),
 }
 
 

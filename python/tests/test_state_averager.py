@@ -427,3 +427,11 @@ def test_what_newcomers_get_is_applied_already(local_dht: Callable[[], DHT]) -> 
     newcomer = one_value(9.0)
     assert averager(newcomer, local_dht()).load_state_from_peers(timeout=30) is not None
     assert newcomer.weight.item() == layers[0].weight.item() == 2.0
+
+
+def test_gradients_of_copies_that_there_are_not_are_refused(local_dht: Callable[[], DHT]) -> None:
+    with pytest.raises(ValueError, match="without offload_optimizer=True"):
+        averager(one_value(1.0), local_dht(), custom_gradients=True)
+    peer = averager(one_value(1.0), local_dht())
+    with pytest.raises(ValueError, match="without optimizer_step=True"):
+        peer.step(increment_epoch=True, grad_scaler=torch.amp.GradScaler("cpu"))

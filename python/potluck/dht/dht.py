@@ -339,13 +339,11 @@ class DHTNode:
         self._dht = dht
         self.peer_id = dht.peer_id
 
-    async def store(
-        self, key: Any, value: Any, expiration_time: DHTExpiration, subkey: Any = None, **kwargs: Any
-    ) -> bool:
+    async def store(self, key: Any, value: Any, expiration_time: DHTExpiration, subkey: Any = None) -> bool:
         """As :meth:`DHT.store`."""
         return await asyncio.to_thread(self._dht._store, key, value, expiration_time, subkey)
 
-    async def get(self, key: Any, latest: bool = False, **kwargs: Any) -> ValueWithExpiration[Any] | None:
+    async def get(self, key: Any, latest: bool = False) -> ValueWithExpiration[Any] | None:
         """As :meth:`DHT.get`."""
         return await asyncio.to_thread(self._dht._get, key, latest)
 

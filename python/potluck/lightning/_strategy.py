@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import potluck
-from potluck.lightning import _joining, _schedulers
+from potluck.lightning import _joining, _options, _schedulers
 from potluck.lightning._data import shuffle_differently
 from potluck.lightning._packages import bound_class, package_of, packages_in_use, submodule
 from potluck.lightning._roster import Roster
@@ -117,9 +117,9 @@ class HivemindStrategy(_StrategyBase):
         self._reuse_grad_buffers = reuse_grad_buffers
         # Given to potluck.Optimizer only if given here, so that its own defaults and its own refusals hold.
         delays = {
-            "delay_optimizer_step": delay_optimizer_step or None,
+            "delay_optimizer_step": delay_optimizer_step,
             "delay_grad_averaging": delay_grad_averaging or None,
-            "offload_optimizer": offload_optimizer or None,
+            "offload_optimizer": offload_optimizer,
             "reuse_grad_buffers": reuse_grad_buffers or None,
             "averager_opts": averager_opts,
             "verbose": verbose or None,
@@ -136,6 +136,7 @@ class HivemindStrategy(_StrategyBase):
             **{name: value for name, value in delays.items() if value is not None},
             **optimizer_kwargs,
         }
+        _options.check(dht, self._rebuild, optimizer_kwargs, self._optimizer_kwargs)
         if not use_relay:
             raise ValueError(
                 "use_relay=False cannot have an effect: where two peers find no direct way, a third one relays for them, "

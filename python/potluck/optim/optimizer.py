@@ -118,7 +118,6 @@ class Optimizer(OptimizerParts):
                 "average_state_every", average_state_every, most=2**32 - 1
             ),
             load_state_timeout=float(load_state_timeout),
-            alpha=performance_ema_alpha,
             admission=dht.admission(run_id, owner),
         )
         self.dashboard_url = _dashboard.serve(self._session, run_id, dashboard)
@@ -131,7 +130,6 @@ class Optimizer(OptimizerParts):
         load_compression: CompressionBase,
         average_state_every: int,
         load_state_timeout: float,
-        alpha: float,
         admission: tuple[str | None, str | None],
     ) -> None:
         tensors, state_tensors = self._tensor_infos()
@@ -171,7 +169,6 @@ class Optimizer(OptimizerParts):
             target_batch_size=self.target_batch_size,
             client_mode=self.client_mode,
             epoch_of=lambda epoch: epoch,
-            alpha=alpha,
         )
         self._outlook = Outlook(self.target_batch_size)
         self._worker = StepWorker(self._session.optimizer_ready)

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from potluck import _core, _settings
+from potluck.utils.logging import get_logger
 from potluck.utils.performance_ema import PerformanceEMA
 from potluck.utils.timed_storage import DHTExpiration, get_dht_time
+
+logger = get_logger("potluck")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,17 @@ class SessionTracker:
         target_batch_size: int,
         client_mode: bool,
         epoch_of: Callable[[int], int],
-        alpha: float = 0.1,
     ):
         self._status, self.target_batch_size, self.client_mode = status, target_batch_size, client_mode
         self._epoch_of = epoch_of
-        self.performance_ema = PerformanceEMA(alpha=alpha)
+
+    @property
+    def performance_ema(self) -> PerformanceEMA:
+        """This peer's speed as its session measures it, in hivemind's form: of now, and not to be updated."""
+        measured, speed = PerformanceEMA(), self.local_progress.samples_per_second
+        if speed > 0:
+            measured.update(speed, interval=1.0)
+        return measured
 
     @property
     def global_progress(self) -> GlobalTrainingProgress:
@@ -113,9 +122,8 @@ class SessionTracker:
 
     @contextmanager
     def pause_updates(self) -> Iterator[None]:
-        """Do not count the time spent inside as training."""
-        with self.performance_ema.pause():
-            yield
+        """Kept for hivemind's scripts: the session measures the speed from step to step, with whatever lies between."""
+        yield
 
 
 class ProgressTracker(SessionTracker):
@@ -142,8 +150,13 @@ class ProgressTracker(SessionTracker):
     ):
         if private_key is not None:
             raise ValueError("private_key cannot have an effect: reports are signed with the peer's own key")
+        if not daemon:
+            raise ValueError(
+                "daemon=False cannot have an effect: potluck runs in threads of this process, which end with it"
+            )
         client = bool(getattr(dht, "client_mode", False) if client_mode is None else client_mode)
-        self.dht, self.prefix = dht, prefix
+        self.dht, self.prefix, self.status_loglevel = dht, prefix, status_loglevel
+        self._ema = PerformanceEMA(alpha=performance_ema_alpha)
         self._session: _core.Session | None = None
         self._reported = 0
         super().__init__(
@@ -151,7 +164,6 @@ class ProgressTracker(SessionTracker):
             target_batch_size=_settings.positive("target_batch_size", target_batch_size),
             client_mode=client,
             epoch_of=lambda epoch: epoch,
-            alpha=performance_ema_alpha,
         )
         if start:
             self.start()
@@ -179,6 +191,17 @@ class ProgressTracker(SessionTracker):
         self._running.step(0)
         return json.loads(self._running.status())  # type: ignore[no-any-return]
 
+    @property
+    def performance_ema(self) -> PerformanceEMA:
+        """This peer's speed by what was reported here."""
+        return self._ema
+
+    @contextmanager
+    def pause_updates(self) -> Iterator[None]:
+        """Do not count the time spent inside as training."""
+        with self._ema.pause():
+            yield
+
     def report_local_progress(
         self, local_epoch: int, samples_accumulated: int, update_global: bool = True
     ) -> None:
@@ -190,9 +213,13 @@ class ProgressTracker(SessionTracker):
                 f"samples_accumulated={samples_accumulated}: was {self._reported} in this epoch already"
             )
         if new:
-            self.performance_ema.update(new)
+            self._ema.update(new)
         self._reported = samples_accumulated
         self._running.step(new)
+        if logger.isEnabledFor(self.status_loglevel):
+            run = self.global_progress
+            line = f"{run.samples_accumulated} of {self.target_batch_size} samples of epoch {run.epoch}"
+            logger.log(self.status_loglevel, "%s: %s, from %d peers", self.prefix, line, run.num_peers)
 
     def update_epoch(self, new_epoch: int | None = None) -> int:
         """This peer works on a new epoch."""

@@ -51,6 +51,11 @@ class TrainingStateAverager(CodecAverager):
     ):
         if initialize_optimizer is False and average_opt_statistics:
             raise ValueError("average_opt_statistics needs initialize_optimizer: the statistics must exist")
+        if custom_gradients and not offload_optimizer:
+            raise ValueError(
+                "custom_gradients=True cannot have an effect without offload_optimizer=True: the optimizer inside has the "
+                "model's own parameters, and takes their gradients"
+            )
         if reuse_tensors is False:
             raise ValueError(
                 "reuse_tensors=False cannot have an effect: an average is kept apart from the tensors until it is applied"
@@ -147,6 +152,8 @@ class TrainingStateAverager(CodecAverager):
         self._check_step(
             delay_optimizer_step, averaging_round, delay_averaging, averaging_control, averaging_opts
         )
+        if grad_scaler is not None and not optimizer_step:
+            raise ValueError("grad_scaler cannot have an effect without optimizer_step=True")
         self._settle(averaging_round or bool(wait_for_delayed_updates), apply_delayed_updates)
         if wait_for_trigger is not None:
             wait_for_trigger()

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from potluck.utils.serializer import MSGPackSerializer
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,6 +60,7 @@ class TensorDescriptor(DescriptorBase):
     make_empty = make_zeros
 
 
+@MSGPackSerializer.ext_serializable(0x51)
 @dataclasses.dataclass(repr=True, frozen=True)
 class BatchTensorDescriptor(TensorDescriptor):
     """A tensor whose first dimension is a batch of any size."""
@@ -84,3 +87,35 @@ class BatchTensorDescriptor(TensorDescriptor):
         return torch.zeros((batch_size, *self.size[1:]), **{**kwargs, **overrides})
 
     make_empty = make_zeros
+
+    def packb(self) -> bytes:
+        """As a value of the DHT: the fields by name, those of torch as text."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        of_torch = {name: None if fields[name] is None else str(fields[name]) for name in _OF_TORCH}
+        return MSGPackSerializer.dumps({**fields, **of_torch})
+
+    @classmethod
+    def unpackb(cls, raw: bytes) -> BatchTensorDescriptor:
+        """What :meth:`packb` wrote; anything else is a ``ValueError``."""
+        import torch
+
+        fields = MSGPackSerializer.loads(raw)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or not known >= fields.keys() or "size" not in fields:
+            raise ValueError("no description of a batch: expected a dictionary of its fields")
+        size = fields.pop("size")
+        for name in ("dtype", "layout"):
+            if (text := fields.get(name)) is not None:
+                fields[name] = getattr(torch, str(text).removeprefix("torch."), None)
+                if not isinstance(fields[name], getattr(torch, name)):
+                    raise ValueError(f"{name}={text!r}: not known here")
+        try:
+            if fields.get("device") is not None:
+                fields["device"] = torch.device(fields["device"])
+            return cls(*(int(length) for length in size[1:]), **fields)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"no description of a batch: {error}") from None
+
+
+# Fields whose values are torch's.
+_OF_TORCH = ("dtype", "layout", "device")
