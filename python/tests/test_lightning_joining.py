@@ -166,3 +166,22 @@ def test_a_notebook_gets_the_argument_only(monkeypatch: pytest.MonkeyPatch) -> N
     text = _joining.joining_text([ADDRESS], "potluck1abc")
     assert "HivemindStrategy(..., token='potluck1abc')" in text
     assert "ipykernel" not in text
+
+
+def test_a_token_that_lost_its_end_on_the_way_is_an_error_and_no_lonely_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dht = DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False)
+    try:
+        token = dht.token("a-run")
+    finally:
+        dht.shutdown()
+    for broken in (
+        token[:-5],
+        token[: len(token) // 2],
+        "potluck1garbage",
+        token.replace("potluck1", "potluck2"),
+    ):
+        monkeypatch.setenv("POTLUCK_TOKEN", broken)
+        with pytest.raises(ValueError, match=r"token|POTLUCK_TOKEN"):
+            HivemindStrategy(target_batch_size=8, host_maddrs=["/ip4/127.0.0.1/tcp/0"])

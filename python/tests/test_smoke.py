@@ -66,6 +66,27 @@ def test_the_smoke_test_and_the_command_are_built_and_run_on_every_platform() ->
         assert any(what in text for key, text in strings_in(jobs[job]) if key == "run")
 
 
+def test_wheels_are_built_in_release_mode_for_the_machines_they_are_built_on_and_stay_small() -> None:
+    (job,) = (yaml.safe_load(w.read_text())["jobs"]["wheel"] for w in WORKFLOWS if w.stem == "wheels")
+    targets = {
+        case["os"].rstrip("0123456789.-"): case["target"] for case in job["strategy"]["matrix"]["include"]
+    }
+    arm = targets.pop("ubuntu-24.04-arm")
+    assert arm == "aarch64-unknown-linux-gnu" and targets == {
+        "ubuntu": "x86_64-unknown-linux-gnu",
+        "macos": "aarch64-apple-darwin",
+        "windows": "x86_64-pc-windows-msvc",
+    }
+    (build,) = (step["with"] for step in job["steps"] if "maturin-action" in step.get("uses", ""))
+    assert build["target"] == "${{ matrix.target }}" and "--release" in build["args"].split()
+    assert any(text.startswith("test ") and "-lt 20000000" in text for _, text in strings_in(job))
+
+
+def test_a_warning_fails_a_test_and_none_runs_for_ever(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("filterwarnings") == ["error"]
+    assert 0 < float(pytestconfig.getini("timeout")) <= 300
+
+
 def test_the_finder_of_paths_finds_them() -> None:
     text = """
     steps:
