@@ -57,6 +57,7 @@ oldest-lightning: wheel  ## All of Lightning's tests with the oldest Lightning t
 check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo fmt --all --check
 	cargo clippy --locked --release --workspace --all-targets --all-features -- -D warnings
+	cargo check --locked --release --manifest-path fuzz/Cargo.toml --target-dir fuzz/target
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --all-features
 	tools/ensure-cargo nextest 0.9.148
 	cargo nextest run --locked --release --workspace --all-features

@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 struct Ignore;
 
-impl wire::Meter for Ignore {
+impl<S> wire::Owner<S> for Ignore {
     fn sent(&self, _: usize) {}
     fn received(&self, _: usize) {}
+    fn retire(&self, _: wire::Left<S>) {}
 }
 
 // Frames come out as they went in, no more bytes than went in, and the stream ends.
