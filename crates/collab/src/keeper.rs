@@ -68,8 +68,7 @@ impl Keeper {
             None => Progress { ready: false, ..Progress::default() },
         };
         let swarm = Swarm::join(transport, env, swarm).await.map_err(|error| network(error.to_string()))?;
-        // Only the first and only call sets it.
-        let _ = known.set(swarm.roll());
+        known.get_or_init(|| swarm.roll());
         Ok(Self { swarm, exchange })
     }
 
