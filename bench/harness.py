@@ -110,12 +110,16 @@ class Worker:
             if line is not None:
                 found.append(line)
 
-    def end(self):
-        """Kill the worker and everything that it has started."""
+    def kill(self):
+        """Kill the worker and everything that it has started, and do not wait for it."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+    def end(self):
+        """Kill the worker and everything that it has started."""
+        self.kill()
         self.process.wait()
         self.reader.join(10)
         self.process.stdin.close()
@@ -167,7 +171,9 @@ class Swarm:
         return [worker.report(key, timeout) for worker in self.workers]
 
     def end(self):
-        """End every peer."""
+        """End every peer, all at once: who sees another one go begins to look for it."""
+        for worker in self.workers:
+            worker.kill()
         for worker in self.workers:
             worker.end()
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,15 @@ HIVEMIND = HERE.parent / ".venv-hivemind"
 
 
 def install_hivemind():
-    """hivemind in an environment of its own; its decoders need numpy < 2.4. The same torch as beside it."""
+    """hivemind in an environment of its own; its decoders need numpy < 2.4. The torch is the one that stands beside it."""
     if (HIVEMIND / ".installed").exists():
         return
     print("installing hivemind 1.1.12 for comparison (once)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(HIVEMIND)], check=True)
-    pip = [str(HIVEMIND / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(HIVEMIND / "bin/pip"), "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    # What is installed there comes before what is seen here: several GB that need not be there twice.
+    seen = sysconfig.get_path("purelib", vars={"base": str(HIVEMIND)})
+    (Path(seen) / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     torch = version("torch").split("+")[0]
     wanted = ["hivemind==1.1.12", "numpy<2.4", f"torch=={torch}", "bitsandbytes==0.45.5", "psutil"]
     subprocess.run([*pip, *wanted], check=True)

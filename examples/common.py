@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 # What one looks for, the line to paste and the progress bar, stands out without Lightning's hints.
-warnings.filterwarnings("ignore", message=".*(does not have many workers|tensorboardX|LeafSpec).*")
+warnings.filterwarnings("ignore", message=".*(does not have many workers|tensorboardX|LeafSpec|max_epochs).*")
 
 
 def model_class(base: type) -> type:
@@ -34,6 +34,11 @@ def model_class(base: type) -> type:
             self.log("peers", float(self.trainer.strategy.num_peers), prog_bar=True)
             self.log("epoch_of_run", float(self.trainer.strategy.local_epoch), prog_bar=True)
 
+        def on_train_epoch_end(self) -> None:
+            # The Trainers are those of the seed document, which go on for Lightning's 1000 epochs.
+            if self.current_epoch + 1 == arguments().epochs:
+                self.trainer.should_stop = True
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=3e-3)
 
@@ -53,7 +58,7 @@ def spirals(samples: int = 8192) -> DataLoader:
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=-1, help="passes over the data (default: until Ctrl-C)")
+    parser.add_argument("--epochs", type=int, default=1000, help="passes over the data (default: 1000)")
     parser.add_argument(
         "--target-batch-size", type=int, default=2048, help="samples of all peers per optimizer step"
     )

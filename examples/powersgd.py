@@ -8,7 +8,7 @@ import common
 from potluck.lightning import HivemindStrategy
 from potluck.optim.power_sgd_averager import PowerSGDGradientAverager
 
-arguments = common.arguments()
+common.arguments()
 
 trainer = Trainer(
     strategy=HivemindStrategy(
@@ -17,6 +17,5 @@ trainer = Trainer(
     ),
     accelerator="auto",
     devices=1,
-    max_epochs=arguments.epochs,
 )
 trainer.fit(common.model_class(LightningModule)(), common.spirals())

@@ -21,6 +21,5 @@ trainer = Trainer(
     ),
     accelerator="auto",
     devices=1,
-    max_epochs=arguments.epochs,
 )
 trainer.fit(common.model_class(LightningModule)(), common.spirals())

@@ -92,13 +92,18 @@ def check_opts(name: str, opts: Mapping[str, Any] | None, allowed: frozenset[str
         raise ValueError(f"{name}[{key!r}] cannot have an effect: {reason}")
 
 
-def check_factory(averager: Any) -> None:
-    """The same for a function as factory, whose arguments nobody sees: by what the averager it made has of them."""
+def check_factory(averager: Any, given: Mapping[str, Any]) -> None:
+    """The same for a function as factory, whose arguments nobody sees: by what the averager it made has of them.
+
+    ``given`` is what the function was told to hand on.
+    """
     none = NoCompression()
     plain: dict[str, Any] = {"averaging_alpha": 1.0, "auxiliary": False, "min_group_size": 2}
     plain.update(compression=none, state_compression=none)
-    set_differently = {name: None for name, value in plain.items() if getattr(averager, name) != value}
-    check_opts("grad_averager_factory", set_differently, FACTORY)
+    plain.update({name: given[name] for name in ("client_mode", "reuse_grad_buffers", "warn")})
+    set_differently = {name for name, value in plain.items() if getattr(averager, name) != value}
+    set_differently |= averager.not_as_usual()
+    check_opts("grad_averager_factory", dict.fromkeys(sorted(set_differently)), FACTORY)
 
 
 def check_compression(name: str, value: Any) -> CompressionBase:

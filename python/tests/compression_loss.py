@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from functools import partial
 from typing import Any
 
@@ -33,14 +34,52 @@ def ways(scale: Scale) -> dict[str, dict[str, Any]]:
     }
 
 
-def trained(scale: Scale, options: dict[str, Any]) -> tuple[float, float]:
+class Story:
+    """Who trains when: of three peers two stay; the third joins, and leaves; later a round fails for the second one."""
+
+    def __init__(self, epochs: int, eventful: bool):
+        self.guest = range(epochs // 4, epochs // 2) if eventful else range(0)
+        self.failing = 3 * epochs // 4 if eventful else -1
+        self.wanted, self.here = threading.Event(), threading.Event()
+
+    def size(self, epoch: int, peer: int, target: int) -> int:
+        """Samples of a peer in this epoch; all of them together are the target."""
+        present = 3 if epoch in self.guest else 2
+        return target // present + (peer < target % present) if peer < present else 0
+
+    def begin(self, epoch: int, peer: int) -> None:
+        """The two wait for the third, so that every run is the same."""
+        if peer < 2 and self.guest and epoch == self.guest.start:
+            self.wanted.set()
+            assert self.here.wait(60)
+
+
+class TooLate:
+    """A session whose peer comes to a round when the other one has made its epoch without it."""
+
+    def __init__(self, inner: Any, other: potluck.Optimizer):
+        self._inner, self._other = inner, other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def average_gradients(self, vector: Any, weight: float) -> Any:
+        epoch = self._inner.epoch
+        while self._other.local_epoch <= epoch:
+            self._inner.changed(0.05)
+        assert self._inner.average_gradients(vector, weight) is None, "this round is over"
+
+
+def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tuple[float, float]:
     """Loss on text that was never trained on, and how many times fewer bytes were sent."""
     train, held_out = _corpus.load(scale.context)
     generator = torch.Generator().manual_seed(2)
-    starts = torch.randint(len(train), (scale.epochs, scale.target_batch_size), generator=generator)
+    target, story = scale.target_batch_size, Story(scale.epochs, eventful)
+    starts = torch.randint(len(train), (scale.epochs, target), generator=generator)
     dhts: list[DHT] = []
-    peers: list[tuple[NextByte, potluck.Optimizer]] = []
-    for _ in range(2):
+    peers: dict[int, tuple[NextByte, potluck.Optimizer]] = {}
+
+    def join(index: int) -> tuple[NextByte, potluck.Optimizer]:
         known = [str(address) for dht in dhts[:1] for address in dht.get_visible_maddrs()]
         dhts.append(DHT(known, start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"], nat_port_map=False))
         torch.manual_seed(1)
@@ -49,43 +88,65 @@ def trained(scale: Scale, options: dict[str, Any]) -> tuple[float, float]:
         optimizer = potluck.Optimizer(
             dht=dhts[-1],
             run_id="loss",
-            target_batch_size=scale.target_batch_size,
-            batch_size_per_step=scale.target_batch_size // 2,
+            target_batch_size=target,
             optimizer=made["optimizer"],
             scheduler=made["lr_scheduler"]["scheduler"],
             delay_state_averaging=False,
             average_state_every=10,
             **options,
         )
-        peers.append((model, optimizer))
+        peers[index] = model, optimizer
+        return model, optimizer
 
     def run(index: int) -> None:
         model, optimizer = peers[index]
-        half = scale.target_batch_size // 2
-        for epoch in range(scale.epochs):
-            crops = [train[int(start)] for start in starts[epoch][index * half :][:half]]
+        while (epoch := optimizer.local_epoch) < scale.epochs and (size := story.size(epoch, index, target)):
+            story.begin(epoch, index)
+            session = optimizer._session
+            if index == 1 and epoch == story.failing:
+                optimizer._session = TooLate(session, peers[0][1])
+            first = sum(story.size(epoch, other, target) for other in range(index))
+            crops = [train[int(start)] for start in starts[epoch][first : first + size]]
             model.loss(*map(torch.stack, zip(*crops, strict=True))).backward()
-            optimizer.step()
+            optimizer.step(batch_size=size)
             optimizer.zero_grad()
             while optimizer.local_epoch <= epoch:
-                optimizer._session.changed(0.05)
+                session.changed(0.05)
                 optimizer._follow(0)
+            optimizer._session = session
+
+    def visit() -> None:
+        if story.guest:
+            assert story.wanted.wait(600)
+            _, optimizer = join(2)
+            optimizer.load_state_from_peers()
+            assert optimizer.local_epoch == story.guest.start
+            story.here.set()
+            run(2)
+            assert optimizer.local_epoch == story.guest.stop
+            optimizer.shutdown()
 
     try:
-        together(lambda: run(0), lambda: run(1), timeout=1200)
+        for index in range(2):
+            join(index)
+        together(lambda: run(0), lambda: run(1), visit, timeout=1200)
         with torch.no_grad():
             loss = float(peers[0][0].loss(*held_out.spread(256)))
         return loss, float(peers[0][1].status()["compression_ratio"])
     finally:
-        for _, optimizer in peers:
+        for _, optimizer in peers.values():
             optimizer.shutdown()
         for dht in dhts:
             dht.shutdown()
 
 
 def compare(scale: Scale) -> dict[str, tuple[float, float]]:
-    """Loss and saving of every way."""
-    return {name: trained(scale, options) for name, options in ways(scale).items()}
+    """Loss and saving of every way; of the lossy ones also through a join, a leave and a failed round."""
+    found = {name: trained(scale, options) for name, options in ways(scale).items()}
+    for name, options in ways(scale).items():
+        if options:
+            found[f"{name}, eventful"] = trained(scale, options, eventful=True)
+    return found
 
 
 if __name__ == "__main__":
@@ -93,5 +154,5 @@ if __name__ == "__main__":
     results = compare(QUICK if "--quick" in sys.argv else FULL)
     plain = results["uncompressed"][0]
     for name, (loss, ratio) in results.items():
-        print(f"{name:14} loss {loss:.4f} ({100 * (loss / plain - 1):+.2f} %)  {ratio:.2f} times fewer bytes")
+        print(f"{name:18} loss {loss:.4f} ({100 * (loss / plain - 1):+.2f} %)  {ratio:.2f} times fewer bytes")
     sys.exit(any(loss > 1.01 * plain for loss, _ in results.values()))

@@ -16,6 +16,7 @@ from test_optimizer import SGD, backward, batches, distance, equal, make_model, 
 
 import potluck
 from potluck._settings import TIMING, TRACKER_TIMING
+from potluck.compression import CompressionInfo
 from potluck.dht import DHT
 from potluck.optim import PowerSGDGradientAverager
 
@@ -403,9 +404,20 @@ def test_options_that_could_have_no_effect_are_refused(local_dht: Callable[[], D
     for name in (*sizes, "averaging_alpha", "min_group_size", "compression", "auxiliary", "warn", "prefix"):
         factory = partial(potluck.GradientAverager, **{name: 1})
         refused(rf"grad_averager_factory\['{name}'\] cannot have an effect", grad_averager_factory=factory)
-    for name, value in (("averaging_alpha", 0.5), ("min_group_size", 3), ("compression", HALF)):
-        function = lambda *args, name=name, value=value, **kwargs: potluck.GradientAverager(  # noqa: E731
-            *args, **kwargs, **{name: value}
+    likewise: dict[str, Callable[[list[torch.Tensor]], Any]] = {
+        "averaging_alpha": lambda _: 0.5,
+        "min_group_size": lambda _: 3,
+        "compression": lambda _: HALF,
+        "allow_state_sharing": lambda _: False,
+        "tensor_infos": lambda values: [CompressionInfo.from_tensor(value, key=0) for value in values],
+        "averaged_grads": lambda values: [torch.zeros_like(value) for value in values],
+        "warn": lambda _: True,
+        "reuse_grad_buffers": lambda _: True,
+        "client_mode": lambda _: True,
+    }
+    for name, value in likewise.items():
+        function = lambda values, name=name, value=value, **kwargs: potluck.GradientAverager(  # noqa: E731
+            values, **{**kwargs, name: value(values)}
         )
         refused(rf"grad_averager_factory\['{name}'\] cannot have an effect", grad_averager_factory=function)
 

@@ -6,6 +6,7 @@ trains alone in plain torch: the reference.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import logging
@@ -57,12 +58,27 @@ def digest(model):
     return total.hexdigest()[:16]
 
 
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 answers."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in "arena free fast maps mapped most _ used idle top".split())
+
+
+try:
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Heap
+except (OSError, AttributeError):  # another C library
+    mallinfo = Heap
+
+
 def resources():
-    """Resident bytes that are this process's own, open files, threads."""
+    """Resident bytes that are this process's own, those of them that somebody holds, open files, threads."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
+    heap = mallinfo()
     return {
         "rss_kb": int(fields["RssAnon"].split()[0]),
+        "heap_kb": (heap.used + heap.mapped) // 1024,
         "fds": len(os.listdir("/proc/self/fd")),
         "threads": int(fields["Threads"]),
     }

@@ -105,7 +105,7 @@ def flat(crew, peers, rss_mb=8.0, fds=8):
     )
 
 
-def slope(lines, blocks=12):
+def slope(lines, what="rss_kb", blocks=12):
     """How fast the memory grows after the first third, in MB per hour, and the half width of its 95 % interval.
 
     A straight line through the least of each of twelve stretches: single readings lie together in time and are not
@@ -117,7 +117,7 @@ def slope(lines, blocks=12):
         return None
     stretches = [warm[at * size : (at + 1) * size] for at in range(blocks)]
     hours = [sum(line["at"] for line in stretch) / size / 3600 for stretch in stretches]
-    least = [min(line["rss_kb"] for line in stretch) * 1024 / 1e6 for stretch in stretches]
+    least = [min(line[what] for line in stretch) * 1024 / 1e6 for stretch in stretches]
     mean_hours, mean_least = sum(hours) / blocks, sum(least) / blocks
     spread = sum((hour - mean_hours) ** 2 for hour in hours)
     rise = sum((h - mean_hours) * (m - mean_least) for h, m in zip(hours, least, strict=True)) / spread
@@ -128,12 +128,15 @@ def slope(lines, blocks=12):
 
 def no_leak(crew, what, peers):
     """Memory grows by less than 1 MB an hour. It is a rule from half an hour on: before, caches still fill."""
-    found = [line for peer in peers if (line := slope(peer.said("epoch") + peer.said("arrived")))]
-    rise, width = max(found, default=(0.0, float("inf")))
+    found = {}
+    for kind in ("rss_kb", "heap_kb"):
+        slopes = [slope(peer.said("epoch") + peer.said("arrived"), kind) for peer in peers]
+        found[kind] = max(filter(None, slopes), default=(0.0, float("inf")))
+    (rise, width), (held, held_width) = found.values()
     binding = crew.minutes >= 60
     crew.check(
         f"{what}: memory's slope{' under 1 MB/h' if binding else ' (a rule from --minutes 60 on)'}",
-        f"{rise:+.1f} ± {width:.1f} MB/h (95 %)",
+        f"{rise:+.1f} ± {width:.1f} MB/h (95 %), of what is allocated {held:+.1f} ± {held_width:.1f}",
         not binding or rise - width < 1.0,
     )
 

@@ -59,7 +59,7 @@ def play(crew):
     crew.arrive([*stay, back])
     after = stay[0].credit(me)
     # Before everybody leaves: at the end it goes a second time, and whoever is slower sees it.
-    rules.named_once(crew, "its leave", stay, rf"peer {me[-6:]} is gone")
+    rules.named_once(crew, "its leave", stay, rf"peer {me[-6:]} has left")
     ends = crew.finish([*stay, back])
     crew.check(
         "credit goes on", f"{before} samples before, {after} at the end", before and after and after > before

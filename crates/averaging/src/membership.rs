@@ -20,6 +20,10 @@ use tokio::time::Instant;
 const FANOUT: usize = 8;
 /// Peers remembered at most, alive or not.
 const PEERS_MAX: usize = 4096;
+/// Of these, peers that are gone, the last ones: in a run that goes on for months, most peers that ever came.
+const GONE_MAX: usize = 256;
+/// Whoever is gone for less than this is remembered in any case: somebody may still believe it alive, and say so.
+const GONE_FOR: Duration = Duration::from_secs(300);
 /// A peer without a link of ours is dropped when no heartbeat of it was relayed for this long.
 const RELAYED_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Between attempts to reach a peer that was given up: partitions heal.
@@ -71,11 +75,13 @@ struct Entry {
     linked_at: Instant,
     /// How we are connected to it, and when to look again.
     path: (Option<Path>, Instant),
-    /// Since when we believe it to be alive.
-    alive_at: Instant,
+    /// Since when we believe it to be alive; or gone.
+    since: Instant,
     /// When its newest heartbeat came, directly or relayed.
     pulse_at: Instant,
     connect_at: Instant,
+    /// It was looked for since it was given up.
+    sought: bool,
     /// Heartbeats that shall still carry this item first.
     fresh: u8,
     /// It is in `reported`.
@@ -109,6 +115,10 @@ pub(crate) struct Membership {
     changed: BTreeSet<PeerId>,
     /// Peers with whom we do not average and of whom only reports are newer than the view: made anew when somebody looks.
     reported: BTreeSet<PeerId>,
+    /// How many of them were gone at the last heartbeat.
+    gone: usize,
+    /// When one of those who are gone may be looked for again.
+    next_search: Instant,
     /// We have said farewell: others now say rightly that we are gone.
     leaving: bool,
 }
@@ -134,6 +144,8 @@ impl Membership {
             fresh: BTreeSet::new(),
             changed: BTreeSet::from([me]),
             reported: BTreeSet::new(),
+            gone: 0,
+            next_search: now,
             leaving: false,
         }
     }
@@ -200,10 +212,11 @@ impl Membership {
             twice: false,
             linked: false,
             linked_at: now,
-            alive_at: now,
+            since: now,
             path: (None, now),
             pulse_at: now,
             connect_at: now,
+            sought: false,
             fresh: 0,
             reported: false,
         }))
@@ -309,7 +322,7 @@ impl Membership {
             }
             return;
         }
-        let Some(news) = self.only_newer(now, news) else { return };
+        let Some(news) = self.only_newer(now, news).filter(|news| !self.is_past(news)) else { return };
         if !news.addresses.is_empty() {
             actions.push(Action::AddAddresses(news.peer, news.addresses.clone()));
         }
@@ -367,10 +380,12 @@ impl Membership {
             (entry.incarnation, entry.standing) = (incarnation, standing);
             entry.fresh = if spread { repeats } else { 0 };
             let is_alive = standing == Standing::Alive;
+            if is_alive != was_alive {
+                (entry.since, entry.sought) = (now, false);
+            }
             if is_alive && !was_alive {
                 entry.detector = Detector::new(now);
                 entry.connect_at = now + RETRY;
-                entry.alive_at = now;
                 unlinked = !entry.linked;
             }
             let wakeup = entry.detector.next_wakeup();
@@ -420,6 +435,10 @@ impl Membership {
         self.hear_of(now, peer, incarnation, Standing::Left, None, true, actions);
     }
 
+    pub(crate) fn has_left(&self, peer: &PeerId) -> bool {
+        self.peers.get(peer).is_some_and(|entry| entry.standing == Standing::Left)
+    }
+
     pub(crate) fn vouched(&mut self, now: Instant, peer: PeerId, incarnation: u64, age: Duration) {
         if let Some(entry) = self.peers.get_mut(&peer)
             && entry.incarnation <= incarnation
@@ -444,6 +463,7 @@ impl Membership {
             self.introduce_more(now, actions);
             self.release_needless(now, actions);
             self.connect_missing(now, actions);
+            self.look_for_the_gone(now, actions);
         }
         // Before, nobody's silence is long enough.
         if now >= self.next_look {
@@ -485,9 +505,9 @@ impl Membership {
 
     fn bury(&mut self, now: Instant, peer: PeerId, actions: &mut Vec<Action>) {
         let Some(entry) = self.peers.get_mut(&peer) else { return };
-        entry.standing = Standing::Dead;
-        entry.fresh = 4;
+        (entry.standing, entry.since, entry.sought) = (Standing::Dead, now, false);
         entry.connect_at = now + RETRY;
+        entry.fresh = 4;
         self.mesh.count(self.mesh.alive().saturating_sub(1));
         self.fresh.insert(peer);
         self.changed.insert(peer);

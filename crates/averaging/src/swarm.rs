@@ -186,6 +186,11 @@ impl Swarm {
         at(&self.inner.view.borrow())
     }
 
+    /// Whether this peer has said farewell, as far as we remember.
+    pub fn has_left(&self, peer: &PeerId) -> bool {
+        self.inner.lock().membership.has_left(peer)
+    }
+
     /// Answers whether somebody is a member, and keeps nobody in the run.
     pub fn roll(&self) -> Roll {
         Roll(Arc::downgrade(&self.inner))

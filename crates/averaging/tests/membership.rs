@@ -96,6 +96,28 @@ fn a_partition_heals_to_one_view() {
 }
 
 #[test]
+fn a_partition_heals_among_many_who_are_gone_for_good() {
+    run(15, async |net| {
+        let mut swarms = swarm(&net, 30).await;
+        all_see(&swarms, 30).await;
+        for dead in swarms.split_off(6) {
+            net.crash(dead.local_peer());
+        }
+        all_see(&swarms, 6).await;
+        let ids: Vec<PeerId> = swarms.iter().map(Swarm::local_peer).collect();
+        let split = net.partition(&ids[..3], &ids[3..], false);
+        all_see(&swarms, 3).await;
+        // By now each has looked for everybody once.
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        drop(split);
+        let before = net.elapsed();
+        all_see(&swarms, 6).await;
+        let took = net.elapsed() - before;
+        assert!(took < Duration::from_secs(30), "{took:?}");
+    });
+}
+
+#[test]
 fn whoever_joins_knows_at_once_how_far_the_others_are() {
     run(14, async |net| {
         let near = PeerSpec { latency: Duration::from_millis(1), ..PeerSpec::default() };

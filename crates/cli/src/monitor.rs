@@ -178,10 +178,10 @@ fn differences(before: &Status, now: &Status) -> Vec<Event> {
     let (had, have) = (ids(before), ids(now));
     let peers = have.len();
     let joined = have.difference(&had).map(|peer| Event::Joined { peer: *peer, peers });
-    let lost = had.difference(&have).map(|peer| Event::Lost { peer: *peer, peers });
+    let lost = had.difference(&have).map(|peer| Event::Lost { peer: *peer, peers, left: false });
     let mut events: Vec<Event> = joined.chain(lost).collect();
     if now.alone && !before.alone {
-        events.push(Event::Alone { epoch: now.epoch });
+        events.push(Event::Alone { epoch: now.epoch, left: false });
     }
     if let Some(round) = now.last_round.as_ref().filter(|round| {
         before

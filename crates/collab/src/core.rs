@@ -141,8 +141,14 @@ impl Core {
         }
     }
 
-    /// Take in who is here; answers what changed.
-    pub(crate) fn see(&mut self, peers: Vec<PeerView>, twice: BTreeSet<PeerId>, events: &mut Vec<Event>) {
+    /// Take in who is here; answers what changed. `has_left` tells of those who are gone whether they said farewell.
+    pub(crate) fn see(
+        &mut self,
+        peers: Vec<PeerView>,
+        twice: BTreeSet<PeerId>,
+        has_left: impl Fn(&PeerId) -> bool,
+        events: &mut Vec<Event>,
+    ) {
         let seen: BTreeMap<PeerId, PeerView> = peers.into_iter().map(|view| (view.peer, view)).collect();
         let count = seen.len() + 1;
         for (peer, view) in &seen {
@@ -156,14 +162,17 @@ impl Core {
                 self.gone.changed(*peer, before.epoch, then, now);
             }
         }
+        let mut politely = true;
         for (peer, view) in self.peers.iter().filter(|(peer, _)| !seen.contains_key(peer)) {
             self.gone.lost(*peer, view.epoch, gone::told(&view.note));
-            events.push(Event::Lost { peer: *peer, peers: count });
+            let left = has_left(peer);
+            politely &= left || view.auxiliary;
+            events.push(Event::Lost { peer: *peer, peers: count, left });
         }
         // A keeper or a helper computes nothing: with only them, this peer trains alone.
         let company = seen.values().any(|view| !view.auxiliary);
         if !company && self.was_in_company {
-            events.push(Event::Alone { epoch: self.lineage.epoch });
+            events.push(Event::Alone { epoch: self.lineage.epoch, left: politely });
         }
         self.was_in_company = company;
         self.peers = seen;

@@ -13,7 +13,7 @@ fn in_company() -> Core {
     let start = Lineage::genesis("run", &[0; 32]);
     let mut core = Core::new(PeerId::from_ed25519(&[1; 32]), config, start, 7);
     core.adopt_lineage(start.next_epoch(&[1; 32], TARGET), Instant::now());
-    core.see(vec![view(2, core.lineage)], BTreeSet::new(), &mut Vec::new());
+    core.see(vec![view(2, core.lineage)], BTreeSet::new(), |_| false, &mut Vec::new());
     core
 }
 
@@ -51,7 +51,7 @@ async fn whoever_missed_a_round_computes_on_instead_of_trying_all_the_time() {
     assert!((5..10).contains(&failures), "{failures} in 10 s");
     // The others have finished: their epoch is loaded, and nothing is held back any more.
     let ahead = core.lineage.next_epoch(&[2; 32], TARGET);
-    core.see(vec![view(2, ahead)], BTreeSet::new(), &mut Vec::new());
+    core.see(vec![view(2, ahead)], BTreeSet::new(), |_| false, &mut Vec::new());
     assert_eq!(core.next(Instant::now(), |_| false), Step::LoadState);
     core.adopt_lineage(ahead, Instant::now());
     assert_eq!(core.next(Instant::now(), |_| false), Step::Average);
@@ -62,11 +62,11 @@ async fn whoever_loaded_a_state_just_before_it_was_averaged_loads_it_again_and_n
     let mut newcomer = in_company();
     let before = newcomer.lineage;
     let averaged = before.state_averaged(&[9; 32]);
-    newcomer.see(vec![view(2, averaged)], BTreeSet::new(), &mut Vec::new());
+    newcomer.see(vec![view(2, averaged)], BTreeSet::new(), |_| false, &mut Vec::new());
     assert_eq!(newcomer.next(Instant::now(), |_| false), Step::LoadState, "at once");
     let mut other = in_company();
     other.adopt_lineage(averaged, Instant::now());
-    other.see(vec![view(1, before)], BTreeSet::new(), &mut Vec::new());
+    other.see(vec![view(1, before)], BTreeSet::new(), |_| false, &mut Vec::new());
     assert_eq!(other.winner(Instant::now()), None);
 }
 
@@ -81,7 +81,7 @@ fn what_a_peer_gave_is_shown_when_it_is_gone_and_when_it_has_begun_anew() {
                 Note { lineage, contributed, loss: None, state_due: None, sketch: None, waiting: None };
             PeerView { note: note.encode(), ..view(2, lineage) }
         });
-        core.see(told.into_iter().collect(), BTreeSet::new(), &mut Vec::new());
+        core.see(told.into_iter().collect(), BTreeSet::new(), |_| false, &mut Vec::new());
         let Status { peers, left, .. } = core.status();
         (peers.get(1).map(|here| here.contributed), left.first().map(|left| (left.peer, left.contributed)))
     };

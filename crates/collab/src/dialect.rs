@@ -245,6 +245,11 @@ pub trait Dialect: Send + Sync + 'static {
         BTreeSet::new()
     }
 
+    /// Whether this peer, which is not among `peers`, has said farewell.
+    fn has_left(&self, _peer: &PeerId) -> bool {
+        false
+    }
+
     /// Resolves when `peers` or `round_open` may have changed. Cancel-safe.
     fn changed(&self) -> BoxFuture<'_, ()>;
 

@@ -51,6 +51,8 @@ pub enum Event {
         peer: PeerId,
         /// Live peers now, this one included.
         peers: usize,
+        /// Whether it said farewell.
+        left: bool,
     },
     /// Two machines are in the run under one identity: its file was copied.
     Copied {
@@ -63,6 +65,8 @@ pub enum Event {
     Alone {
         /// The epoch at which it happened.
         epoch: u64,
+        /// Whether the last ones said farewell: then nothing is wrong with anybody's network.
+        left: bool,
     },
     /// Two histories met, and ours gives way: epochs that this peer went through are lost.
     LineageLost {
@@ -106,7 +110,7 @@ const SATURATED_WORTH_SAYING: u64 = 1000;
 impl Event {
     /// Whether somebody should do something about it.
     pub fn is_warning(&self) -> bool {
-        matches!(self, Self::Alone { .. } | Self::LineageLost { .. } | Self::Copied { .. })
+        matches!(self, Self::Alone { left: false, .. } | Self::LineageLost { .. } | Self::Copied { .. })
     }
 }
 
@@ -149,14 +153,23 @@ impl fmt::Display for Event {
                 faults(who)
             ),
             Self::Joined { peer, peers: now } => write!(f, "peer {} is here; {}", peer.short(), peers(*now)),
-            Self::Lost { peer, peers: now } => write!(f, "peer {} is gone; {}", peer.short(), peers(*now)),
+            Self::Lost { peer, peers: now, left } => {
+                let how = if *left { "has left" } else { "is gone" };
+                write!(f, "peer {} {how}; {}", peer.short(), peers(*now))
+            }
             Self::Copied { peer, is_me } => write!(
                 f,
                 "{} {} is used by two machines at once: its identity file was copied; give one of them its own",
                 if *is_me { "the identity of THIS peer," } else { "the identity of peer" },
                 peer.short()
             ),
-            Self::Alone { epoch } => write!(
+            Self::Alone { epoch, left: true } => {
+                write!(
+                    f,
+                    "alone at epoch {epoch}: every other peer has left; going on, whoever joins is welcome"
+                )
+            }
+            Self::Alone { epoch, left: false } => write!(
                 f,
                 "ALONE at epoch {epoch}: every other peer is gone; looking for them, check this machine's network"
             ),

@@ -253,6 +253,10 @@ impl Dialect for Native {
         self.swarm.look(|view| view.members.iter().filter_map(twice).collect())
     }
 
+    fn has_left(&self, peer: &PeerId) -> bool {
+        self.swarm.has_left(peer)
+    }
+
     fn changed(&self) -> BoxFuture<'_, ()> {
         Box::pin(self.swarm.changed())
     }

@@ -388,7 +388,8 @@ impl Inner {
 
     fn look(&self, core: &mut Core) {
         let mut events = Vec::new();
-        core.see(self.dialect.peers(), self.dialect.twice(), &mut events);
+        let has_left = |peer: &PeerId| self.dialect.has_left(peer);
+        core.see(self.dialect.peers(), self.dialect.twice(), has_left, &mut events);
         for event in events {
             self.emit(event);
         }

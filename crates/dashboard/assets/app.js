@@ -157,7 +157,8 @@ function happened(event) {
   if (well(event)) return;
   const item = document.createElement("li");
   item.textContent = event.text;
-  if (["alone", "copied", "lost", "round_failed", "state_failed", "lineage_lost"].includes(event.what.event)) item.className = "bad";
+  const bad = ["alone", "copied", "lost", "round_failed", "state_failed", "lineage_lost"];
+  if (bad.includes(event.what.event) && !event.what.left) item.className = "bad";
   $("events").prepend(item);
   while ($("events").children.length > 200) $("events").lastChild.remove();
 }

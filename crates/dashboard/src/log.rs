@@ -188,7 +188,7 @@ mod tests {
 
     async fn session(path: &Path, epoch: u64) {
         let (sender, receiver) = broadcast::channel(8);
-        sender.send(Event::Alone { epoch }).unwrap();
+        sender.send(Event::Alone { epoch, left: false }).unwrap();
         sender.send(Event::Left).unwrap();
         drop(sender);
         write_log(path, statuses(epoch).subscribe(), receiver).await.unwrap();

@@ -59,7 +59,7 @@ async fn real_live_events_arrive_and_are_kept_for_later_pages() {
         let read = live.read(&mut buffer).await.unwrap();
         text.push_str(&String::from_utf8_lossy(&buffer[..read]));
     }
-    events.send(Event::Alone { epoch: 4 }).unwrap();
+    events.send(Event::Alone { epoch: 4, left: false }).unwrap();
     while !text.contains("\"event\":\"alone\"") {
         let read = live.read(&mut buffer).await.unwrap();
         assert!(read > 0, "the stream ended: {text}");

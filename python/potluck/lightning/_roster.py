@@ -107,9 +107,13 @@ class Roster:
 
         Whoever cannot be told within a moment sees the record expire: a network that is down holds nobody here. Idempotent.
         """
+        self.leave()
+        self._thread.join(_FAREWELL_SECONDS)
+
+    def leave(self) -> None:
+        """As :meth:`close`, without waiting for it."""
         self._stop.set()
         self._changed.set()
-        self._thread.join(_FAREWELL_SECONDS)
 
     def _keep(self) -> None:
         while not self._stop.is_set():

@@ -532,9 +532,11 @@ class HivemindStrategy(_StrategyBase):
         roster, self._roster = self._roster, None
         if roster is not None:
             self._wrote_last_run = roster.is_writer
-            roster.close()
+            roster.leave()  # it tells the others while the optimizer does
         if self._optimizer is not None:
             self._optimizer.shutdown()
+        if roster is not None:
+            roster.close()
         if self._dht is not None and self._own_dht:
             self._dht.shutdown()
             self._dht = None

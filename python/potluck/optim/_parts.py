@@ -87,21 +87,21 @@ class OptimizerParts(OptimizerFacts):
     def _make_grad_averager(self, factory: Callable[..., GradientAverager] | None) -> GradientAverager | None:
         if self.use_local_updates:
             return None
-        averager = (factory or GradientAverager)(
-            self._inner.model,
-            dht=self.dht,
-            prefix=f"{self.run_id}_grad_averager",
-            reuse_grad_buffers=self.reuse_grad_buffers,
-            client_mode=self.client_mode,
-            warn=False,
-            start=False,
-            extra_values=len(self._inner.model) + 2 * int(self._averages_loss),
-        )
+        given = {
+            "dht": self.dht,
+            "prefix": f"{self.run_id}_grad_averager",
+            "reuse_grad_buffers": self.reuse_grad_buffers,
+            "client_mode": self.client_mode,
+            "warn": False,
+            "start": False,
+            "extra_values": len(self._inner.model) + 2 * int(self._averages_loss),
+        }
+        averager = (factory or GradientAverager)(self._inner.model, **given)
         if not isinstance(averager, GradientAverager):
             raise TypeError(
                 f"grad_averager_factory returned a {type(averager).__name__}, not a potluck GradientAverager"
             )
-        _settings.check_factory(averager)
+        _settings.check_factory(averager, given)
         return averager
 
     @property

@@ -83,6 +83,16 @@ class GradientAverager(DecentralizedAverager):
         """The numbers behind the gradients."""
         return self._flat.views[-1]
 
+    def not_as_usual(self) -> set[str]:
+        """Which arguments for buffers and state it was given that an optimizer around it has no use for."""
+        own_grads = any(
+            grad is not view for grad, view in zip(self._averaged_grads, self._flat.views, strict=False)
+        )
+        unshared = self._allow_state_sharing != (not self.client_mode and not self.auxiliary)
+        found = {"averaged_grads": own_grads, "tensor_infos": self._infos is not None}
+        found["allow_state_sharing"] = unshared
+        return {name for name, given in found.items() if given}
+
     def _show_memory(self, session: _core.Session) -> None:
         session.hold("gradients", self._flat.buffer)
         self._held = [session.hold_bytes("gathering", sum(t.nbytes for t in self._accumulators))]
