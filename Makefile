@@ -21,7 +21,7 @@ setup: $(VENV)/.installed .build/system  ## Make .venv and install what the rest
 $(VENV)/.installed: $(LOCK)
 	tools/check-needs $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r $(LOCK)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	@touch $@
 
 # Tools of the operating system: network namespaces and NAT for the network tests, a browser for the dashboard's.

@@ -26,7 +26,7 @@ def install_hivemind():
         return
     print("installing hivemind 1.1.12 for comparison (once)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", str(HIVEMIND)], check=True)
-    pip = [str(HIVEMIND / "bin/pip"), "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    pip = [str(HIVEMIND / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
     # What is installed there comes before what is seen here: several GB that need not be there twice.
     seen = sysconfig.get_path("purelib", vars={"base": str(HIVEMIND)})
     (Path(seen) / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")

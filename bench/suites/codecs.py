@@ -34,7 +34,7 @@ def codecs(quick: bool) -> Iterator[Row]:
         speed = 4e-9 * numel / statistics.median(copy)
         yield Row("compression", "memcpy", "GB/s", speed, note="the ceiling, same run")
         for scheme in SCHEMES:
-            turns = _turns(swarms, scheme, 3 if quick else 5)
+            turns = _turns(swarms, scheme, 3)
             for phase, target in zip(("encode", "decode"), TARGETS.get(scheme, (None, None))):
                 yield _row(scheme, phase, target, turns, numel)
     finally:

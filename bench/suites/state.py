@@ -45,13 +45,19 @@ def _download(system: str, donors: int, up: float, size: int) -> float:
             donor.rate(up, 1000)
         net.hosts[donors].rate(DOWN, DOWN)
         with Swarm("trainer", system, donors, net.hosts, seeds, ballast=size, target=64, pace=0.05) as swarm:
-            for worker in swarm.workers:
+            givers = list(swarm.workers)
+            for worker in givers:
                 worker.tell("train")
-            for worker in swarm.workers:
+            # It loads its programs while the others train.
+            newcomer = swarm.start(donors, net.hosts[donors])
+            for worker in givers:
                 while worker.report("step", 120)["epoch"] < 1:
                     pass
-            swarm.ask("pause", "paused")
-            newcomer = swarm.start(donors, net.hosts[donors])
+            newcomer.loaded()
+            for worker in givers:
+                worker.tell("pause")
+            for worker in givers:
+                worker.report("paused", 180)
             swarm.open(newcomer)
             report = newcomer.ask("load", "sum", 300)
             # The newcomer began with other extra tensors.

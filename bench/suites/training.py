@@ -35,7 +35,7 @@ def _watch(workers: list[Worker], steps: list[list[dict]], deadline: float, unti
 
 def overhead(quick: bool) -> Iterator[Row]:
     """68k parameters, two peers whose batches take a fixed time: from the call that reaches the target to applied."""
-    for length, count in ((1, 5),) if quick else ((1, 7), (6, 2)):
+    for length, count in ((1, 4),) if quick else ((1, 5), (6, 2)):
         found = {}
         try:
             for system in systems("potluck", "hivemind"):

@@ -55,7 +55,7 @@ class Story:
 
 
 class TooLate:
-    """A session whose peer comes to a round when the other one has made its epoch without it."""
+    """A session whose peer comes to a round when the other one has given it up."""
 
     def __init__(self, inner: Any, other: potluck.Optimizer):
         self._inner, self._other = inner, other
@@ -64,10 +64,10 @@ class TooLate:
         return getattr(self._inner, name)
 
     def average_gradients(self, vector: Any, weight: float) -> Any:
-        epoch = self._inner.epoch
-        while self._other.local_epoch <= epoch:
+        failed = self._other.status()["rounds_failed"]
+        while self._other.status()["rounds_failed"] == failed:
             self._inner.changed(0.05)
-        assert self._inner.average_gradients(vector, weight) is None, "this round is over"
+        return self._inner.average_gradients(vector, weight)
 
 
 def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tuple[float, float]:
@@ -110,10 +110,11 @@ def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tu
             model.loss(*map(torch.stack, zip(*crops, strict=True))).backward()
             optimizer.step(batch_size=size)
             optimizer.zero_grad()
-            while optimizer.local_epoch <= epoch:
+            optimizer._session = session
+            # What was dropped with a failed round is computed again.
+            while optimizer.local_epoch <= epoch and optimizer._gradients.local_samples_accumulated:
                 session.changed(0.05)
                 optimizer._follow(0)
-            optimizer._session = session
 
     def visit() -> None:
         if story.guest:

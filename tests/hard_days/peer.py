@@ -61,7 +61,8 @@ def digest(model):
 class Heap(ctypes.Structure):
     """What glibc's mallinfo2 answers."""
 
-    _fields_ = tuple((name, ctypes.c_size_t) for name in "arena free fast maps mapped most _ used idle top".split())
+    NAMES = ("arena", "free", "fast", "maps", "mapped", "most", "_", "used", "idle", "top")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES)
 
 
 try:

@@ -1,6 +1,10 @@
-//! Which runs have a peer on this machine: each leaves a notice in a folder of its user while it runs, so that
-//! `potluck status` finds it by name. A notice is held by the process that wrote it; one that nobody holds is left over, and
-//! removed by whoever starts or looks next: a user's killed peers leave one file each until then, and nothing after it.
+//! Which runs have a peer on this machine: each posts a notice for its user while it runs, so that `potluck status` finds it by
+//! name. On Linux it is in memory; elsewhere, or where a folder is named, it is a file there. That is held by the process that
+//! wrote it; one that nobody holds is left over, and removed by whoever starts or looks next: a user's killed peers leave
+//! one file each until then, and nothing after it.
+
+#[cfg(target_os = "linux")]
+mod memory;
 
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -38,29 +42,34 @@ pub struct LocalRun {
 /// A notice that is there for as long as this value.
 #[derive(Debug)]
 pub struct Notice {
-    path: PathBuf,
-    // Held for its lock.
+    /// Where it is; one in memory is nowhere.
+    path: Option<PathBuf>,
+    // Held for its lock, or because it is all that there is.
     _file: File,
 }
 
 impl Drop for Notice {
     fn drop(&mut self) {
+        let Some(path) = &self.path else { return };
         // If it is gone already, that is what is wanted.
-        let _gone = std::fs::remove_file(&self.path);
+        let _gone = std::fs::remove_file(path);
         // The last one takes the folder along; it is only removed when it is empty.
-        let _kept = self.path.parent().map(std::fs::remove_dir);
+        let _kept = path.parent().map(std::fs::remove_dir);
     }
+}
+
+/// The folder that the user names.
+fn named_folder() -> Option<PathBuf> {
+    std::env::var_os("POTLUCK_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// `$POTLUCK_RUNTIME_DIR`, `$XDG_RUNTIME_DIR/potluck`, or `potluck-USER` in the folder for temporary files.
 fn folder() -> PathBuf {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    set("POTLUCK_RUNTIME_DIR")
-        .or_else(|| set("XDG_RUNTIME_DIR").map(|dir| dir.join("potluck")))
-        .unwrap_or_else(|| {
-            let user = std::env::var("USER").unwrap_or_else(|_| "user".to_owned());
-            std::env::temp_dir().join(format!("potluck-{}", user.replace('/', "_")))
-        })
+    let of_session = || std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
+    named_folder().or_else(|| of_session().map(|dir| PathBuf::from(dir).join("potluck"))).unwrap_or_else(|| {
+        let user = std::env::var("USER").unwrap_or_else(|_| "user".to_owned());
+        std::env::temp_dir().join(format!("potluck-{}", user.replace('/', "_")))
+    })
 }
 
 impl Notice {
@@ -69,15 +78,17 @@ impl Notice {
     /// # Errors
     /// The folder cannot be written, or belongs to somebody else.
     pub fn post(run_id: &str, dashboard: Option<SocketAddr>, token: Option<String>) -> Result<Self> {
-        Self::post_in(&folder(), run_id, dashboard, token)
+        let about = LocalRun { run_id: run_id.to_owned(), pid: std::process::id(), dashboard, token };
+        #[cfg(target_os = "linux")]
+        if named_folder().is_none()
+            && let Ok(file) = memory::post(&about)
+        {
+            return Ok(Self { path: None, _file: file });
+        }
+        Self::post_in(&folder(), &about)
     }
 
-    fn post_in(
-        folder: &Path,
-        run_id: &str,
-        dashboard: Option<SocketAddr>,
-        token: Option<String>,
-    ) -> Result<Self> {
+    fn post_in(folder: &Path, about: &LocalRun) -> Result<Self> {
         let mut builder = DirBuilder::new();
         let mut options = OpenOptions::new();
         #[cfg(unix)]
@@ -88,7 +99,6 @@ impl Notice {
         #[cfg(windows)]
         options.share_mode(SHARE_READ_AND_DELETE);
         builder.recursive(true);
-        let about = LocalRun { run_id: run_id.to_owned(), pid: std::process::id(), dashboard, token };
         for number in 0..NOTICES_MAX {
             // Each time: whoever left last may have taken it along.
             builder.create(folder)?;
@@ -108,11 +118,11 @@ impl Notice {
             }
             #[cfg(not(windows))]
             file.lock()?;
-            serde_json::to_writer(&file, &about)?;
+            serde_json::to_writer(&file, about)?;
             file.flush()?;
             // Whoever starts removes what others left when they were killed. Not before it is known that the folder is ours.
             let _others = runs_in(folder);
-            return Ok(Self { path, _file: file });
+            return Ok(Self { path: Some(path), _file: file });
         }
         Err(Error::new(ErrorKind::AlreadyExists, "too many notices of one process"))
     }
@@ -120,18 +130,22 @@ impl Notice {
 
 /// The runs with a peer on this machine, by name; what dead processes left is removed.
 pub fn local_runs() -> Vec<LocalRun> {
-    runs_in(&folder())
+    let mut runs = runs_in(&folder());
+    #[cfg(target_os = "linux")]
+    if named_folder().is_none() {
+        runs.append(&mut memory::runs());
+    }
+    runs.sort_by(|one, other| (&one.run_id, one.pid).cmp(&(&other.run_id, other.pid)));
+    runs
 }
 
 fn runs_in(folder: &Path) -> Vec<LocalRun> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut runs: Vec<LocalRun> = paths
+    paths
         .filter(|path| path.extension().is_some_and(|end| end == "json"))
         .filter_map(|path| read(&path))
-        .collect();
-    runs.sort_by(|one, other| (&one.run_id, one.pid).cmp(&(&other.run_id, other.pid)));
-    runs
+        .collect()
 }
 
 fn read(path: &Path) -> Option<LocalRun> {
@@ -174,15 +188,21 @@ fn is_held(_file: &File, path: &Path) -> Option<bool> {
 mod tests {
     use super::*;
 
+    fn post(folder: &Path, run_id: &str, dashboard: Option<SocketAddr>, token: Option<String>) -> Notice {
+        let about = LocalRun { run_id: run_id.into(), pid: std::process::id(), dashboard, token };
+        Notice::post_in(folder, &about).unwrap()
+    }
+
     #[test]
     fn a_notice_is_found_while_it_lasts() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("new");
         assert_eq!(runs_in(&folder), []);
         let address = SocketAddr::from(([127, 0, 0, 1], 8080));
-        let first = Notice::post_in(&folder, "b", Some(address), None).unwrap();
-        let second = Notice::post_in(&folder, "a", None, Some("token".into())).unwrap();
-        let found = runs_in(&folder);
+        let first = post(&folder, "b", Some(address), None);
+        let second = post(&folder, "a", None, Some("token".into()));
+        let mut found = runs_in(&folder);
+        found.sort_by_key(|run| run.run_id.clone());
         assert_eq!(found.iter().map(|run| run.run_id.as_str()).collect::<Vec<_>>(), ["a", "b"]);
         assert_eq!((found[1].dashboard, found[0].token.as_deref()), (Some(address), Some("token")));
         assert_eq!(std::fs::metadata(&folder).unwrap().mode() & 0o777, 0o700, "a token is not for everybody");
@@ -200,9 +220,9 @@ mod tests {
         assert_eq!(runs_in(dir.path()), []);
         assert!(!left.exists());
         std::fs::write(&left, r#"{"run_id":"gone","pid":7,"dashboard":null,"token":null}"#).unwrap();
-        let living = Notice::post_in(dir.path(), "a", None, None).unwrap();
+        let living = post(dir.path(), "a", None, None);
         assert!(!left.exists(), "a start removes it, even if nobody ever looks");
-        let other = Notice::post_in(dir.path(), "b", None, None).unwrap();
+        let other = post(dir.path(), "b", None, None);
         assert_eq!(runs_in(dir.path()).len(), 2, "and leaves alone what belongs to somebody");
         drop((living, other));
         std::fs::create_dir_all(dir.path()).unwrap();
