@@ -66,10 +66,12 @@ fn named_folder() -> Option<PathBuf> {
 /// `$POTLUCK_RUNTIME_DIR`, `$XDG_RUNTIME_DIR/potluck`, or `potluck-USER` in the folder for temporary files.
 fn folder() -> PathBuf {
     let of_session = || std::env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
-    named_folder().or_else(|| of_session().map(|dir| PathBuf::from(dir).join("potluck"))).unwrap_or_else(|| {
-        let user = std::env::var("USER").unwrap_or_else(|_| "user".to_owned());
-        std::env::temp_dir().join(format!("potluck-{}", user.replace('/', "_")))
-    })
+    named_folder().or_else(|| of_session().map(|dir| PathBuf::from(dir).join("potluck"))).unwrap_or_else(
+        || {
+            let user = std::env::var("USER").unwrap_or_else(|_| "user".to_owned());
+            std::env::temp_dir().join(format!("potluck-{}", user.replace('/', "_")))
+        },
+    )
 }
 
 impl Notice {

@@ -53,7 +53,8 @@ mod tests {
     #[test]
     fn a_notice_in_memory_is_found_while_it_lasts() {
         let pid = std::process::id();
-        let about = |pid| LocalRun { run_id: format!("in memory of {pid}"), pid, dashboard: None, token: None };
+        let about =
+            |pid| LocalRun { run_id: format!("in memory of {pid}"), pid, dashboard: None, token: None };
         let found = |pid| runs().contains(&about(pid));
         let notice = post(&about(pid)).unwrap();
         assert!(found(pid));
