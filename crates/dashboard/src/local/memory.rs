@@ -1,5 +1,6 @@
 //! Linux: a notice is a file in memory that only its process holds, and others of the same user find it through `/proc`. It is
 //! gone with its process, however that ends.
+#![cfg(target_os = "linux")]
 
 use super::{LocalRun, NOTICE_BYTES_MAX};
 use rustix::fs::MemfdFlags;
