@@ -107,7 +107,7 @@ fn a_partition_heals_among_many_who_are_gone_for_good() {
         let ids: Vec<PeerId> = swarms.iter().map(Swarm::local_peer).collect();
         let split = net.partition(&ids[..3], &ids[3..], false);
         all_see(&swarms, 3).await;
-        // By now each has looked for everybody once.
+        // Five minutes of simulated time, the length of the outage; by then each has looked for everybody once.
         tokio::time::sleep(Duration::from_secs(300)).await;
         drop(split);
         let before = net.elapsed();
