@@ -209,6 +209,21 @@ def test_gradients_without_a_group_stay_ones_own(local_dht: Callable[[], DHT]) -
     assert gradient(alone) == [3.0, 3.0] and alone.local_samples_accumulated == 0
 
 
+def test_gradients_may_take_longer_to_load_than_the_round_may_last(
+    local_dht: Callable[[], DHT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that is busy with something else."""
+    alone = with_gradient(local_dht(), 3.0, samples=4)
+    load, timeout = alone.load_accumulators_into_averager_, 0.1
+
+    def slow() -> None:
+        load()
+        time.sleep(2 * timeout)
+
+    monkeypatch.setattr(alone, "load_accumulators_into_averager_", slow)
+    assert alone.step(timeout=timeout) is None and gradient(alone) == [3.0, 3.0]
+
+
 def test_a_scheduled_round_of_gradients(local_dht: Callable[[], DHT]) -> None:
     one, two = (with_gradient(local_dht(), value, samples=1) for value in (1.0, 4.0))
     with pytest.raises(ValueError, match="weight is set by step"):
@@ -228,8 +243,10 @@ def test_a_scheduled_round_of_gradients(local_dht: Callable[[], DHT]) -> None:
     ended = one.schedule_step(timeout=0.1)
     with pytest.raises(TimeoutError, match="never triggered"):
         ended.result(30)
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(RuntimeError, match="has ended before"):
         one.step(control=ended)
+    with pytest.raises(RuntimeError, match="has ended: the weight"):
+        ended.weight = 1.0
 
 
 def test_a_timeout_brings_the_end_of_a_scheduled_round_forward(local_dht: Callable[[], DHT]) -> None:

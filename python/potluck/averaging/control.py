@@ -78,7 +78,8 @@ class StepControl(Future):  # type: ignore[type-arg]
             raise ValueError(f"weight={weight!r}: expected a finite number >= 0")
         with self._guard:
             if self.began_allreduce:
-                raise RuntimeError("the round has begun: the weight cannot change any more")
+                how = "ended" if self.done() else "begun"
+                raise RuntimeError(f"the round has {how}: the weight cannot change any more")
             self._weight = weight
 
     @property

@@ -201,23 +201,33 @@ class GradientAverager(DecentralizedAverager):
 
         None without a group within ``timeout``: what use_averaged_gradients() gives is this peer's own mean then.
         """
-        if control is not None and kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: given to schedule_step already")
-        if control is None:
-            control = self.schedule_step(timeout=timeout, **kwargs)
-        elif control.triggered:
-            raise RuntimeError("this round was triggered before")
-        elif control.done():
-            raise RuntimeError("this round has ended before it was triggered: ask for a new one")
-        elif timeout is not None:
-            control.end_within(timeout)
+        if control is not None:
+            if kwargs:
+                raise ValueError(f"{', '.join(kwargs)}: given to schedule_step already")
+            if control.triggered:
+                raise RuntimeError("this round was triggered before")
+            if control.done():
+                raise RuntimeError("this round has ended before it was triggered: ask for a new one")
+            if timeout is not None:
+                control.end_within(timeout)
         self.load_accumulators_into_averager_()
-        control.weight = float(self.local_samples_accumulated) if weight is None else weight
+        weight = float(self.local_samples_accumulated) if weight is None else weight
+        if control is None:
+            # Nothing is left to do here that the timeout could run out on.
+            control = super().step(weight=weight, timeout=timeout, wait=False, **kwargs)
+        else:
+            control.weight = weight
+            control.allow_allreduce()
         if reset_accumulators:
             self.reset_accumulated_grads_()
-        control.add_done_callback(self._finished)
-        control.allow_allreduce()
-        return control.result() if wait else control
+        if not wait:
+            control.add_done_callback(self._finished)
+            return control
+        try:
+            return control.result()
+        finally:
+            # Not by a callback: it may come after whoever waits for the result has gone on.
+            self._finished(control)
 
     def _finished(self, control: StepControl) -> None:
         self._new_averaged_grads = not control.cancelled() and control.exception() is None

@@ -235,10 +235,13 @@ class TrainingStateAverager(CodecAverager):
         self._averaged, self._delaying = None, delay
         try:
             if control is None:
-                control = super().step(wait=False, require_trigger=True, **opts)
-            if self.sync_epoch_when_averaging:
-                control.data_for_gather = MSGPackSerializer.dumps(self.local_epoch)
-            control.allow_allreduce()
+                if self.sync_epoch_when_averaging:
+                    opts = {**opts, "gather": self.local_epoch}
+                control = super().step(wait=False, **opts)
+            else:
+                if self.sync_epoch_when_averaging:
+                    control.data_for_gather = MSGPackSerializer.dumps(self.local_epoch)
+                control.allow_allreduce()
             if delay:
                 self._delayed = control
                 return control
