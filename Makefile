@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTHON ?= python3
 LOCK := python/requirements.lock
 SEED ?= 1
@@ -21,7 +22,14 @@ setup: $(VENV)/.installed .build/system  ## Make .venv and install what the rest
 $(VENV)/.installed: $(LOCK)
 	tools/check-needs $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	$(PIP) -r $(LOCK)
+	@touch $@
+
+# Enough to begin to build with: the benchmark installs the little that it needs while the compiler works.
+$(VENV)/.maturin: $(LOCK)
+	tools/check-needs $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c $(LOCK) maturin
 	@touch $@
 
 # Tools of the operating system: network namespaces and NAT for the network tests, a browser for the dashboard's.
@@ -87,9 +95,10 @@ neon:  ## Test the codecs as an aarch64 program under qemu (about two minutes)
 windows:  ## Check that the command and the wheel's core compile for Windows (some minutes)
 	tools/windows $(APT)
 
-bench:  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
+bench: $(VENV)/.maturin .build/system  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
 	@# What the network brings and what the compiler makes need not wait for each other.
-	cargo build --release -p potluck-cli & built=$$!; $(MAKE) setup && $(PY) bench/run.py --install $(ARGS); \
+	{ tools/install-wheel $(PY) build && cargo build --release -p potluck-cli; } & built=$$!; \
+		$(PIP) -c $(LOCK) torch numpy msgpack psutil && $(PY) bench/run.py --install $(ARGS); \
 		installed=$$?; wait $$built && exit $$installed
 	tools/install-wheel $(PY)
 	$(PY) bench/run.py $(ARGS)

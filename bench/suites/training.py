@@ -129,7 +129,7 @@ def faults(quick: bool) -> Iterator[Row]:
     shares, rates, dead = {}, {}, {}
     for system in systems("potluck", "hivemind"):
         try:
-            calm, stormy = _useful(system, 20.0, kills=1 if quick else 2)
+            calm, stormy = _useful(system, 15.0, kills=1 if quick else 2)
             rates[system] = (calm, stormy)
             shares[system] = stormy / calm
         except (PeerDied, ZeroDivisionError) as died:

@@ -23,16 +23,17 @@ DEMO = Path(__file__).resolve().parents[2] / "python/potluck/demo"
 HIVEMIND_TIMES = {"matchmaking_time": 3.0, "averaging_timeout": 10.0}
 
 
-def demo_modules():
-    """The demonstration's own model and text. Where Lightning and potluck are not installed, the model is a torch module."""
-    try:
-        importlib.import_module("potluck.lightning")
-    except ImportError:
-        for name in ("potluck", "potluck.demo", "potluck.lightning", "potluck.lightning._packages"):
-            sys.modules[name] = types.ModuleType(name)
+def demo_modules(system: str):
+    """The demonstration's own model and text. The model is a torch module here: Lightning is no part of what is measured."""
+    hidden = ["potluck.lightning", "potluck.lightning._packages"]
+    if system != "potluck":
+        hidden += ["potluck", "potluck.demo"]
+    for name in hidden:
+        sys.modules[name] = types.ModuleType(name)
+    if system != "potluck":
         sys.modules["potluck.demo"].__path__ = [str(DEMO)]
-        plain = types.SimpleNamespace(LightningModule=torch.nn.Module)
-        sys.modules["potluck.lightning._packages"].packages_in_use = lambda: (plain,)
+    plain = types.SimpleNamespace(LightningModule=torch.nn.Module)
+    sys.modules["potluck.lightning._packages"].packages_in_use = lambda: (plain,)
     return [importlib.import_module(f"potluck.demo.{name}") for name in ("_model", "_corpus", "_scale")]
 
 
@@ -40,7 +41,7 @@ class Demo:
     """The demonstration's transformer at its full scale."""
 
     def __init__(self, given):
-        model, corpus, scale = demo_modules()
+        model, corpus, scale = demo_modules(given.system)
         self.scale = scale.FULL
         torch.manual_seed(1)
         self.model = model.NextByte(self.scale)
