@@ -131,21 +131,27 @@ class Swarm:
     """`peers` workers of one system that know one another; options are the worker's."""
 
     def __init__(self, role: str, system: str, peers: int, hosts=None, each=None, **options):
-        self.role, self.system, self.each = role, system, each
+        self.role, self.system, self.each, self.options = role, system, each, options
         self.workers: list[Worker] = []
-        self.options = {"peers": peers, **options}
+        self.ready: list[dict] = []
+        self.newest = 0
         self.address = None
         try:
-            for rank in range(peers):
-                self.start(rank, hosts[rank] if hosts else None)
-            self.ready = [self.open(worker) for worker in self.workers[:1]]
-            for worker in self.workers[1:]:
-                worker.loaded()
-                worker.tell(f"open {self.address}")
-            self.ready += [worker.report("ready", 180) for worker in self.workers[1:]]
+            self.grow(peers, hosts)
         except BaseException:
             self.end()
             raise
+
+    def grow(self, peers: int, hosts=None):
+        """Let workers join until there are so many; the first of them is `newest`."""
+        self.newest, self.options["peers"] = len(self.workers), peers
+        new = [self.start(rank, hosts[rank] if hosts else None) for rank in range(self.newest, peers)]
+        if self.address is None:
+            self.ready.append(self.open(new.pop(0)))
+        for worker in new:
+            worker.loaded()
+            worker.tell(f"open {self.address}")
+        self.ready += [worker.report("ready", 180) for worker in new]
 
     def start(self, rank: int, host=None) -> Worker:
         """Load one more worker; it takes part when it is opened. `each(rank)` has options of its own for it."""

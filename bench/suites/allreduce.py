@@ -36,29 +36,40 @@ def allreduce(quick: bool) -> Iterator[Row]:
             4: [(1_000_000, SCHEMES[:1], 3), (10_000_000, SCHEMES[:3], 3)],
             8: [(10_000_000, SCHEMES[:1], 2)],
         }
-    for peers, cells in grid.items():
-        yield from _swarms(peers, cells)
-
-
-def _swarms(peers: int, cells: list) -> Iterator[Row]:
-    """The same processes for all sizes, the small ones first: nobody's memory is that of a size before."""
-    # Eight more processes would only say what two and four have said of Gloo.
-    names = systems("potluck", "hivemind", *(["gloo"] if peers < 8 else []))
-    swarms: dict[str, Swarm] = {}
-    size = f"{peers} peers"
+    names, swarms = systems("potluck", "hivemind", "gloo"), {}
     with loopbacks(names) as hosts:
         try:
-            for name in names:
-                here = [hosts[name]] * peers if hosts[name] else None
-                swarms[name] = Swarm("averager" if name != "gloo" else "gloo", name, peers, here)
-            for numel, schemes, turns in cells:
-                size = f"{peers} peers, {numel // 1_000_000}M"
-                yield from _cell(size, swarms, hosts, peers, numel, schemes, turns)
-        except PeerDied as died:
-            yield failed("all-reduce", size, ">= 4x", died)
+            for peers, cells in grid.items():
+                yield from _swarms(names, swarms, hosts, peers, cells)
         finally:
-            for swarm in swarms.values():
-                swarm.end()
+            _end(swarms)
+
+
+def _swarms(names: list[str], swarms: dict[str, Swarm], hosts, peers: int, cells: list) -> Iterator[Row]:
+    """Rounds of so many peers. Those of before stay, because to start eight takes longer than all of their rounds."""
+    size = f"{peers} peers"
+    try:
+        if "gloo" in swarms:
+            swarms.pop("gloo").end()
+        for name in names:
+            here = [hosts[name]] * peers if hosts[name] else None
+            if name in swarms:
+                swarms[name].grow(peers, here)
+            # Eight more processes would only say what two and four have said of Gloo, whose membership is fixed.
+            elif name != "gloo" or peers < 8:
+                swarms[name] = Swarm("averager" if name != "gloo" else "gloo", name, peers, here)
+        for numel, schemes, turns in cells:
+            size = f"{peers} peers, {numel // 1_000_000}M"
+            yield from _cell(size, swarms, hosts, peers, numel, schemes, turns)
+    except PeerDied as died:
+        yield failed("all-reduce", size, ">= 4x", died)
+        _end(swarms)
+
+
+def _end(swarms: dict[str, Swarm]):
+    for swarm in swarms.values():
+        swarm.end()
+    swarms.clear()
 
 
 def _cell(size, swarms, hosts, peers: int, numel: int, schemes, turns: int) -> Iterator[Row]:
@@ -69,7 +80,7 @@ def _cell(size, swarms, hosts, peers: int, numel: int, schemes, turns: int) -> I
         before, window = window, DEFAULT_WINDOW if usual else SHORT_WINDOW
         if window != before:
             for swarm in swarms.values():
-                swarm.ask(f"size {numel} {window}")
+                swarm.ask(f"size {numel} {window} {peers}")
         # Gloo does not compress; it is the floor of the uncompressed round.
         some = {name: swarm for name, swarm in swarms.items() if name != "gloo" or scheme == "none"}
         memory = _warm(some, scheme)
@@ -79,11 +90,11 @@ def _cell(size, swarms, hosts, peers: int, numel: int, schemes, turns: int) -> I
 
 
 def _warm(swarms: dict[str, Swarm], scheme: str) -> dict[str, int]:
-    """One round that is not timed, in which the peak memory is sampled."""
+    """One round that is not timed, in which the peak memory is sampled: of those who have seen no larger size before."""
     memory = {}
     for name, swarm in swarms.items():
         swarm.ask(f"scheme {scheme}")
-        memory[name] = max(peer["memory"] for peer in swarm.ask("peak"))
+        memory[name] = max(peer["memory"] for peer in swarm.ask("peak")[swarm.newest :])
     return memory
 
 
