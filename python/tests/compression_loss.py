@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from conftest import together
+from conftest import TooLate, together
 
 import potluck
 from potluck.demo import _corpus
@@ -54,22 +54,6 @@ class Story:
             assert self.here.wait(60)
 
 
-class TooLate:
-    """A session whose peer comes to a round when the other one has given it up."""
-
-    def __init__(self, inner: Any, other: potluck.Optimizer):
-        self._inner, self._other = inner, other
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def average_gradients(self, vector: Any, weight: float) -> Any:
-        failed = self._other.status()["rounds_failed"]
-        while self._other.status()["rounds_failed"] == failed:
-            self._inner.changed(0.05)
-        return self._inner.average_gradients(vector, weight)
-
-
 def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tuple[float, float]:
     """Loss on text that was never trained on, and how many times fewer bytes were sent."""
     train, held_out = _corpus.load(scale.context)
@@ -110,7 +94,6 @@ def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tu
             model.loss(*map(torch.stack, zip(*crops, strict=True))).backward()
             optimizer.step(batch_size=size)
             optimizer.zero_grad()
-            optimizer._session = session
             # What was dropped with a failed round is computed again.
             while optimizer.local_epoch <= epoch and optimizer._gradients.local_samples_accumulated:
                 session.changed(0.05)
@@ -133,7 +116,9 @@ def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tu
         together(lambda: run(0), lambda: run(1), visit, timeout=1200)
         with torch.no_grad():
             loss = float(peers[0][0].loss(*held_out.spread(256)))
-        return loss, float(peers[0][1].status()["compression_ratio"])
+        status = peers[0][1].status()
+        assert (status["rounds_failed"] > 0) is eventful, status
+        return loss, float(status["compression_ratio"])
     finally:
         for _, optimizer in peers.values():
             optimizer.shutdown()

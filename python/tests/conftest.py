@@ -134,3 +134,26 @@ def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a peer did not finish in time"
     return results
+
+
+class TooLate:
+    """A session whose peer comes to its next round of gradients when the other one has given it up."""
+
+    def __init__(self, inner: Any, other: Any):
+        self._inner, self._other = inner, other
+        self._failed = other.status()["rounds_failed"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _wait(self) -> None:
+        while self._other.status()["rounds_failed"] == self._failed:
+            self._inner.changed(0.05)
+
+    def average_gradients(self, vector: Any, weight: float) -> Any:
+        self._wait()
+        return self._inner.average_gradients(vector, weight)
+
+    def start_gradients(self, vector: Any, weight: float) -> None:
+        self._wait()
+        self._inner.start_gradients(vector, weight)
