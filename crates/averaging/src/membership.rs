@@ -463,7 +463,6 @@ impl Membership {
             self.introduce_more(now, actions);
             self.release_needless(now, actions);
             self.connect_missing(now, actions);
-            self.look_for_the_gone(now, actions);
         }
         // Before, nobody's silence is long enough.
         if now >= self.next_look {

@@ -1,7 +1,7 @@
 //! Sans-I/O. Whom a peer keeps control streams to: to whom it opens them, which it lets go, and how a newcomer learns of
 //! everybody.
 
-use super::{Action, Entry, FANOUT, GONE_FOR, GONE_MAX, Membership, RETRY};
+use super::{Action, FANOUT, GONE_FOR, GONE_MAX, Membership, RETRY};
 use crate::detector::HEARTBEAT;
 use crate::wire::{News, Pulse, Standing};
 use potluck_net::{PeerId, Reachability};
@@ -49,22 +49,29 @@ impl Membership {
         }
     }
 
+    /// Look for those to whom a link is missing, of the living and of the gone; in one walk over all, of whom there may be many.
     pub(super) fn connect_missing(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        for (peer, entry) in self.peers.iter_mut().filter(|(_, entry)| entry.standing == Standing::Alive) {
-            if !entry.linked && now >= entry.connect_at && self.mesh.wants(peer, &entry.place) {
+        let mut gone = Vec::new();
+        for (peer, entry) in self.peers.iter_mut().filter(|(_, entry)| !entry.linked) {
+            if entry.standing != Standing::Alive {
+                gone.push((entry.since, *peer));
+            } else if now >= entry.connect_at && self.mesh.wants(peer, &entry.place) {
                 entry.connect_at = now + RETRY;
                 actions.push(Action::Connect(*peer));
             }
         }
+        self.look_for_the_gone(now, gone, actions);
     }
 
     /// Those who were given up are looked for as long as we remember them: partitions heal, and one peer of the other side
     /// is enough to hear of all. Each of them soon, because a link is often there again in a moment; then one after the
     /// other, because a dial to nobody costs handshakes that wait for an answer; but all we can while we are alone.
-    pub(super) fn look_for_the_gone(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        let gone = |entry: &Entry| entry.standing != Standing::Alive && !entry.linked;
-        let gone = self.peers.iter().filter(|(_, entry)| gone(entry));
-        let mut gone: Vec<(Instant, PeerId)> = gone.map(|(peer, entry)| (entry.since, *peer)).collect();
+    fn look_for_the_gone(
+        &mut self,
+        now: Instant,
+        mut gone: Vec<(Instant, PeerId)>,
+        actions: &mut Vec<Action>,
+    ) {
         if gone.len() > GONE_MAX {
             gone.sort_unstable();
             let long_gone = gone.partition_point(|(since, _)| now >= *since + GONE_FOR);
