@@ -1,14 +1,15 @@
 """d. A shaped link: how much of it a round uses."""
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from harness import PeerDied, Swarm, alternate, median, pairwise, systems
 from network import Links, missing
-from suites.allreduce import minimum
+from suites.allreduce import SHORT_WINDOW, minimum
 from table import Row, failed, faster, share
 
 # Mbit/s both ways, milliseconds one way, values: so that the bytes alone take about a second.
-LINKS = [(20, 0, 1_000_000), (100, 0, 4_000_000), (100, 50, 4_000_000), (1000, 0, 20_000_000)]
+LINKS = [(20, 0, 1_000_000), (100, 0, 4_000_000), (1000, 0, 20_000_000), (100, 50, 4_000_000)]
 
 DISTANCE = "the way of the first contribution, of the last average and of the agreement is in the time of the transfer, and nothing overlaps with it"
 
@@ -18,32 +19,59 @@ def shaped(quick: bool) -> Iterator[Row]:
     if why := missing():
         yield failed("shaped link", "share of the link", ">= 0.9", why)
         return
-    for rate, delay, numel in LINKS[1:2] if quick else LINKS:
-        what = f"{rate} Mbit/s" + (f", {2 * delay} ms round trip" if delay else "")
+    for delay, links in groupby(LINKS[1:2] if quick else LINKS, key=lambda link: link[1]):
+        pairs: dict[str, Pair] = {}
         try:
-            turns = _measure(rate, delay, numel, 2 if quick or rate < 100 else 3)
-        except PeerDied as died:
-            yield failed("shaped link", what, ">= 0.9" if rate == 100 else "", died)
-            continue
-        yield from _rows(what, rate, delay, numel, turns)
+            for rate, _, numel in links:
+                yield from _link(pairs, rate, delay, numel, quick)
+        finally:
+            _end(pairs)
 
 
-def _measure(rate: float, delay: float, numel: int, turns: int) -> list[dict]:
-    swarms: dict[str, Swarm] = {}
-    links: dict[str, Links] = {}
+class Pair:
+    """Two peers of one system, whose links may become other ones."""
+
+    def __init__(self, system: str, rate: float, delay: float):
+        self.links = Links(2, rate, one_way_ms=delay)
+        try:
+            self.swarm = Swarm("averager", system, 2, self.links.hosts, self.links.options)
+        except BaseException:
+            self.links.close()
+            raise
+
+    def set(self, rate: float, numel: int):
+        """Other links from now on, and other tensors."""
+        for host in self.links.hosts:
+            host.rate(rate, rate)
+        self.swarm.ask(f"size {numel} {SHORT_WINDOW} 2")
+        self.swarm.ask("scheme none")
+
+    def end(self):
+        self.swarm.end()
+        self.links.close()
+
+
+def _end(pairs: dict[str, Pair]):
+    for pair in pairs.values():
+        pair.end()
+    pairs.clear()
+
+
+def _link(pairs: dict[str, Pair], rate: float, delay: float, numel: int, quick: bool) -> Iterator[Row]:
+    what = f"{rate} Mbit/s" + (f", {2 * delay} ms round trip" if delay else "")
     try:
         for name in systems("potluck", "hivemind"):
-            links[name] = net = Links(2, rate, one_way_ms=delay)
-            extra = {"matchmaking_time": 1.5} if name == "hivemind" else {}
-            swarms[name] = Swarm("averager", name, 2, net.hosts, net.options, numel=numel, **extra)
-            swarms[name].ask("scheme none")
+            if name not in pairs:
+                pairs[name] = Pair(name, rate, delay)
+            pairs[name].set(rate, numel)
+        swarms = {name: pair.swarm for name, pair in pairs.items()}
         alternate(swarms, 1)
-        return alternate(swarms, turns, lambda name: max(links[name].sent()))
-    finally:
-        for swarm in swarms.values():
-            swarm.end()
-        for net in links.values():
-            net.close()
+        turns = alternate(swarms, 2 if quick or rate < 100 else 3, lambda name: max(pairs[name].links.sent()))
+    except PeerDied as died:
+        yield failed("shaped link", what, ">= 0.9" if rate == 100 else "", died)
+        _end(pairs)
+    else:
+        yield from _rows(what, rate, delay, numel, turns)
 
 
 def _rows(what, rate, delay, numel, turns) -> Iterator[Row]:

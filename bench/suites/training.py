@@ -64,7 +64,7 @@ def _overhead(system: str, length: float, count: int) -> list[float]:
 
 # e. End to end.
 
-LOSS, RATE = 3.2, 100
+LOSS, RATE = 3.3, 100
 
 
 def end_to_end(quick: bool) -> Iterator[Row]:
