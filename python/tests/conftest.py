@@ -136,12 +136,21 @@ def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
     return results
 
 
+def waiting(opt: Any) -> int:
+    """Samples of this peer that are in no round yet."""
+    if opt.grad_averager is not None:
+        return int(opt.grad_averager.local_samples_accumulated)
+    return sum(peer["samples"] for peer in opt.status()["peers"] if peer["is_me"])
+
+
 class TooLate:
-    """A session whose peer comes to its next round of gradients when the other one has given it up."""
+    """A session whose peer comes to the next round that ends an epoch when the other one has given it up."""
 
     def __init__(self, inner: Any, other: Any):
         self._inner, self._other = inner, other
         self._failed = other.status()["rounds_failed"]
+        # With local updates an epoch ends with the mean of the parameters.
+        self._with_state = other.use_local_updates
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -153,6 +162,11 @@ class TooLate:
     def average_gradients(self, vector: Any, weight: float) -> Any:
         self._wait()
         return self._inner.average_gradients(vector, weight)
+
+    def average_state(self, vector: Any) -> Any:
+        if self._with_state:
+            self._wait()
+        return self._inner.average_state(vector)
 
     def start_gradients(self, vector: Any, weight: float) -> None:
         self._wait()

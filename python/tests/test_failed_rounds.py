@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TooLate, together
-from test_optimizer import SGD, backward, batches, distance, equal, make_model
+from conftest import TooLate, together, waiting
+from test_optimizer import OPTIMIZERS, backward, batches, distance, equal, make_model
 
 import potluck
 from potluck.dht import DHT
 
 EPOCHS, FAILS, HALF = 7, 3, 8
+POLICIES = [
+    None,
+    "delay_state_averaging",
+    "delay_optimizer_step",
+    "delay_grad_averaging",
+    "use_local_updates",
+]
 
 
 def mine(batch: Any, peer: int) -> Any:
@@ -38,10 +45,12 @@ class Outcome:
 OUTCOMES = [Outcome((1,)), Outcome((0, 1)), *(Outcome((0, 1), alone=peer) for peer in range(2))]
 
 
-def replay(data: list[Any], computed_at: list[list[int]], outcome: Outcome) -> torch.nn.Module:
+def replay(
+    data: list[Any], computed_at: list[list[int]], outcome: Outcome, make: Callable[..., Any]
+) -> torch.nn.Module:
     """Plain torch: peer p's gradients of epoch e are of the weights with which epoch ``computed_at[p][e]`` began."""
     net, probe = make_model(), make_model()
-    optimizer, history = SGD(net.parameters()), []
+    optimizer, history = make(net.parameters()), []
     for epoch, batch in enumerate(data):
         counted = outcome.counted if epoch == FAILS else (0, 1)
         if epoch == FAILS and outcome.alone is not None:
@@ -64,6 +73,8 @@ class Pair:
 
     def __init__(self, make_dht: Callable[..., DHT], policy: str | None):
         self.models = [make_model(), make_model()]
+        # Without momentum the mean of two local steps is one step with the mean of their gradients.
+        self.make = OPTIMIZERS["plain SGD" if policy == "use_local_updates" else "SGD"]
         options = {"delay_state_averaging": False, **({policy: True} if policy else {})}
         self.opts = [
             potluck.Optimizer(
@@ -71,7 +82,7 @@ class Pair:
                 run_id="r",
                 target_batch_size=2 * HALF,
                 batch_size_per_step=HALF,
-                optimizer=SGD,
+                optimizer=self.make,
                 params=model.parameters(),
                 average_state_every=1,
                 **options,
@@ -121,14 +132,12 @@ class Pair:
             computed_at.append(self.opts[me].local_epoch)
             self.step(me, batch)
             # One batch of each peer is an epoch: the next one when this one is on its way.
-            self.until(me, lambda: self.opts[me]._gradients.local_samples_accumulated == 0)
+            self.until(me, lambda: waiting(self.opts[me]) == 0)
         self.until(me, lambda: self.opts[me].local_epoch == EPOCHS)
         return computed_at
 
 
-@pytest.mark.parametrize(
-    "policy", [None, "delay_state_averaging", "delay_optimizer_step", "delay_grad_averaging"]
-)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_after_a_failed_round_all_have_what_plain_torch_has_with_the_gradients_that_counted(
     loopback_dht: Callable[..., DHT], policy: str | None
 ) -> None:
@@ -140,7 +149,7 @@ def test_after_a_failed_round_all_have_what_plain_torch_has_with_the_gradients_t
     # The last average of the parameters, of equal ones, is not applied yet if it runs beside the gradients.
     assert distance(*pair.models) < 1e-6
     assert policy == "delay_state_averaging" or equal(*pair.models)
-    nets = {outcome: replay(data, computed_at, outcome) for outcome in OUTCOMES}
+    nets = {outcome: replay(data, computed_at, outcome, pair.make) for outcome in OUTCOMES}
     assert all(distance(one, other) > 1e-3 for one, other in combinations(nets.values(), 2))
     closest = min(OUTCOMES, key=lambda outcome: distance(nets[outcome], pair.models[0]))
     assert distance(nets[closest], pair.models[0]) < 1e-6

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import together
+from conftest import together, waiting
 from test_checkpoints import Gate
-from test_optimizer import SGD, backward, batches, distance, equal, make_model, plain, train_together
+from test_optimizer import (
+    OPTIMIZERS,
+    SGD,
+    backward,
+    batches,
+    distance,
+    equal,
+    make_model,
+    plain,
+    train_together,
+)
 
 import potluck
 from potluck.dht import DHT
@@ -191,10 +201,12 @@ def piece_of(epoch: int, peer: int) -> slice:
     return slice(at * size, at * size + size)
 
 
-def replay_story(data: list[Any], computed_at: dict[tuple[int, int], int]) -> torch.nn.Module:
+def replay_story(
+    data: list[Any], computed_at: dict[tuple[int, int], int], make: Callable[..., Any]
+) -> torch.nn.Module:
     """Plain torch: peer p's gradients of epoch e are of the weights after ``computed_at[p, e]`` steps."""
     net, probe = make_model(), make_model()
-    optimizer, history = SGD(net.parameters()), [copy.deepcopy(net.state_dict())]
+    optimizer, history = make(net.parameters()), [copy.deepcopy(net.state_dict())]
     for epoch, (x, y) in enumerate(data):
         probe.zero_grad()
         for peer in PRESENT[epoch]:
@@ -207,11 +219,13 @@ def replay_story(data: list[Any], computed_at: dict[tuple[int, int], int]) -> to
     return net
 
 
-@pytest.mark.parametrize("policy", [None, "delay_state_averaging", *POLICIES])
+@pytest.mark.parametrize("policy", [None, "delay_state_averaging", "use_local_updates", *POLICIES])
 def test_a_run_that_peers_join_and_leave_is_one_big_batch(
     local_dht: Callable[[], DHT], policy: str | None
 ) -> None:
     """Each epoch is a batch over who is there."""
+    # Without momentum the mean of local steps is one step with the mean of their gradients.
+    make = OPTIMIZERS["plain SGD" if policy == "use_local_updates" else "SGD"]
     data, models = batches(len(PRESENT), 12), [make_model(), make_model(), make_model(7)]
     computed_at: dict[tuple[int, int], int] = {}
     joins, here = threading.Event(), threading.Event()
@@ -236,7 +250,7 @@ def test_a_run_that_peers_join_and_leave_is_one_big_batch(
             opt.step(batch_size=len(x))
             opt.zero_grad()
             # One batch of each peer is an epoch: the next one when this one is on its way.
-            until(opt, lambda: opt._gradients.local_samples_accumulated == 0)
+            until(opt, lambda: waiting(opt) == 0)
             # A newcomer that has missed an average of the state loads it, and its batch is computed again.
             if policy in POLICIES or opt.local_epoch > epoch:
                 return
@@ -249,7 +263,7 @@ def test_a_run_that_peers_join_and_leave_is_one_big_batch(
             dht=local_dht(),
             run_id="r",
             target_batch_size=12,
-            optimizer=SGD,
+            optimizer=make,
             params=models[me].parameters(),
             average_state_every=1,
             **{"delay_state_averaging": False, **options},
@@ -267,7 +281,7 @@ def test_a_run_that_peers_join_and_leave_is_one_big_batch(
         opt.shutdown()
 
     together(*(lambda me=me: peer(me) for me in range(3)))
-    assert distance(replay_story(data, computed_at), models[1]) < 1e-6
+    assert distance(replay_story(data, computed_at, make), models[1]) < 1e-6
     if policy == "delay_state_averaging":
         # The last average of the parameters, of equal ones, may not be applied yet.
         assert distance(models[1], models[2]) < 1e-6
