@@ -87,7 +87,7 @@ def trained(scale: Scale, options: dict[str, Any], eventful: bool = False) -> tu
         while (epoch := optimizer.local_epoch) < scale.epochs and (size := story.size(epoch, index, target)):
             story.begin(epoch, index)
             session = optimizer._session
-            if index == 1 and epoch == story.failing:
+            if index == 1 and epoch == story.failing and not isinstance(session, TooLate):
                 optimizer._session = TooLate(session, peers[0][1])
             first = sum(story.size(epoch, other, target) for other in range(index))
             crops = [train[int(start)] for start in starts[epoch][first : first + size]]
