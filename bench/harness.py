@@ -190,6 +190,13 @@ class Swarm:
         self.end()
 
 
+def end_all(systems: dict):
+    """End what runs of each system, and forget it: what comes next begins anew."""
+    for running in systems.values():
+        running.end()
+    systems.clear()
+
+
 def merge(peers: list[dict]) -> dict:
     """One round out of its peers' reports: it lasts as long as its slowest peer."""
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness import PeerDied, Swarm, alternate, median, pairwise, systems
+from harness import PeerDied, Swarm, alternate, end_all, median, pairwise, systems
 from network import loopbacks
 from table import Row, failed, faster, share
 
@@ -42,7 +42,7 @@ def allreduce(quick: bool) -> Iterator[Row]:
             for peers, cells in grid.items():
                 yield from _swarms(names, swarms, hosts, peers, cells)
         finally:
-            _end(swarms)
+            end_all(swarms)
 
 
 def _swarms(names: list[str], swarms: dict[str, Swarm], hosts, peers: int, cells: list) -> Iterator[Row]:
@@ -63,13 +63,7 @@ def _swarms(names: list[str], swarms: dict[str, Swarm], hosts, peers: int, cells
             yield from _cell(size, swarms, hosts, peers, numel, schemes, turns)
     except PeerDied as died:
         yield failed("all-reduce", size, ">= 4x", died)
-        _end(swarms)
-
-
-def _end(swarms: dict[str, Swarm]):
-    for swarm in swarms.values():
-        swarm.end()
-    swarms.clear()
+        end_all(swarms)
 
 
 def _cell(size, swarms, hosts, peers: int, numel: int, schemes, turns: int) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import groupby
 
-from harness import PeerDied, Swarm, alternate, median, pairwise, systems
+from harness import PeerDied, Swarm, alternate, end_all, median, pairwise, systems
 from network import Links, missing
 from suites.allreduce import SHORT_WINDOW, minimum
 from table import Row, failed, faster, share
@@ -25,7 +25,7 @@ def shaped(quick: bool) -> Iterator[Row]:
             for rate, _, numel in links:
                 yield from _link(pairs, rate, delay, numel, quick)
         finally:
-            _end(pairs)
+            end_all(pairs)
 
 
 class Pair:
@@ -51,12 +51,6 @@ class Pair:
         self.links.close()
 
 
-def _end(pairs: dict[str, Pair]):
-    for pair in pairs.values():
-        pair.end()
-    pairs.clear()
-
-
 def _link(pairs: dict[str, Pair], rate: float, delay: float, numel: int, quick: bool) -> Iterator[Row]:
     what = f"{rate} Mbit/s" + (f", {2 * delay} ms round trip" if delay else "")
     try:
@@ -69,7 +63,7 @@ def _link(pairs: dict[str, Pair], rate: float, delay: float, numel: int, quick: 
         turns = alternate(swarms, 2 if quick or rate < 100 else 3, lambda name: max(pairs[name].links.sent()))
     except PeerDied as died:
         yield failed("shaped link", what, ">= 0.9" if rate == 100 else "", died)
-        _end(pairs)
+        end_all(pairs)
     else:
         yield from _rows(what, rate, delay, numel, turns)
 

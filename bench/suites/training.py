@@ -48,7 +48,7 @@ def overhead(quick: bool) -> Iterator[Row]:
         )
         note = "Optimizer.step() that reaches the target to the last peer's new weights; hivemind with its quickstart's times"
         if found.get("hivemind") == []:
-            note += "; in none of hivemind's epochs did the samples of both of its peers reach the target"
+            note += "; of hivemind no epoch after the first was seen in which both peers had the target and went on"
         yield faster(
             "overhead", f"68k parameters, 2 peers, epochs of {length} s", ours, theirs, "hivemind", 20, note=note,
             details=found,
