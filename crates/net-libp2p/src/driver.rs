@@ -9,6 +9,7 @@ use crate::dials::Dials;
 use crate::punching::{self, Punching};
 use crate::shared::{Shared, lock};
 use crate::stage;
+use crate::streams;
 use crate::swarm::{self, Behaviour, BehaviourEvent};
 use crate::transport::StartError;
 use futures::StreamExt;
@@ -18,7 +19,7 @@ use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, Swarm, autonat, identify, kad, multiaddr, ping, relay};
 use potluck_net::{Env, Path, PeerId, Reachability, Watermarks};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -64,6 +65,8 @@ pub(crate) struct Driver {
     relays: BTreeMap<PeerId, Relay>,
     /// Connected, but their identify message, which tells whether they relay and route, is still to come.
     strangers: BTreeMap<libp2p::PeerId, Instant>,
+    /// Connected over loopback: the loopback addresses that they tell of mean something to us.
+    on_this_machine: BTreeSet<libp2p::PeerId>,
     punching: Punching,
     /// Whether this peer wants to be reached through relays at all.
     wants_relay: bool,
@@ -90,7 +93,7 @@ impl Driver {
         lock(&shared.own).announced = announced;
         let bootstrap = Bootstrap::new(bootstrap, &shared);
         let dials = Dials::default();
-        let (relays, strangers) = (BTreeMap::new(), BTreeMap::new());
+        let (relays, strangers, on_this_machine) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
         let punching = Punching::default();
         let (listens, marks) = (!config.client_mode, config.connections);
         let mut driver = Self {
@@ -102,6 +105,7 @@ impl Driver {
             bootstrap,
             relays,
             strangers,
+            on_this_machine,
             punching,
             wants_relay,
             listens,
@@ -307,6 +311,18 @@ impl Driver {
         match event {
             SwarmEvent::Behaviour(event) => self.on_behaviour(event),
             SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint: ConnectedPoint::Dialer { address, port_use, .. },
+                ..
+            } if streams::is_probe(port_use) => {
+                if let Some(peer) = convert::from_libp2p(&peer_id) {
+                    self.shared.book.add(peer, [address]);
+                }
+                // Its success has been told; false means that it has closed already.
+                let _open = self.swarm.close_connection(connection_id);
+            }
+            SwarmEvent::ConnectionEstablished {
                 peer_id, connection_id, endpoint, num_established, ..
             } => {
                 if num_established.get() == 1 {
@@ -319,6 +335,7 @@ impl Driver {
                 let alone = self.swarm.connected_peers().next().is_none();
                 self.bootstrap.on_disconnected(&peer_id, self.env.now(), alone, &self.shared);
                 self.introduced(&peer_id);
+                self.on_this_machine.remove(&peer_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
                 self.on_outgoing_failed(connection_id, peer_id, &error);
@@ -351,6 +368,9 @@ impl Driver {
     fn on_connected(&mut self, id: libp2p::PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         tracing::debug!(target: "potluck::net", peer = %id, ?endpoint, "connected");
         self.bootstrap.on_connected(&id, connection, self.env.now());
+        if convert::is_loopback(endpoint.get_remote_address()) && !endpoint.is_relayed() {
+            self.on_this_machine.insert(id);
+        }
         let Some(peer) = convert::from_libp2p(&id) else { return };
         if let ConnectedPoint::Dialer { address, .. } = endpoint {
             self.shared.book.add(peer, [address.clone()]);
@@ -438,11 +458,14 @@ impl Driver {
     fn on_identified(&mut self, id: libp2p::PeerId, info: identify::Info) {
         let Some(peer) = convert::from_libp2p(&id) else { return };
         let serves = |name: &str| info.protocols.iter().any(|protocol| protocol.as_ref() == name);
+        // Who is on this machine needs no relay on it.
+        let near = self.on_this_machine.contains(&id);
+        let near = |address: &Multiaddr| near && !convert::is_relayed(address);
         let usable = |address: &Multiaddr| convert::is_usable(address) && !convert::is_loopback(address);
         let told: Vec<Multiaddr> = info
             .listen_addrs
             .iter()
-            .filter(|address| usable(address) || self.on_this_machine(peer))
+            .filter(|address| usable(address) || near(address))
             .take(IDENTIFY_ADDRESSES_MAX)
             .cloned()
             .collect();
@@ -456,11 +479,6 @@ impl Driver {
         if serves(relay::HOP_PROTOCOL_NAME.as_ref()) && !self.relays.contains_key(&peer) {
             self.add_relay(peer, id);
         }
-    }
-
-    /// Whether we talk to a peer over loopback, so that its loopback addresses mean something to us.
-    fn on_this_machine(&self, peer: PeerId) -> bool {
-        self.shared.book.get(peer).iter().any(convert::is_loopback)
     }
 
     /// Only relays that we have dialed ourselves: their address works from here.

@@ -202,12 +202,19 @@ impl Peers {
     /// may have died; then the most direct; then TCP, which moves several times as many bytes as QUIC for the same work (see
     /// docs/performance.md); then the newest, or of relayed ones the oldest, because the others may be probes for hole punching.
     pub(crate) fn best(&self, peer: PeerId) -> Option<(Link, Arc<Semaphore>)> {
+        self.best_but(peer, &[])
+    }
+
+    /// The best connection but those that have just failed, unless there is no other.
+    pub(crate) fn best_but(&self, peer: PeerId, failed: &[ConnectionId]) -> Option<(Link, Arc<Semaphore>)> {
         let peers = lock(&self.inner);
         let connected = peers.get(&peer)?;
         let by_age =
             |a: &Link, b: &Link| if a.path == Path::Relayed { a.id.cmp(&b.id) } else { b.id.cmp(&a.id) };
         let now = Instant::now();
-        let rank = |link: &Link| (now > link.heard + ANSWERS_WITHIN, link.path, link.quic);
+        let rank = |link: &Link| {
+            (failed.contains(&link.id), now > link.heard + ANSWERS_WITHIN, link.path, link.quic)
+        };
         let best = connected.links.iter().min_by(|a, b| rank(a).cmp(&rank(b)).then_with(|| by_age(a, b)))?;
         Some((best.clone(), connected.outbound.clone()))
     }
@@ -229,6 +236,11 @@ impl Peers {
     pub(crate) fn may_upgrade(&self, peer: PeerId) -> bool {
         let mut peers = lock(&self.inner);
         peers.get_mut(&peer).is_some_and(|connected| !std::mem::replace(&mut connected.upgraded, true))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn links(&self, peer: PeerId) -> usize {
+        lock(&self.inner).get(&peer).map_or(0, |connected| connected.links.len())
     }
 
     /// The use of the most used connection to each peer.
@@ -335,6 +347,10 @@ mod tests {
         assert_eq!(best(), tcp);
         let newest = add(5, Path::Direct, false);
         assert_eq!(best(), newest);
+        let best_but = |failed: &[ConnectionId]| peers.best_but(peer(1), failed).unwrap().0.id;
+        assert_eq!(best_but(&[newest]), tcp, "the next best");
+        let all: Vec<ConnectionId> = (1..=5).map(ConnectionId::new_unchecked).collect();
+        assert_eq!(best_but(&all), newest, "there is no other");
         // Only one of them still answers.
         tokio::time::advance(ANSWERS_WITHIN + Duration::from_millis(1)).await;
         peers.heard(peer(1), quic);

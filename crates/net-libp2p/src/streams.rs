@@ -83,6 +83,7 @@ pub(crate) struct Accept {
     path: Path,
     usage: Arc<Usage>,
     names: Arc<[Protocol]>,
+    probe: bool,
 }
 
 impl UpgradeInfo for Accept {
@@ -102,6 +103,10 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
     fn upgrade_inbound(self, mut stream: libp2p::Stream, Name(protocol): Name) -> Self::Future {
         async move {
             stream.ignore_for_keep_alive();
+            if self.probe {
+                // Without an answer, the opener takes another connection.
+                return Err(io::Error::other("this connection is a probe and closes"));
+            }
             let Some(place) = self.shared.registry.reserve(&protocol) else {
                 stream.write_all(&[BUSY]).await?;
                 return stream.close().await;
@@ -160,6 +165,8 @@ pub(crate) struct Handler {
     path: Path,
     usage: Arc<Usage>,
     opens: mpsc::Receiver<OpenRequest>,
+    /// See [`is_probe`].
+    probe: bool,
 }
 
 impl ConnectionHandler for Handler {
@@ -177,6 +184,7 @@ impl ConnectionHandler for Handler {
             path: self.path,
             usage: self.usage.clone(),
             names: self.shared.registry.names(),
+            probe: self.probe,
         };
         SubstreamProtocol::new(accept, ())
     }
@@ -221,6 +229,12 @@ impl ConnectionHandler for Handler {
     }
 }
 
+/// Whether a connection that we have dialed only tells a peer whether it can be reached (AutoNAT): nothing else dials from a
+/// new port. It closes as soon as it stands, because it has a socket of its own, for QUIC with 3 MB of buffers.
+pub(crate) fn is_probe(port: PortUse) -> bool {
+    port == PortUse::New
+}
+
 /// Why a connection is refused.
 #[derive(Debug, thiserror::Error)]
 #[error("peer {0} has a key that is neither Ed25519 nor RSA")]
@@ -243,15 +257,20 @@ impl Behaviour {
         id: ConnectionId,
         peer: libp2p::PeerId,
         relayed: bool,
+        probe: bool,
     ) -> Result<Handler, ConnectionDenied> {
         let Some(peer) = convert::from_libp2p(&peer) else {
             return Err(ConnectionDenied::new(UnknownKey(peer)));
         };
         let (sender, opens) = mpsc::channel(OPENS_WAITING_MAX);
         let usage = Usage::new();
-        self.unborn.insert(id, (sender, usage.clone()));
+        if probe {
+            usage.give_up();
+        } else {
+            self.unborn.insert(id, (sender, usage.clone()));
+        }
         let path = if relayed { Path::Relayed } else { Path::Direct };
-        Ok(Handler { shared: self.shared.clone(), peer, path, usage, opens })
+        Ok(Handler { shared: self.shared.clone(), peer, path, usage, opens, probe })
     }
 }
 
@@ -266,7 +285,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         _remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, convert::is_relayed(local))
+        self.handler(id, peer, convert::is_relayed(local), false)
     }
 
     fn handle_established_outbound_connection(
@@ -275,9 +294,9 @@ impl NetworkBehaviour for Behaviour {
         peer: libp2p::PeerId,
         address: &Multiaddr,
         _role: Endpoint,
-        _port: PortUse,
+        port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, convert::is_relayed(address))
+        self.handler(id, peer, convert::is_relayed(address), is_probe(port))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -321,3 +340,7 @@ impl NetworkBehaviour for Behaviour {
         Poll::Pending
     }
 }
+
+#[cfg(test)]
+#[path = "streams_tests.rs"]
+mod tests;

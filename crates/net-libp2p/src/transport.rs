@@ -143,8 +143,9 @@ impl Libp2pTransport {
             return Err(OpenError::Unreachable { peer, attempts });
         }
         let mut last = String::from("the connection broke");
+        let mut failed = Vec::new();
         for _ in 0..LINKS_TRIED_MAX {
-            let Some((link, places)) = self.shared.peers.best(peer) else {
+            let Some((link, places)) = self.shared.peers.best_but(peer, &failed) else {
                 self.dial(peer).await?;
                 continue;
             };
@@ -174,6 +175,7 @@ impl Libp2pTransport {
                 return Err(OpenError::Closed);
             }
             // Its end may not have been noticed everywhere yet; then the next look must not find it again.
+            failed.push(link.id);
             if link.opens.is_closed() {
                 self.shared.peers.remove(peer, link.id);
             }
