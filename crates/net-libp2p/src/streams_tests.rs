@@ -1,6 +1,5 @@
 //! Tests of connections that are there for something else than streams.
 
-use crate::shared::lock;
 use crate::{Config, Libp2pTransport};
 use potluck_net::{Env, Identity, Protocol, Reachability, Transport};
 use std::sync::Arc;
@@ -22,15 +21,17 @@ async fn a_probe_leaves_nothing(listen: &str) {
     let asked = start(1, listen, Vec::new()).await;
     let asks = start(2, listen, asked.addresses()).await;
     let mut incoming = asked.accept(Protocol::new(NAME), 16).unwrap();
+    // Each asks the other, at almost the same time; a request on a probe that closes comes again much later.
+    let known = || [&asked, &asks].iter().any(|peer| peer.reachability() == Reachability::Public);
     let open_until_known = async {
-        while lock(&asks.shared().own).reachability != Reachability::Public {
+        while !known() {
             let mut ours = asks.open(asked.local_peer(), Protocol::new(NAME)).await.unwrap();
             let mut theirs = incoming.next().await.unwrap();
             let (sent, got) = tokio::join!(ours.send(vec![1].into()), theirs.recv());
             assert!(sent.is_ok() && got.unwrap().is_some());
         }
     };
-    timeout(PATIENCE, open_until_known).await.expect("it is told that it can be reached");
+    timeout(PATIENCE, open_until_known).await.expect("one of them is told that it can be reached");
     let links = || {
         let of =
             |peer: &Libp2pTransport, other: &Libp2pTransport| peer.shared().peers.links(other.local_peer());
