@@ -1,14 +1,13 @@
 //! The one tokio runtime of the process, and the one way to wait for it from Python.
 
 use crate::error::Error;
+use potluck_net::RUNTIME_THREADS;
 use pyo3::prelude::*;
 use std::future::Future;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// Two are enough to move bytes while the trainer computes; CPU work goes to blocking threads.
-const WORKERS: usize = 2;
 /// How often a wait looks whether Ctrl-C was pressed.
 const SIGNAL_PERIOD: Duration = Duration::from_millis(100);
 
@@ -37,7 +36,7 @@ pub(crate) fn handle() -> Result<Handle, Error> {
         return Ok(process.runtime.handle().clone());
     }
     let runtime = Builder::new_multi_thread()
-        .worker_threads(WORKERS)
+        .worker_threads(RUNTIME_THREADS)
         .thread_name("potluck")
         .enable_all()
         .build()

@@ -30,7 +30,9 @@ mod visit;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
+use potluck_net::RUNTIME_THREADS;
 use std::process::ExitCode;
+use tokio::runtime::{Builder, Runtime};
 
 /// What every command's exit code means, in `--help` and the man page, and how to begin.
 const HELP: &str = "Exit codes: 0 it worked; 1 it did not, and the last lines on stderr say why and what to do; \
@@ -120,7 +122,7 @@ fn main() -> ExitCode {
     if let Err(error) = log::start() {
         return fail(&error);
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match runtime(&cli.command) {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("potluck: cannot start: {error}");
@@ -134,6 +136,15 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => fail(&error),
     }
+}
+
+/// As many threads as there are cores, for nodes that relay; where peers are measured, what peers have.
+fn runtime(command: &Command) -> std::io::Result<Runtime> {
+    let mut builder = Builder::new_multi_thread();
+    if matches!(command, Command::Bench(BenchCommand::NetPeer(_))) {
+        builder.worker_threads(RUNTIME_THREADS);
+    }
+    builder.enable_all().build()
 }
 
 /// Say what is wrong and what to do.
@@ -156,7 +167,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Invite(args) => invite::run(&args),
         Command::Sim(args) => sim::run(args).await,
         Command::Bench(BenchCommand::Net(args)) => bench::run(args).await,
-        Command::Bench(BenchCommand::NetPeer(args)) => bench::run_peer(args).await,
+        // On the runtime's thread, where the tasks of a peer run, and not on this one beside it.
+        Command::Bench(BenchCommand::NetPeer(args)) => tokio::spawn(bench::run_peer(args)).await?,
         Command::Probe(args) => probe::run(args).await,
         Command::Version(args) => manual::version(&args),
         Command::Completions(args) => manual::completions(&args),

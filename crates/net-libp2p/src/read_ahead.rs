@@ -1,5 +1,6 @@
 //! Reading ahead below the encryption: TLS asks the socket for 4 KiB at a time, four system calls for each of its
-//! records. Here one call brings many records. What is kept grows only where much arrives.
+//! records. Here one call brings many records. What is kept grows only where much arrives, and whoever waits for the bytes
+//! gets a turn before the next ones are fetched.
 
 use futures::{AsyncRead, AsyncWrite};
 use std::io::{self, IoSlice};
@@ -10,6 +11,9 @@ use std::task::{Context, Poll, ready};
 const FIRST_BYTES: usize = 4 << 10;
 /// What is read at once on a connection that carries much: eight records.
 const MOST_BYTES: usize = 128 << 10;
+/// After so many bytes on end the task gives way, though there are more: else the streams of a fast connection fill up to their
+/// windows before anybody takes from them, by then out of the processor's cache and in memory that is new each time.
+const TURN_BYTES: usize = 128 << 10;
 
 /// A socket whose bytes are fetched in large pieces. Writing passes through.
 pub(crate) struct ReadAhead<C> {
@@ -17,22 +21,34 @@ pub(crate) struct ReadAhead<C> {
     buffer: Vec<u8>,
     at: usize,
     filled: usize,
+    /// Bytes since the socket was last empty or the task last gave way.
+    turn: usize,
 }
 
 impl<C> ReadAhead<C> {
     pub(crate) fn new(socket: C) -> Self {
-        Self { socket, buffer: Vec::new(), at: 0, filled: 0 }
+        Self { socket, buffer: Vec::new(), at: 0, filled: 0, turn: 0 }
     }
 }
 
 impl<C: AsyncRead + Unpin> ReadAhead<C> {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.turn >= TURN_BYTES {
+            self.turn = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         // It was filled to the brim the last time: more of the kind is to be expected.
         if self.filled == self.buffer.len() && self.buffer.len() < MOST_BYTES {
             self.buffer.resize((self.buffer.len() * 2).clamp(FIRST_BYTES, MOST_BYTES), 0);
         }
         (self.at, self.filled) = (0, 0);
-        self.filled = ready!(Pin::new(&mut self.socket).poll_read(cx, &mut self.buffer))?;
+        let Poll::Ready(read) = Pin::new(&mut self.socket).poll_read(cx, &mut self.buffer) else {
+            self.turn = 0;
+            return Poll::Pending;
+        };
+        self.filled = read?;
+        self.turn = self.turn.saturating_add(self.filled);
         Poll::Ready(Ok(()))
     }
 }
@@ -79,6 +95,7 @@ mod tests {
     use futures::executor::block_on;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
 
     /// Gives the bytes 0, 1, 2, … as many as are asked for, and counts how often it is asked.
     struct Source {
@@ -120,6 +137,37 @@ mod tests {
         assert!(got.len() == len && got.iter().enumerate().all(|(at, byte)| *byte == at as u8));
         // 4, 8, … 64 KiB, then 128 KiB at a time, and the end.
         assert!(reads.load(Ordering::Relaxed) < 20, "{reads:?}");
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn others_get_a_turn_and_it_goes_on_by_itself() {
+        let mut ahead = ReadAhead::new(Source { next: 0, len: 1 << 20, reads: Arc::default() });
+        let woken = Arc::new(Woken::default());
+        let waker = woken.clone().into();
+        let mut cx = Context::from_waker(&waker);
+        let (mut piece, mut on_end, mut turns) = (vec![0; 4096], 0, 0);
+        loop {
+            match Pin::new(&mut ahead).poll_read(&mut cx, &mut piece) {
+                Poll::Ready(Ok(0)) => break,
+                Poll::Ready(count) => on_end += count.unwrap(),
+                Poll::Pending => {
+                    turns += 1;
+                    assert_eq!(woken.0.load(Ordering::Relaxed), turns);
+                    assert!((TURN_BYTES..TURN_BYTES + MOST_BYTES).contains(&on_end), "{on_end}");
+                    on_end = 0;
+                }
+            }
+        }
+        assert!(turns >= 4, "{turns}");
     }
 
     #[test]

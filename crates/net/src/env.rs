@@ -6,6 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// Threads of the runtime that a peer runs on. One moves more than any link of 1 Gbit/s brings (docs/performance.md); with a
+/// second one, connections and those who read from them wake each other across threads, which costs more processor time than
+/// it saves. Computing has threads of its own ([`Env::offload`]).
+pub const RUNTIME_THREADS: usize = 1;
+
 /// The outside world of one peer: clock, seeded randomness, CPU off-loading. Cheap to clone; clones share the stream
 /// of random numbers.
 #[derive(Clone)]

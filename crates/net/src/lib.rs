@@ -31,7 +31,7 @@ mod token;
 mod transport;
 mod watermarks;
 
-pub use env::Env;
+pub use env::{Env, RUNTIME_THREADS};
 pub use fault::{FaultKind, Outcome, PeerFault};
 pub use identity::Identity;
 pub use peer_id::{PeerId, PeerIdError};
