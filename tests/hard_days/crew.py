@@ -16,6 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # A process that says nothing for this long will not say it any more: two slow cores may be shared by many.
 PATIENCE = 180.0
+# For peers that train until `Crew.until` names their last epoch.
+ENDLESS = 1 << 30
 
 
 class HardDay(Exception):
@@ -214,6 +216,16 @@ class Crew:
     def arrive(self, peers, seconds=PATIENCE):
         """Wait until these peers hold still at the last epoch; nobody has left yet."""
         self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
+
+    def until(self, peers, at_least):
+        """Let these peers, who were started with ENDLESS epochs, train to one epoch, a little ahead; which it is.
+
+        A last epoch that was fixed at the start may come before a busy machine has started the last peer.
+        """
+        last = max(at_least, *(peer.epoch + 15 for peer in peers))
+        for peer in peers:
+            peer.order(f"until {last}")
+        return last
 
     def finish(self, peers, seconds=PATIENCE):
         """Wait until these peers hold still at the last epoch with equal weights, let them leave; what they ended with."""

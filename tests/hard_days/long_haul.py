@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import rules
-from crew import HERE
+from crew import ENDLESS, HERE
 
 TITLE = "long haul"
 PEERS, TARGET, UP = 6, 512, 20.0
@@ -45,7 +45,7 @@ class Haul:
         self.crew.environment = {"LD_PRELOAD": str(self.library), "CLOCK_OFF": str(off)}
         self.peers[place] = self.crew.peer(
             f"{self.compression}-{self.number}", self.hosts[place], wait=False, run=self.run, join=token,
-            seed=self.number, batch=16, pace=0.15, target=TARGET, epochs=1 << 30, compression=self.compression,
+            seed=self.number, batch=16, pace=0.15, target=TARGET, epochs=ENDLESS, compression=self.compression,
         )  # fmt: skip
         self.crew.environment = environment
         return self.peers[place]
@@ -85,9 +85,7 @@ class Haul:
             self.trouble(token)
         peers = list(self.peers.values())
         self.crew.wait("everybody is here", lambda: all(p.said("epoch") or p.said("arrived") for p in peers))
-        last = max(peer.epoch for peer in peers) + 15
-        for peer in peers:
-            peer.order(f"until {last}")
+        last = self.crew.until(peers, 0)
         ends = self.crew.finish(peers, 400)
         self.report(stay, ends, last)
         return ends

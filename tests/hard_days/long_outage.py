@@ -4,9 +4,11 @@ import signal
 import time
 
 import rules
+from crew import ENDLESS
 
 TITLE = "long outage"
-TRAINING = {"epochs": 120, "target": 512}
+TRAINING = {"epochs": ENDLESS, "target": 512}
+LAST = 120
 # Long enough that the others have missed both many times over; 40 and 10 minutes in the original story.
 OUTAGE = 60.0
 
@@ -40,6 +42,7 @@ def play(crew):
         peer.wait("epoch", lambda line: line["peers"] == 4, since=before[peer])
     crew.check("both return unaided", f"{time.monotonic() - back:.1f} s, no node", True)
     crew.node("node-again", where)
+    crew.until(peers, LAST)
     ends = crew.finish(peers, 400)
     for peer in (unplugged, suspended):
         me = peer.said("ready")[0]["peer"][-6:]

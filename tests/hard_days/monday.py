@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import rules
-from crew import HardDay
+from crew import ENDLESS, HardDay
 
 TITLE = "all gone, then Monday"
-TRAINING = {"epochs": 60, "target": 256}
-FRIDAY = 25
+TRAINING = {"epochs": ENDLESS, "target": 256}
+FRIDAY, MONDAY = 25, 60
 READ = "import sys, torch; state = torch.load(sys.argv[1]); print(sum(v.numel() for v in state.values()))"
 
 
@@ -71,6 +71,7 @@ def play(crew):
     ]
     start = [peer.wait("epoch")["epoch"] for peer in monday]
     crew.check("Monday begins where Friday ended", f"{last}, then {start}", min(start) >= last)
+    crew.until(monday, MONDAY)
     ends = crew.finish(monday)
     exported = crew.folder / "weights.pt"
     made = subprocess.run(

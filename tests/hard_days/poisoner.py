@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import rules
-from crew import HERE, words
+from crew import ENDLESS, HERE, words
 
 TITLE = "poisoner, stranger"
-TRAINING = {"epochs": 120, "target": 512}
+TRAINING = {"epochs": ENDLESS, "target": 512}
+LAST = 120
 FLOOD = 120
 
 
@@ -106,5 +107,7 @@ def play(crew):
     poison(crew, evil, honest, "big", "implausible", honest)
     newcomer = flood(crew, node, where, token)
     second, thief = impostor(crew, honest, token, key)
-    ends = crew.finish([*honest, newcomer, evil], 300)
+    members = [*honest, newcomer, evil]
+    crew.until(members, LAST)
+    ends = crew.finish(members, 300)
     rules.all_of_them(crew, ends, honest[1:], except_for=(second, thief, evil), **TRAINING)

@@ -4,9 +4,11 @@ import signal
 import time
 
 import rules
+from crew import ENDLESS
 
 TITLE = "spot notice"
-TRAINING = {"epochs": 60, "target": 512}
+TRAINING = {"epochs": ENDLESS, "target": 512}
+LAST = 60
 GRACE = 30.0
 
 
@@ -56,6 +58,7 @@ def play(crew):
     crew.check("the same peer", back.said("ready")[0]["peer"][-8:], back.said("ready")[0]["peer"] == me)
     joined = back.wait("epoch", lambda line: line["epoch"] > at)
     stay[0].wait("epoch", lambda line: line["epoch"] > joined["epoch"] and line["peers"] == 3)
+    crew.until([*stay, back], LAST)
     crew.arrive([*stay, back])
     after = stay[0].credit(me)
     # Before everybody leaves: at the end it goes a second time, and whoever is slower sees it.
