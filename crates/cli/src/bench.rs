@@ -16,6 +16,7 @@ use std::time::Duration;
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 const PROTOCOL: &str = "/potluck/bench/1";
@@ -177,8 +178,17 @@ async fn delayed(address: &str, rtt_ms: u64, tasks: &Tasks) -> Result<String> {
     Ok(address.replacen(&format!("/{port}"), &format!("/{}", relay.port()), 1))
 }
 
-/// One end.
+/// One end, on the runtime's own thread, where the tasks of a peer run, and not on the one beside it that waits for them.
 pub(crate) async fn run_peer(args: PeerArgs) -> Result<()> {
+    let (tasks, (done, result)) = (Tasks::new(), oneshot::channel());
+    tasks.spawn(async move {
+        // Nobody waits any more when this process is about to end.
+        let _unheard = done.send(one_end(args).await);
+    });
+    result.await?
+}
+
+async fn one_end(args: PeerArgs) -> Result<()> {
     if args.kind == Kind::Tcp {
         return match &args.target {
             Some(target) => send(&args, |frames| raw_tcp::transfer(target, frames)).await,

@@ -167,8 +167,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Invite(args) => invite::run(&args),
         Command::Sim(args) => sim::run(args).await,
         Command::Bench(BenchCommand::Net(args)) => bench::run(args).await,
-        // On the runtime's thread, where the tasks of a peer run, and not on this one beside it.
-        Command::Bench(BenchCommand::NetPeer(args)) => tokio::spawn(bench::run_peer(args)).await?,
+        Command::Bench(BenchCommand::NetPeer(args)) => bench::run_peer(args).await,
         Command::Probe(args) => probe::run(args).await,
         Command::Version(args) => manual::version(&args),
         Command::Completions(args) => manual::completions(&args),

@@ -148,6 +148,26 @@ fn two_nodes_find_each_other_by_token_and_leave_nothing_behind() {
 }
 
 #[test]
+fn ipv6_alone_is_enough() {
+    let Some(machines) = Machines::connect("c") else { return };
+    for (number, name) in (1..).zip(&machines.names) {
+        must(&format!("-n {name} address add 2001:db8:2::{number}/64 dev eth0 nodad"));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let first = machines.node(1, dir.path(), &[]);
+    let token: Token = first.line("token").parse().unwrap();
+    // As it listens by default, on all interfaces.
+    for transport in ["/tcp/", "/quic-v1"] {
+        let mut token = token.clone();
+        token.bootstrap.retain(|address| address.starts_with("/ip6/") && address.contains(transport));
+        assert!(!token.bootstrap.is_empty(), "no {transport} of IPv6 in {:?}", first.line("token"));
+        let second = machines.node(2, dir.path(), &["--join", &token.to_string()]);
+        second.line("joined");
+        assert!(second.end("-TERM"));
+    }
+}
+
+#[test]
 fn one_live_address_among_dead_ones_is_joined_within_five_seconds() {
     let Some(machines) = Machines::connect("b") else { return };
     let dir = tempfile::tempdir().unwrap();
