@@ -1,7 +1,7 @@
 //! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
 //! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
 
-use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Transport, Watermarks};
+use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Tasks, Transport, Watermarks};
 use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
 use std::collections::{BTreeMap, BTreeSet};
@@ -138,27 +138,31 @@ async fn bootstrap_says_for_each_address_how_far_it_got() {
     server.close().await;
 }
 
+type Foreign = libp2p::Swarm<libp2p::identify::Behaviour>;
+
 /// Somebody else's program: encryption, multiplexing and identify are those of every libp2p peer, potluck it is not.
-fn foreign_swarm() -> libp2p::Swarm<libp2p::identify::Behaviour> {
-    libp2p::SwarmBuilder::with_new_identity()
-        .with_tokio()
-        .with_tcp(libp2p::tcp::Config::default(), libp2p::noise::Config::new, libp2p::yamux::Config::default)
-        .expect("noise needs nothing")
-        .with_behaviour(|key| {
-            let config = libp2p::identify::Config::new("/elsewhere/7".into(), key.public());
-            libp2p::identify::Behaviour::new(config.with_agent_version("kitchen/7".into()))
-        })
-        .expect("identify needs nothing")
-        .build()
+fn foreign_swarm(security: Security) -> Foreign {
+    let builder = libp2p::SwarmBuilder::with_new_identity().with_tokio();
+    let (tcp, mux) = (libp2p::tcp::Config::default(), libp2p::yamux::Config::default);
+    let behaviour = |key: &libp2p::identity::Keypair| {
+        let config = libp2p::identify::Config::new("/elsewhere/7".into(), key.public());
+        libp2p::identify::Behaviour::new(config.with_agent_version("kitchen/7".into()))
+    };
+    if security == Security::NoiseOnly {
+        let builder = builder.with_tcp(tcp, libp2p::noise::Config::new, mux).expect("noise needs nothing");
+        return builder.with_behaviour(behaviour).expect("identify needs nothing").build();
+    }
+    let builder = builder.with_tcp(tcp, libp2p::tls::Config::new, mux).expect("a certificate can be made");
+    builder.with_behaviour(behaviour).expect("identify needs nothing").build()
 }
 
-#[tokio::test]
-async fn a_bootstrap_peer_that_speaks_something_else_has_failed_at_version() {
-    let mut foreign = foreign_swarm();
-    foreign.listen_on(TCP.parse().unwrap()).unwrap();
+/// Let it run, and where it listens.
+async fn serve(mut foreign: Foreign) -> (Tasks, String) {
+    let loopback = TCP.parse().expect("an address");
+    foreign.listen_on(loopback).expect("loopback can be listened on");
     let (told, address) = tokio::sync::oneshot::channel();
     let id = *foreign.local_peer_id();
-    let serving = potluck_net::Tasks::new();
+    let serving = Tasks::new();
     serving.spawn(async move {
         let mut told = Some(told);
         loop {
@@ -166,18 +170,49 @@ async fn a_bootstrap_peer_that_speaks_something_else_has_failed_at_version() {
             if let libp2p::swarm::SwarmEvent::NewListenAddr { address, .. } = event
                 && let Some(told) = told.take()
             {
-                told.send(format!("{address}/p2p/{id}")).unwrap();
+                told.send(format!("{address}/p2p/{id}")).expect("somebody waits for it");
             }
         }
     });
-    let address = address.await.unwrap();
-    let joiner = peer_on(&[TCP], |config| config.bootstrap = vec![address.clone()]).await;
-    let report = joiner.wait_bootstrapped(Instant::now() + Duration::from_secs(3)).await.unwrap_err();
-    let expected = format!(
-        "{address}: failed at version: the peer there speaks \"/elsewhere/7\" (kitchen/7), not \"/potluck/1\""
-    );
-    assert_eq!(report[0].to_string(), expected);
-    joiner.close().await;
+    (serving, address.await.expect("it listens"))
+}
+
+#[tokio::test]
+async fn a_bootstrap_peer_that_speaks_something_else_has_failed_at_version() {
+    // What is asked at this stage is asked over the encrypted connection: libp2p's own TLS understands ours.
+    for security in [Security::NoiseOnly, Security::TlsOnly] {
+        let (_serving, address) = serve(foreign_swarm(security)).await;
+        let joiner = peer_on(&[TCP], |config| {
+            config.bootstrap = vec![address.clone()];
+            config.security = security;
+        })
+        .await;
+        let report = joiner.wait_bootstrapped(Instant::now() + Duration::from_secs(3)).await.unwrap_err();
+        let expected = format!(
+            "{address}: failed at version: the peer there speaks \"/elsewhere/7\" (kitchen/7), not \"/potluck/1\""
+        );
+        assert_eq!(report[0].to_string(), expected);
+        joiner.close().await;
+    }
+}
+
+#[tokio::test]
+async fn libp2ps_own_tls_dials_ours() {
+    let server = peer_on(&[TCP], |config| config.security = Security::TlsOnly).await;
+    let mut foreign = foreign_swarm(Security::TlsOnly);
+    let address: libp2p::Multiaddr = server.addresses()[0].parse().unwrap();
+    foreign.dial(address).unwrap();
+    let met = tokio::time::timeout(Duration::from_secs(10), async {
+        loop {
+            let event = futures::StreamExt::select_next_some(&mut foreign).await;
+            if let libp2p::swarm::SwarmEvent::ConnectionEstablished { peer_id, .. } = event {
+                return peer_id;
+            }
+            assert!(!matches!(event, libp2p::swarm::SwarmEvent::OutgoingConnectionError { .. }), "{event:?}");
+        }
+    });
+    assert_eq!(met.await.unwrap().to_string(), server.local_peer().to_string());
+    server.close().await;
 }
 
 #[tokio::test]
