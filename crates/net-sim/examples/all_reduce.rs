@@ -38,7 +38,7 @@ async fn round(net: &SimNet, peers: usize, bytes: usize, rate: f64) -> Result<(f
     for result in results {
         result?;
     }
-    Ok((net.elapsed().as_secs_f64(), net.trace().total))
+    Ok((net.elapsed().as_secs_f64(), net.trace_name().total))
 }
 
 /// Send a part to every other peer and get it back averaged; reduce what the others send.

@@ -1,7 +1,7 @@
 //! What happened, in order, as a hash over everything and the last lines in clear.
 
 use potluck_net::{PeerId, Protocol};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// Lines that are kept in clear; the hash covers all of them.
@@ -103,12 +103,19 @@ impl Log {
     }
 
     pub(crate) fn snapshot(&self, name: impl Fn(u32) -> PeerId) -> Trace {
+        // Writing an id out costs more than all the rest of a line.
+        let mut short = BTreeMap::new();
+        for entry in &self.entries {
+            for node in [entry.from, entry.to] {
+                short.entry(node).or_insert_with(|| name(node).short());
+            }
+        }
         let line = |entry: &Entry| {
             format!(
                 "{:.6} {} -> {} {} {} {:?}",
                 entry.at.as_secs_f64(),
-                name(entry.from).short(),
-                name(entry.to).short(),
+                short[&entry.from],
+                short[&entry.to],
                 entry.protocol.as_ref().map_or("-", Protocol::as_str),
                 entry.bytes,
                 entry.what,
