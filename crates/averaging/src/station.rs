@@ -248,6 +248,8 @@ impl Station {
         if chosen == self.me {
             return self.coordinate(now, view, &wish, &group, deadline, out);
         }
+        // Somebody before us has come: when our turn comes again, the others take as long as ever to find that out.
+        self.coordinating = None;
         self.ask(now, chosen, patience, &wish, out)
     }
 
@@ -302,8 +304,12 @@ impl Station {
             Some((peer, since, last)) if peer == chosen => (since, Some(last)),
             _ => (now, None),
         };
-        // The coordinator itself waits for `patience`; when it stays silent longer, the next in order takes over.
-        if now >= since + patience + Duration::from_secs(1) {
+        // The coordinator itself waits for its patience, and answers meanwhile; when it is silent, or waits for longer than
+        // anybody may, the next in order takes over.
+        let answered = self.ready_of(now, wish, &chosen).and(self.ready.get(&chosen)).map(|(at, _)| *at);
+        let heard = answered.map_or(since, |at| at.max(since));
+        let until = (heard + patience).min(since + patience.max(PATIENCE.end));
+        if now >= until + Duration::from_secs(1) {
             self.skipped.insert(chosen);
             self.asked = None;
             return Gathering::Wait(now);
@@ -434,8 +440,21 @@ impl Station {
             out.tell(from, RoundMessage::LeftOut { nonce, epoch, attempt: 0 });
             return;
         }
+        self.answer(now, from, out);
         if self.ready.len() < READY_MAX || self.ready.contains_key(&from) {
             self.ready.insert(from, (now, ready));
+        }
+    }
+
+    /// Who is ready learns that we are here and wait as well, so that nobody takes a coordinator that waits for others, or
+    /// one that has just taken over, for silent: each has a patience of its own.
+    fn answer(&self, now: Instant, from: PeerId, out: &mut Out) {
+        let Some(wish) = self.wish.as_ref().filter(|_| self.current.is_none()) else { return };
+        let heard = self.ready.get(&from).map(|(at, _)| now >= *at + REPEAT / 2);
+        // Most rounds begin before anybody asks twice.
+        let is_due = heard.unwrap_or(self.coordinating.is_none());
+        if is_due && self.asked.is_none_or(|(chosen, _, _)| chosen != from) {
+            out.tell(from, RoundMessage::Ready(wish.ready.clone()));
         }
     }
 

@@ -4,7 +4,7 @@ mod support;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use potluck_averaging::{Averager, AveragerConfig, Progress, Swarm, SwarmConfig};
+use potluck_averaging::{Averager, AveragerConfig, Progress, RoundRequest, Swarm, SwarmConfig};
 use potluck_compression::Scheme;
 use potluck_net::{
     AcceptError, FaultKind, Identity, Incoming, OpenError, Path, PeerId, Protocol, Reachability, Stream,
@@ -107,6 +107,61 @@ fn a_coordinator_that_dies_while_gathering_is_replaced() {
             let results = step_all(&rest, 0, 3000).await;
             assert_eq!(agreed(&results).members.len(), 2);
             assert!(net.elapsed() - before < Duration::from_secs(6));
+        });
+    }
+}
+
+/// Two of three step, and the third is here and silent, be it the coordinator, the next in order or the last.
+#[test]
+fn whoever_waits_longer_for_a_silent_peer_is_not_taken_for_silent() {
+    for silent in 0..3 {
+        for (hasty, longest) in [(1, 5), (2, 5), (1, 20), (2, 20)] {
+            run(30, async |net| {
+                let peers = peers(&net, 3, PeerSpec::default(), &config(3000, Scheme::None)).await;
+                let steps = [1, 2].map(|turn| {
+                    let patience = Duration::from_secs(if turn == hasty { 2 } else { longest });
+                    let at = (silent + turn) % 3;
+                    peers[at].averager.step(RoundRequest {
+                        gather_timeout: Some(patience),
+                        ..request(0, values(at, 3000), 1.0)
+                    })
+                });
+                let results = futures::future::join_all(steps).await;
+                assert_eq!(
+                    agreed(&results).members.len(),
+                    2,
+                    "{silent} is silent, {hasty} after it is hasty"
+                );
+            });
+        }
+    }
+}
+
+/// A silent peer turns up while the others gather and may be the one to coordinate: that costs nobody's contribution.
+#[test]
+fn a_silent_peer_that_turns_up_in_the_middle_splits_nobody() {
+    let ms = |count| tokio::time::sleep(Duration::from_millis(count));
+    for (silent, first) in (0..3).flat_map(|silent| [(silent, 1), (silent, 2)]) {
+        run(40, async |net| {
+            let peers = peers(&net, 3, PeerSpec::default(), &config(3000, Scheme::None)).await;
+            let report = |at: usize| peers[at].swarm.report(Progress { epoch: 1, ..Progress::default() });
+            report((silent + 1) % 3);
+            report((silent + 2) % 3);
+            ms(200).await;
+            let steps = [1, 2].map(|turn| {
+                let at = (silent + turn) % 3;
+                let step = peers[at].averager.step(request(1, values(at, 3000), 1.0));
+                async move {
+                    ms(if turn == first { 0 } else { 100 }).await;
+                    step.await
+                }
+            });
+            let turns_up = async {
+                ms(50).await;
+                report(silent);
+            };
+            let (results, ()) = futures::future::join(futures::future::join_all(steps), turns_up).await;
+            assert_eq!(agreed(&results).members.len(), 2, "{silent} silent, {first} after it first");
         });
     }
 }
