@@ -1,41 +1,17 @@
 //! Tests of byte streams that are used again, in memory and between two real transports.
 
 use super::*;
+use crate::pipe::Pipe;
 use crate::transport::BULK_BYTES_MIN;
 use crate::{Config, Libp2pTransport};
 use bytes::Bytes;
 use futures::SinkExt;
 use potluck_net::{Env, Identity, Incoming, OpenError, StreamError, Transport};
 use proptest::prelude::*;
-use tokio::io::{AsyncRead as _, AsyncWrite as _, DuplexStream, ReadBuf, duplex};
+use tokio::io::duplex;
 
 const NAME: &str = "/test/kept/1";
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// One end of a byte stream in memory.
-struct Pipe(DuplexStream);
-
-impl AsyncRead for Pipe {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, target: &mut [u8]) -> Poll<io::Result<usize>> {
-        let mut target = ReadBuf::new(target);
-        let read = Pin::new(&mut self.get_mut().0).poll_read(cx, &mut target);
-        read.map_ok(|()| target.filled().len())
-    }
-}
-
-impl AsyncWrite for Pipe {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().0).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_flush(cx)
-    }
-
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
-    }
-}
 
 /// Keeps what an ended stream leaves.
 #[derive(Clone, Default)]

@@ -17,6 +17,8 @@ mod driver;
 pub mod identity_file;
 mod kept;
 mod mux;
+#[cfg(test)]
+mod pipe;
 mod punching;
 mod read_ahead;
 mod secure;

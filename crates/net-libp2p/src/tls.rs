@@ -15,10 +15,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{
-    CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, SignatureScheme,
-    SupportedCipherSuite,
-};
+use rustls::{CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, SignatureScheme};
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -37,8 +34,13 @@ pub(crate) struct Tls {
 impl Tls {
     /// A configuration that proves `keypair` to the other side.
     pub(crate) fn new(keypair: &Keypair) -> io::Result<Self> {
+        Self::with(keypair, has_aes())
+    }
+
+    /// As on a machine with or without AES.
+    fn with(keypair: &Keypair, aes: bool) -> io::Result<Self> {
         let (certificate, key) = certificate::generate(keypair).map_err(io::Error::other)?;
-        let provider = Arc::new(provider());
+        let provider = Arc::new(provider(aes));
         // Not the builders' own way: they refuse the critical extension that libp2p puts into its certificates.
         let signing = provider.key_provider.load_private_key(key).map_err(io::Error::other)?;
         let own = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signing)));
@@ -62,7 +64,7 @@ impl Tls {
             .with_cert_resolver(own);
         server.alpn_protocols = vec![ALPN.to_vec()];
         // Each side lists what is cheap for it; whoever lacks AES decides, because it would pay the most.
-        server.ignore_client_order = !has_aes();
+        server.ignore_client_order = !aes;
         Ok(Self { client: Arc::new(client).into(), server: Arc::new(server).into() })
     }
 
@@ -104,11 +106,10 @@ fn has_aes() -> bool {
     return false;
 }
 
-fn provider() -> CryptoProvider {
+fn provider(aes: bool) -> CryptoProvider {
     use aws_lc_rs::cipher_suite as suite;
-    let aes: [SupportedCipherSuite; 2] = [suite::TLS13_AES_128_GCM_SHA256, suite::TLS13_AES_256_GCM_SHA384];
-    let chacha = suite::TLS13_CHACHA20_POLY1305_SHA256;
-    let cipher_suites = if has_aes() { vec![aes[0], aes[1], chacha] } else { vec![chacha, aes[0], aes[1]] };
+    let mut cipher_suites = vec![suite::TLS13_AES_128_GCM_SHA256, suite::TLS13_AES_256_GCM_SHA384];
+    cipher_suites.insert(if aes { 2 } else { 0 }, suite::TLS13_CHACHA20_POLY1305_SHA256);
     CryptoProvider { cipher_suites, ..aws_lc_rs::default_provider() }
 }
 
@@ -226,5 +227,32 @@ impl ClientCertVerifier for Verifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipe::Pipe;
+    use rustls::CipherSuite;
+
+    /// What a machine that dials, with AES or without, and one that accepts agree on.
+    async fn agreed(dialer: bool, acceptor: bool) -> CipherSuite {
+        let tls = |aes| Tls::with(&Keypair::generate_ed25519(), aes).unwrap();
+        let (one, other) = tokio::io::duplex(64 << 10);
+        let (dialed, accepted) =
+            tokio::join!(tls(dialer).connect(Pipe(one)), tls(acceptor).accept(Pipe(other)));
+        let suite = |stream: TlsStream<_>| stream.get_ref().1.negotiated_cipher_suite().unwrap().suite();
+        let (dialed, accepted) = (suite(dialed.unwrap().1), suite(accepted.unwrap().1));
+        assert_eq!(dialed, accepted);
+        dialed
+    }
+
+    #[tokio::test]
+    async fn aes_is_taken_where_both_have_it_and_never_where_it_costs_one_the_most() {
+        assert_eq!(agreed(true, true).await, CipherSuite::TLS13_AES_128_GCM_SHA256);
+        for (dialer, acceptor) in [(true, false), (false, true), (false, false)] {
+            assert_eq!(agreed(dialer, acceptor).await, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256);
+        }
     }
 }
