@@ -159,9 +159,18 @@ impl Node {
         }
     }
 
-    /// A line that lets others join a run through this peer; a closed run takes an invite in it.
+    /// A line that lets others join a run through this peer; a closed run takes an invite in it. The first peer waits for
+    /// its router first, at most three seconds after its start: others need the address that only the router knows.
     #[pyo3(signature = (run_id, invite = None))]
-    fn token(&self, run_id: String, invite: Option<String>) -> Result<String, Error> {
+    fn token(&self, py: Python<'_>, run_id: String, invite: Option<String>) -> Result<String, Error> {
+        if let Reach::Net { transport, .. } = &self.reach
+            && transport.bootstrap_peers().is_empty()
+        {
+            runtime::wait(py, async {
+                transport.wait_mapped().await;
+                Ok(())
+            })?;
+        }
         let bootstrap: Vec<String> = self.addresses().into_iter().take(12).collect();
         let token = Token { run_id, bootstrap, invite: invite.map(String::into_bytes) };
         token.validate().map_err(|error| Error::Value(error.to_string()))?;

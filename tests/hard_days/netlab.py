@@ -82,11 +82,12 @@ class Host:
 
 
 class Lab:
-    """An internet of its own: 203.0.113.0/24 on a bridge, hosts on it or behind NAT routers."""
+    """An internet of its own: 203.0.113.0/24 (or another) on a bridge, hosts on it or behind NAT routers."""
 
     _counter = itertools.count()
 
-    def __init__(self):
+    def __init__(self, internet: str = "203.0.113"):
+        self.internet = internet
         self.prefix = f"pl{os.getpid() % 100000}x{next(self._counter)}"
         self.namespaces: list[str] = []
         self.next_public = 10
@@ -117,7 +118,7 @@ class Lab:
         """A host with a public address that anybody can dial."""
         namespace, number = self._namespace(name), self.next_public
         self.next_public += 1
-        address = f"203.0.113.{number}"
+        address = f"{self.internet}.{number}"
         self._cable(namespace, "eth0", self.core, f"p{number}", f"{address}/24", bridge=True)
         return Host(name, namespace, address, "eth0", self.core, f"p{number}")
 

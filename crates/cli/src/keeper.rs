@@ -146,6 +146,8 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
         },
     )
     .await?;
+    // Its own router has had time to answer, unless the run was joined at once.
+    visit.transport.wait_mapped().await;
     let _notice = crate::nearby::post(&run_id, print_token(visit)?);
     let mut newest = held.map(|held| held.snapshot.epoch);
     let mut saved = newest;

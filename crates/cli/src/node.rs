@@ -123,6 +123,10 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     crate::probe::answer(&*transport, &serving)?;
 
     let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
+    if args.join.is_none() {
+        // Whoever comes from elsewhere needs the address that only the router knows.
+        transport.wait_mapped().await;
+    }
     let token = print_start(&args, &transport, run)?;
     let _notice = crate::nearby::post(run, token);
     tokio::select! {

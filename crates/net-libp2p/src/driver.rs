@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::convert;
 use crate::dials::Dials;
 use crate::punching::{self, Punching};
+use crate::router::{self, Router};
 use crate::shared::{Shared, lock};
 use crate::stage;
 use crate::streams;
@@ -68,6 +69,8 @@ pub(crate) struct Driver {
     /// Connected over loopback: the loopback addresses that they tell of mean something to us.
     on_this_machine: BTreeSet<libp2p::PeerId>,
     punching: Punching,
+    /// Its own, not those at relays.
+    listeners: Vec<ListenerId>,
     /// Whether this peer wants to be reached through relays at all.
     wants_relay: bool,
     /// Whether this peer accepts connections; who only dials out has no hole to punch.
@@ -90,6 +93,9 @@ impl Driver {
             swarm.add_external_address(address.clone());
         }
         let wants_relay = !config.client_mode && !config.relay_server && announced.is_empty();
+        if config.port_mapping && !config.client_mode && announced.is_empty() {
+            shared.router.send_replace(Router::Asked(env.now()));
+        }
         lock(&shared.own).announced = announced;
         let bootstrap = Bootstrap::new(bootstrap, &shared);
         let dials = Dials::default();
@@ -107,6 +113,7 @@ impl Driver {
             strangers,
             on_this_machine,
             punching,
+            listeners: Vec::new(),
             wants_relay,
             listens,
             marks,
@@ -144,8 +151,21 @@ impl Driver {
         }
     }
 
-    /// Tell every peer, then close the sockets by dropping the swarm.
+    /// Tell every peer, give the router its ports back, then close the sockets by dropping the swarm.
     async fn close(&mut self) {
+        self.say_goodbye().await;
+        if !matches!(*self.shared.router.borrow(), Router::Gave(_)) {
+            return;
+        }
+        for listener in std::mem::take(&mut self.listeners) {
+            self.swarm.remove_listener(listener);
+        }
+        // Nothing tells when the router has taken them back.
+        let until = self.env.now() + router::TAKES_BACK_WITHIN;
+        while tokio::time::timeout_at(until, self.swarm.select_next_some()).await.is_ok() {}
+    }
+
+    async fn say_goodbye(&mut self) {
         let peers: Vec<libp2p::PeerId> = self.swarm.connected_peers().copied().collect();
         for peer in peers {
             // Gone by itself: fine.
@@ -450,7 +470,10 @@ impl Driver {
                 relay_peer_id,
                 ..
             }) => tracing::debug!(target: "potluck::net", relay = %relay_peer_id, "reserved"),
-            BehaviourEvent::Upnp(event) => tracing::debug!(target: "potluck::net", ?event, "port mapping"),
+            BehaviourEvent::Upnp(event) => {
+                tracing::debug!(target: "potluck::net", ?event, "port mapping");
+                self.shared.router.send_modify(|router| *router = router.after(&event));
+            }
             _ => {}
         }
     }

@@ -21,6 +21,7 @@ mod mux;
 mod pipe;
 mod punching;
 mod read_ahead;
+mod router;
 mod secure;
 mod shared;
 mod stage;

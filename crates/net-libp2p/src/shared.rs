@@ -3,6 +3,7 @@
 
 use crate::convert;
 use crate::kept::Kept;
+use crate::router::Router;
 use crate::streams::OpenRequest;
 use crate::traffic::TrafficTable;
 use crate::usage::{Usage, Use};
@@ -12,7 +13,7 @@ use potluck_net::{AcceptError, BufferPool, Path, PeerId, Protocol, Reachability,
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 /// Streams that we open on one peer and that live at the same time.
@@ -47,6 +48,7 @@ pub(crate) struct Shared {
     pub(crate) bootstrap: Mutex<crate::bootstrap::Report>,
     /// Rung when the bootstrap report changes.
     pub(crate) bootstrap_changed: Notify,
+    pub(crate) router: watch::Sender<Router>,
 }
 
 impl Shared {

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::convert;
 use crate::driver::{Command, Driver};
 use crate::kept::{self, Lease, With};
+use crate::router;
 use crate::shared::{Link, Shared, lock};
 use crate::streams::{OpenFailure, OpenRequest};
 use crate::traffic::Traffic;
@@ -119,6 +120,12 @@ impl Libp2pTransport {
                 return Err(self.bootstrap_report());
             }
         }
+    }
+
+    /// Wait until the router at home has given this peer its ports, so that [`Transport::addresses`] has addresses that work
+    /// from elsewhere; at most three seconds after the start, and not at all where nothing is asked of a router.
+    pub async fn wait_mapped(&self) {
+        router::answered(&self.shared).await;
     }
 
     /// Bytes sent and received so far.

@@ -39,9 +39,13 @@ impl Driver {
         let mut awaited = Vec::new();
         for address in addresses {
             match self.swarm.listen_on(address.clone()) {
-                // Interfaces without IPv6 give no address, so nothing is awaited for those.
-                Ok(id) if !is_ip6(&address) => awaited.push(Awaited::new(id, &address)),
-                Ok(_) => {}
+                Ok(id) => {
+                    self.listeners.push(id);
+                    // Interfaces without IPv6 give no address, so nothing is awaited for those.
+                    if !is_ip6(&address) {
+                        awaited.push(Awaited::new(id, &address));
+                    }
+                }
                 Err(error) if is_ip6_any(&address) => {
                     tracing::info!(target: "potluck::net", %address, %error, "no IPv6 here");
                 }
