@@ -44,7 +44,12 @@ wheel: setup  ## Build the wheel in release mode and install it into .venv
 demo: wheel  ## Train a real model with three peers on this machine; one joins late, one is killed
 	$(PY) -m potluck.demo --output demo-output
 
-test: setup test-rust test-python  ## Run every test, from a clean clone
+test:  ## Run every test, from a clean clone
+	tools/check-needs $(PYTHON)
+	@# What the network brings and what the compiler makes need not wait for each other.
+	cargo test --workspace --release --all-features --no-run & built=$$!; \
+		$(MAKE) --no-print-directory setup || { kill $$built; exit 1; }; wait $$built
+	$(MAKE) --no-print-directory test-rust test-python
 
 test-rust: setup
 	tools/ensure-cargo nextest 0.9.148
