@@ -144,15 +144,14 @@ async fn call(transport: &Arc<Libp2pTransport>, peer: PeerId, args: &Args, deadl
             "is `potluck probe` or `potluck node` still running there, with this token?",
         )
     };
-    let mut stream = open().await.map_err(gone)?;
+    // It only makes the connection: whoever answers does not wait for a silent caller.
+    drop(open().await.map_err(gone)?);
     // A relayed connection is where a hole punch starts; give it time, then use the best there is.
     let settle = start + Duration::from_secs(args.patience);
     while transport.path(peer) == Some(Path::Relayed) && Instant::now() < settle {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    if transport.path(peer) != Some(Path::Relayed) {
-        stream = open().await.map_err(gone)?;
-    }
+    let mut stream = open().await.map_err(gone)?;
     let mut sent_bytes = 0;
     let exchange = async {
         while sent_bytes < args.bytes {

@@ -69,8 +69,6 @@ pub(crate) struct Driver {
     /// Connected over loopback: the loopback addresses that they tell of mean something to us.
     on_this_machine: BTreeSet<libp2p::PeerId>,
     punching: Punching,
-    /// Its own, not those at relays.
-    listeners: Vec<ListenerId>,
     /// Whether this peer wants to be reached through relays at all.
     wants_relay: bool,
     /// Whether this peer accepts connections; who only dials out has no hole to punch.
@@ -113,7 +111,6 @@ impl Driver {
             strangers,
             on_this_machine,
             punching,
-            listeners: Vec::new(),
             wants_relay,
             listens,
             marks,
@@ -153,16 +150,8 @@ impl Driver {
 
     /// Tell every peer, give the router its ports back, then close the sockets by dropping the swarm.
     async fn close(&mut self) {
-        self.say_goodbye().await;
-        if !matches!(*self.shared.router.borrow(), Router::Gave(_)) {
-            return;
-        }
-        for listener in std::mem::take(&mut self.listeners) {
-            self.swarm.remove_listener(listener);
-        }
-        // Nothing tells when the router has taken them back.
-        let until = self.env.now() + router::TAKES_BACK_WITHIN;
-        while tokio::time::timeout_at(until, self.swarm.select_next_some()).await.is_ok() {}
+        let shared = self.shared.clone();
+        tokio::join!(self.say_goodbye(), router::give_back(&shared));
     }
 
     async fn say_goodbye(&mut self) {
@@ -472,7 +461,7 @@ impl Driver {
             }) => tracing::debug!(target: "potluck::net", relay = %relay_peer_id, "reserved"),
             BehaviourEvent::Upnp(event) => {
                 tracing::debug!(target: "potluck::net", ?event, "port mapping");
-                self.shared.router.send_modify(|router| *router = router.after(&event));
+                self.shared.router.send_modify(|router| router.heard(event));
             }
             _ => {}
         }

@@ -2,6 +2,9 @@
 
 use crate::convert;
 use crate::shared::{Shared, lock};
+use igd_next::aio::tokio::search_gateway;
+use igd_next::{PortMappingProtocol, SearchOptions};
+use libp2p::multiaddr::Protocol as Part;
 use libp2p::{Multiaddr, upnp};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -11,46 +14,85 @@ use tokio::time::{Instant, timeout_at};
 /// How long a router that says nothing is waited for: it may take two seconds to say that it is there.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
-/// How long a router may take to hear that its ports are not needed any more.
-pub(crate) const TAKES_BACK_WITHIN: Duration = Duration::from_millis(500);
+/// How long a router may take to hear that its ports are not needed any more; without that it forgets them in an hour.
+const TAKES_BACK_WITHIN: Duration = Duration::from_secs(2);
 
 /// How far the router has answered.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Router {
     /// Nothing is asked of it.
     #[default]
     NotAsked,
     /// It was asked at this time.
     Asked(Instant),
-    /// It has given so many ports.
-    Gave(usize),
+    /// It has given these addresses.
+    Gave(BTreeSet<Multiaddr>),
     /// There is none, or it is behind another one.
     Cannot,
 }
 
 impl Router {
-    /// The router after this event.
-    pub(crate) fn after(self, event: &upnp::Event) -> Self {
+    /// Take in what it has said.
+    pub(crate) fn heard(&mut self, event: upnp::Event) {
         match (event, self) {
-            (upnp::Event::NewExternalAddr { .. }, Self::Gave(ports)) => Self::Gave(ports + 1),
-            (upnp::Event::NewExternalAddr { .. }, _) => Self::Gave(1),
-            (upnp::Event::ExpiredExternalAddr { .. }, Self::Gave(ports)) => {
-                Self::Gave(ports.saturating_sub(1))
+            (upnp::Event::NewExternalAddr { external_addr, .. }, Self::Gave(addresses)) => {
+                addresses.insert(external_addr);
             }
-            (upnp::Event::ExpiredExternalAddr { .. }, other) => other,
-            (upnp::Event::GatewayNotFound | upnp::Event::NonRoutableGateway, _) => Self::Cannot,
+            (upnp::Event::NewExternalAddr { external_addr, .. }, router) => {
+                *router = Self::Gave(BTreeSet::from([external_addr]));
+            }
+            (upnp::Event::ExpiredExternalAddr { external_addr, .. }, Self::Gave(addresses)) => {
+                addresses.remove(&external_addr);
+            }
+            (upnp::Event::ExpiredExternalAddr { .. }, _) => {}
+            (upnp::Event::GatewayNotFound | upnp::Event::NonRoutableGateway, router) => {
+                *router = Self::Cannot
+            }
         }
     }
+
+    /// The ports that it has given.
+    fn ports(&self) -> impl Iterator<Item = (PortMappingProtocol, u16)> {
+        let addresses = match self {
+            Self::Gave(addresses) => Some(addresses.iter()),
+            _ => None,
+        };
+        addresses.into_iter().flatten().filter_map(|address| match address.iter().nth(1) {
+            Some(Part::Tcp(port)) => Some((PortMappingProtocol::TCP, port)),
+            Some(Part::Udp(port)) => Some((PortMappingProtocol::UDP, port)),
+            _ => None,
+        })
+    }
+}
+
+/// Tell the router that its ports are not needed any more. `libp2p-upnp` can do that as well, but not say when it is done.
+pub(crate) async fn give_back(shared: &Shared) {
+    let ports: Vec<_> = shared.router.borrow().ports().collect();
+    if ports.is_empty() {
+        return;
+    }
+    let work = async {
+        let gateway = search_gateway(SearchOptions::default()).await.map_err(|error| error.to_string())?;
+        for (protocol, port) in ports {
+            gateway.remove_port(protocol, port).await.map_err(|error| error.to_string())?;
+        }
+        Ok::<_, String>(())
+    };
+    let done = tokio::time::timeout(TAKES_BACK_WITHIN, work).await;
+    tracing::debug!(target: "potluck::net", ?done, "ports given back to the router");
 }
 
 /// Wait until the router has given a port for each address that it could give one for, or it is clear that it will not.
 pub(crate) async fn answered(shared: &Shared) {
     let wanted = ports_to_map(&lock(&shared.own).listening);
-    let Router::Asked(since) = *shared.router.borrow() else { return };
+    let since = match *shared.router.borrow() {
+        Router::Asked(since) => since,
+        _ => return,
+    };
     let mut router = shared.router.subscribe();
     let done = router.wait_for(|router| match router {
         Router::Asked(_) => false,
-        Router::Gave(ports) => *ports >= wanted,
+        Router::Gave(addresses) => addresses.len() >= wanted,
         Router::NotAsked | Router::Cannot => true,
     });
     if wanted > 0 {
@@ -71,9 +113,9 @@ fn ports_to_map(listening: &[Multiaddr]) -> usize {
 mod tests {
     use super::*;
 
-    fn given() -> upnp::Event {
-        let address: Multiaddr = "/ip4/11.0.0.1/tcp/1".parse().unwrap();
-        upnp::Event::NewExternalAddr { local_addr: address.clone(), external_addr: address }
+    fn given(address: &str) -> upnp::Event {
+        let external_addr: Multiaddr = address.parse().unwrap();
+        upnp::Event::NewExternalAddr { local_addr: external_addr.clone(), external_addr }
     }
 
     #[tokio::test(start_paused = true)]
@@ -95,17 +137,19 @@ mod tests {
             lock(&shared.own).listening.push(address.parse().unwrap());
         }
         let gives = async {
-            for _ in 0..2 {
+            for address in ["/ip4/11.0.0.1/tcp/7", "/ip4/11.0.0.1/udp/8/quic-v1"] {
                 tokio::time::sleep(Duration::from_millis(400)).await;
-                shared.router.send_modify(|router| *router = router.after(&given()));
+                shared.router.send_modify(|router| router.heard(given(address)));
             }
         };
         tokio::join!(answered(&shared), gives);
         assert_eq!(Instant::now() - begun, Duration::from_millis(800), "both ports");
+        let ports: Vec<_> = shared.router.borrow().ports().collect();
+        assert_eq!(ports, [(PortMappingProtocol::TCP, 7), (PortMappingProtocol::UDP, 8)]);
 
         shared.router.send_replace(Router::Asked(Instant::now()));
         let refuses = async {
-            shared.router.send_modify(|router| *router = router.after(&upnp::Event::GatewayNotFound));
+            shared.router.send_modify(|router| router.heard(upnp::Event::GatewayNotFound));
         };
         tokio::join!(answered(&shared), refuses);
         assert_eq!(Instant::now() - begun, Duration::from_millis(800), "there is none");

@@ -39,13 +39,9 @@ impl Driver {
         let mut awaited = Vec::new();
         for address in addresses {
             match self.swarm.listen_on(address.clone()) {
-                Ok(id) => {
-                    self.listeners.push(id);
-                    // Interfaces without IPv6 give no address, so nothing is awaited for those.
-                    if !is_ip6(&address) {
-                        awaited.push(Awaited::new(id, &address));
-                    }
-                }
+                // Interfaces without IPv6 give no address, so nothing is awaited for those.
+                Ok(id) if !is_ip6(&address) => awaited.push(Awaited::new(id, &address)),
+                Ok(_) => {}
                 Err(error) if is_ip6_any(&address) => {
                     tracing::info!(target: "potluck::net", %address, %error, "no IPv6 here");
                 }

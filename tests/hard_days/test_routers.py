@@ -1,8 +1,8 @@
-"""A peer at home whose router gives out ports (UPnP), with the daemon that many such routers run: whoever has its token
-comes in directly, through two NATs that let no hole be punched and without any relay.
+"""Peers at home behind routers: one that gives out ports (UPnP), and ones through which a hole is punched without UDP.
 
-The daemon is unpacked by `make setup`, never installed. It gives out ports of a public address only, so this internet is
-11.0.0.0/8, in a namespace without uplink.
+The first runs the daemon that many such routers have: whoever has the token of a peer behind it comes in directly, through
+two NATs that let no hole be punched and without any relay. `make setup` unpacks that daemon and never installs it. It gives
+out ports of a public address only, so its internet is 11.0.0.0/8, in a namespace without uplink.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,23 +90,28 @@ def ports(home: netlab.Host) -> int:
 
 
 @contextmanager
-def a_node(home: netlab.Host, folder: Path, *more: str) -> Iterator[dict[str, str]]:
-    """The first peer of a run: what it said."""
-    command = home.command(run.binary(), "node", "--json", "--identity", str(folder / "identity"), *more)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as node:
+def running(host: netlab.Host, *arguments: str) -> Iterator[dict[str, str]]:
+    """`potluck` with these arguments on this host: what it said first."""
+    with subprocess.Popen(
+        host.command(run.binary(), *arguments), stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
-            assert node.stdout is not None
-            yield json.loads(node.stdout.readline())
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())
         finally:
-            node.terminate()
-            assert node.wait(10) == 0
+            process.terminate()
+            assert process.wait(10) == 0
 
 
-def call(host: netlab.Host, said: dict[str, str], limit: int) -> subprocess.CompletedProcess[str]:
-    command = host.command(
-        run.binary(), "probe", "--join", said["token"], "--call", said["peer"], "--limit", str(limit)
-    )
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def a_node(host: netlab.Host, folder: Path, *more: str) -> AbstractContextManager[dict[str, str]]:
+    """The first peer of a run."""
+    return running(host, "node", "--json", "--identity", str(folder / "identity"), *more)
+
+
+def call(host: netlab.Host, token: str, peer: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Send something to a peer and back."""
+    command = host.command(run.binary(), "probe", "--join", token, "--call", peer, *more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
 @pytest.fixture
@@ -120,16 +125,35 @@ def homes() -> Iterator[tuple[netlab.Host, netlab.Host]]:
         yield lab.home("home", "symmetric"), lab.home("away", "symmetric")
 
 
+def test_a_hole_is_punched_without_udp(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with netlab.Lab() as lab:
+        relay = lab.public("relay")
+        tcp = ("--listen", "/ip4/0.0.0.0/tcp/4001")
+        announce = ("--announce", f"/ip4/{relay.address}/tcp/4001")
+        callee, caller = lab.home("callee", "port_restricted"), lab.home("caller", "port_restricted")
+        with (
+            a_node(relay, tmp_path, "--relay", *tcp, *announce) as node,
+            running(callee, "probe", "--join", node["token"], *tcp) as ready,
+        ):
+            called = call(caller, node["token"], ready["peer"], "--patience", "45", "--limit", "60", *tcp)
+        assert called.returncode == 0, called.stderr
+        assert json.loads(called.stdout)["path"] == "hole_punched"
+
+
 def test_whoever_has_the_token_comes_in_through_a_port_of_the_router(
     homes: tuple[netlab.Host, netlab.Host], tmp_path: Path
 ) -> None:
     home, away = homes
     with a_node(home, tmp_path, "--no-port-mapping") as said:
-        assert call(away, said, 5).returncode != 0, "there is no other way in"
+        assert call(away, said["token"], said["peer"], "--limit", "5").returncode != 0, (
+            "there is no other way in"
+        )
     with giving_out_ports(home, tmp_path):
         with a_node(home, tmp_path) as said:
             assert ports(home) == 2, "TCP and QUIC"
-            called = call(away, said, 30)
+            called = call(away, said["token"], said["peer"])
             assert called.returncode == 0, called.stderr
             found = json.loads(called.stdout)
             assert (found["path"], found["relayed_bytes"]) == ("direct", 0)
