@@ -20,6 +20,7 @@ mod mux;
 #[cfg(test)]
 mod pipe;
 mod punching;
+mod quic;
 mod read_ahead;
 mod router;
 mod secure;

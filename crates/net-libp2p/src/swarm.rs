@@ -4,6 +4,7 @@ use crate::bootstrap::PROTOCOL_VERSION;
 use crate::config::Config;
 use crate::doorman;
 use crate::mux::Mux;
+use crate::quic::Quic;
 use crate::secure::Secure;
 use crate::shared::Shared;
 use crate::stage::{Stage, StageError};
@@ -117,7 +118,7 @@ fn transport(
             .timeout(ESTABLISH_TIMEOUT)
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
             .boxed();
-        let quic = quic::tokio::Transport::new(quic_config(keypair))
+        let quic = Quic::new(quic_config(keypair))
             .map_err(quic_error)
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
             .boxed();
