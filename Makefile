@@ -12,7 +12,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test test-rust test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
+.PHONY: help setup wheel demo test built test-rust test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,12 +44,13 @@ wheel: setup  ## Build the wheel in release mode and install it into .venv
 demo: wheel  ## Train a real model with three peers on this machine; one joins late, one is killed
 	$(PY) -m potluck.demo --output demo-output
 
-test:  ## Run every test, from a clean clone
+test: built test-rust test-python  ## Run every test, from a clean clone
+
+# What the network brings and what the compiler makes need not wait for each other.
+built:
 	tools/check-needs $(PYTHON)
-	@# What the network brings and what the compiler makes need not wait for each other.
-	cargo test --workspace --release --all-features --no-run & built=$$!; \
-		$(MAKE) --no-print-directory setup || { kill $$built; exit 1; }; wait $$built
-	$(MAKE) --no-print-directory test-rust test-python
+	cargo test --workspace --release --all-features --no-run & compiler=$$!; \
+		$(MAKE) --no-print-directory setup || { kill $$compiler; exit 1; }; wait $$compiler
 
 test-rust: setup
 	tools/ensure-cargo nextest 0.9.148

@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::convert;
 use crate::dials::Dials;
 use crate::punching::{self, Punching};
-use crate::router::{self, Router};
+use crate::router;
 use crate::shared::{Shared, lock};
 use crate::stage;
 use crate::streams;
@@ -92,7 +92,7 @@ impl Driver {
         }
         let wants_relay = !config.client_mode && !config.relay_server && announced.is_empty();
         if config.port_mapping && !config.client_mode && announced.is_empty() {
-            shared.router.send_replace(Router::Asked(env.now()));
+            shared.router.send_modify(|router| router.asked = Some(env.now()));
         }
         lock(&shared.own).announced = announced;
         let bootstrap = Bootstrap::new(bootstrap, &shared);

@@ -17,47 +17,34 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 /// How long a router may take to hear that its ports are not needed any more; without that it forgets them in an hour.
 const TAKES_BACK_WITHIN: Duration = Duration::from_secs(2);
 
-/// How far the router has answered.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) enum Router {
-    /// Nothing is asked of it.
-    #[default]
-    NotAsked,
-    /// It was asked at this time.
-    Asked(Instant),
-    /// It has given these addresses.
-    Gave(BTreeSet<Multiaddr>),
+/// What a router was asked, and what it has answered.
+#[derive(Debug, Default)]
+pub(crate) struct Router {
+    /// When it was asked, if it was.
+    pub(crate) asked: Option<Instant>,
     /// There is none, or it is behind another one.
-    Cannot,
+    cannot: bool,
+    /// The addresses that it has given.
+    given: BTreeSet<Multiaddr>,
 }
 
 impl Router {
     /// Take in what it has said.
     pub(crate) fn heard(&mut self, event: upnp::Event) {
-        match (event, self) {
-            (upnp::Event::NewExternalAddr { external_addr, .. }, Self::Gave(addresses)) => {
-                addresses.insert(external_addr);
+        match event {
+            upnp::Event::NewExternalAddr { external_addr, .. } => {
+                self.given.insert(external_addr);
             }
-            (upnp::Event::NewExternalAddr { external_addr, .. }, router) => {
-                *router = Self::Gave(BTreeSet::from([external_addr]));
+            upnp::Event::ExpiredExternalAddr { external_addr, .. } => {
+                self.given.remove(&external_addr);
             }
-            (upnp::Event::ExpiredExternalAddr { external_addr, .. }, Self::Gave(addresses)) => {
-                addresses.remove(&external_addr);
-            }
-            (upnp::Event::ExpiredExternalAddr { .. }, _) => {}
-            (upnp::Event::GatewayNotFound | upnp::Event::NonRoutableGateway, router) => {
-                *router = Self::Cannot
-            }
+            upnp::Event::GatewayNotFound | upnp::Event::NonRoutableGateway => self.cannot = true,
         }
     }
 
     /// The ports that it has given.
     fn ports(&self) -> impl Iterator<Item = (PortMappingProtocol, u16)> {
-        let addresses = match self {
-            Self::Gave(addresses) => Some(addresses.iter()),
-            _ => None,
-        };
-        addresses.into_iter().flatten().filter_map(|address| match address.iter().nth(1) {
+        self.given.iter().filter_map(|address| match address.iter().nth(1) {
             Some(Part::Tcp(port)) => Some((PortMappingProtocol::TCP, port)),
             Some(Part::Udp(port)) => Some((PortMappingProtocol::UDP, port)),
             _ => None,
@@ -85,20 +72,11 @@ pub(crate) async fn give_back(shared: &Shared) {
 /// Wait until the router has given a port for each address that it could give one for, or it is clear that it will not.
 pub(crate) async fn answered(shared: &Shared) {
     let wanted = ports_to_map(&lock(&shared.own).listening);
-    let since = match *shared.router.borrow() {
-        Router::Asked(since) => since,
-        _ => return,
-    };
     let mut router = shared.router.subscribe();
-    let done = router.wait_for(|router| match router {
-        Router::Asked(_) => false,
-        Router::Gave(addresses) => addresses.len() >= wanted,
-        Router::NotAsked | Router::Cannot => true,
-    });
-    if wanted > 0 {
-        // Late: what it gives then is announced when it comes.
-        let _late = timeout_at(since + ANSWERS_WITHIN, done).await;
-    }
+    let Some(since) = router.borrow().asked else { return };
+    let done = router.wait_for(|router| router.cannot || router.given.len() >= wanted);
+    // Late: what it gives then is announced when it comes.
+    let _late = timeout_at(since + ANSWERS_WITHIN, done).await;
 }
 
 /// On how many ports this machine listens that a router could map. Each of them counts once, on however many networks.
@@ -122,40 +100,45 @@ mod tests {
     async fn a_router_is_waited_for_until_it_has_answered_and_never_long() {
         let shared = Shared::default();
         let begun = Instant::now();
+        let ask = || shared.router.send_replace(Router { asked: Some(Instant::now()), ..Router::default() });
+        let hear = |event| shared.router.send_modify(|router| router.heard(event));
+        let passed = || begun.elapsed().as_millis();
+        let listen = |address: &str| lock(&shared.own).listening.push(address.parse().unwrap());
+        listen("/ip4/10.0.0.2/tcp/1");
         answered(&shared).await;
-        lock(&shared.own).listening.push("/ip4/127.0.0.1/tcp/1".parse().unwrap());
-        shared.router.send_replace(Router::Asked(begun));
-        answered(&shared).await;
-        assert_eq!(Instant::now(), begun, "nothing is asked, or there is nothing to give");
+        assert_eq!(passed(), 0, "nothing is asked");
 
-        for address in [
-            "/ip4/10.0.0.2/tcp/1",
-            "/ip4/172.17.0.1/tcp/1",
-            "/ip4/10.0.0.2/udp/1/quic-v1",
-            "/ip4/11.0.0.2/tcp/2",
-        ] {
-            lock(&shared.own).listening.push(address.parse().unwrap());
+        for address in ["/ip4/172.17.0.1/tcp/1", "/ip4/10.0.0.2/udp/1/quic-v1", "/ip4/11.0.0.2/tcp/2"] {
+            listen(address);
         }
+        ask();
         let gives = async {
             for address in ["/ip4/11.0.0.1/tcp/7", "/ip4/11.0.0.1/udp/8/quic-v1"] {
                 tokio::time::sleep(Duration::from_millis(400)).await;
-                shared.router.send_modify(|router| router.heard(given(address)));
+                hear(given(address));
             }
         };
-        tokio::join!(answered(&shared), gives);
-        assert_eq!(Instant::now() - begun, Duration::from_millis(800), "both ports");
+        let between = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            answered(&shared).await;
+        };
+        tokio::join!(answered(&shared), between, gives);
+        assert_eq!(passed(), 800, "both ports");
         let ports: Vec<_> = shared.router.borrow().ports().collect();
         assert_eq!(ports, [(PortMappingProtocol::TCP, 7), (PortMappingProtocol::UDP, 8)]);
 
-        shared.router.send_replace(Router::Asked(Instant::now()));
-        let refuses = async {
-            shared.router.send_modify(|router| router.heard(upnp::Event::GatewayNotFound));
-        };
-        tokio::join!(answered(&shared), refuses);
-        assert_eq!(Instant::now() - begun, Duration::from_millis(800), "there is none");
+        ask();
+        tokio::join!(answered(&shared), async { hear(upnp::Event::GatewayNotFound) });
+        assert_eq!(passed(), 800, "there is none");
 
-        shared.router.send_replace(Router::Asked(Instant::now()));
+        ask();
         answered(&shared).await;
-        assert_eq!(Instant::now() - begun, Duration::from_millis(800) + ANSWERS_WITHIN, "silence");
+        assert_eq!(passed(), 800 + ANSWERS_WITHIN.as_millis(), "silence");
+
+        lock(&shared.own).listening.retain(|address| !address.to_string().starts_with("/ip4/1"));
+        listen("/ip4/127.0.0.1/tcp/1");
+        ask();
+        answered(&shared).await;
+        assert_eq!(passed(), 800 + ANSWERS_WITHIN.as_millis(), "there is nothing to give");
     }
 }
