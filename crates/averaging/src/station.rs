@@ -446,18 +446,6 @@ impl Station {
         }
     }
 
-    /// Who is ready learns that we are here and wait as well, so that nobody takes a coordinator that waits for others, or
-    /// one that has just taken over, for silent: each has a patience of its own.
-    fn answer(&self, now: Instant, from: PeerId, out: &mut Out) {
-        let Some(wish) = self.wish.as_ref().filter(|_| self.current.is_none()) else { return };
-        let heard = self.ready.get(&from).map(|(at, _)| now >= *at + REPEAT / 2);
-        // Most rounds begin before anybody asks twice.
-        let is_due = heard.unwrap_or(self.coordinating.is_none());
-        if is_due && self.asked.is_none_or(|(chosen, _, _)| chosen != from) {
-            out.tell(from, RoundMessage::Ready(wish.ready.clone()));
-        }
-    }
-
     fn on_begin(&mut self, from: PeerId, plan: Plan, out: &mut Out) {
         let hash = plan.hash();
         if self.current.as_ref().is_some_and(|current| current.hash == hash)

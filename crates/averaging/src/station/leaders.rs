@@ -1,8 +1,10 @@
-//! Sans-I/O. Who must hear at once that a peer begins an epoch.
+//! Sans-I/O. Who must hear at once that a peer begins an epoch, and who hears that we wait as well.
 
-use super::Station;
+use super::{Out, REPEAT, Station};
 use crate::view::View;
+use crate::wire::RoundMessage;
 use potluck_net::PeerId;
+use tokio::time::Instant;
 
 /// Peers of a group, in the order of coordinators, that hear at once who begins an epoch: the first, and who takes over
 /// from it. Others hear it with the next heartbeat.
@@ -19,5 +21,17 @@ impl Station {
         let mut leaders = first(epoch.saturating_add(2));
         leaders.extend(first(epoch));
         leaders
+    }
+
+    /// Who is ready learns that we are here and wait as well, so that nobody takes a coordinator that waits for others, or
+    /// one that has just taken over, for silent: each has a patience of its own.
+    pub(super) fn answer(&self, now: Instant, from: PeerId, out: &mut Out) {
+        let Some(wish) = self.wish.as_ref().filter(|_| self.current.is_none()) else { return };
+        let heard = self.ready.get(&from).map(|(at, _)| now >= *at + REPEAT / 2);
+        // Most rounds begin before anybody asks twice.
+        let is_due = heard.unwrap_or(self.coordinating.is_none());
+        if is_due && self.asked.is_none_or(|(chosen, _, _)| chosen != from) {
+            out.tell(from, RoundMessage::Ready(wish.ready.clone()));
+        }
     }
 }
