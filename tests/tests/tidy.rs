@@ -94,6 +94,31 @@ fn only_net_libp2p_names_libp2p() {
     assert_none(problems, "only net-libp2p names libp2p (invariant 12)");
 }
 
+/// A change of a crate's dependencies is forgotten there easily: nothing but `make check` and `make fuzz` reads that file.
+#[test]
+fn the_fuzz_targets_lock_file_knows_what_the_crates_need() {
+    let lock = std::fs::read_to_string(root().join("fuzz/Cargo.lock")).expect("fuzz/Cargo.lock");
+    let locked: BTreeMap<&str, &str> =
+        lock.split("[[package]]\nname = \"").filter_map(|package| package.split_once('"')).collect();
+    let (mut problems, mut seen) = (Vec::new(), 0);
+    for package in metadata()["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().expect("name");
+        let Some(known) = locked.get(name) else { continue };
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let target = dependency["name"].as_str().expect("name");
+            let needed = dependency["kind"].is_null() && dependency["optional"] == false;
+            seen += usize::from(needed);
+            // With a version behind it where several are locked.
+            if needed && !known.contains(&format!("\"{target}\"")) && !known.contains(&format!("\"{target} "))
+            {
+                problems.push(format!("{name} needs {target}"));
+            }
+        }
+    }
+    assert!(seen > 50, "{seen} dependencies, so the lock file was misread");
+    assert_none(problems, "fuzz/Cargo.lock lacks them: (cd fuzz && cargo check)");
+}
+
 /// Each package of `cargo tree` with these arguments, with the features that it is built with.
 fn built_features(arguments: &[&str]) -> BTreeMap<String, BTreeSet<String>> {
     let output = Command::new(env!("CARGO"))

@@ -27,6 +27,12 @@ fn nodes_and_relays_say_who_they_are_and_stop_politely() {
     let join =
         ["node", "--identity", text(&second), "--no-port-mapping", "--listen", LOOPBACK, "--join", &token];
     golden("node-joined", &until("joined", &join), &[], false);
+    // A bootstrap peer that is not there yet: what failed and how far it got, and it goes on trying.
+    let [port] = free_ports();
+    let dead = format!("/ip4/127.0.0.1/tcp/{port}/p2p/{}", PeerId::from_ed25519(&[7; 32]));
+    let nobody = Token { run_id: "demo".into(), bootstrap: vec![dead], invite: None }.to_string();
+    let join = [&["node", "--join", &nobody][..], &common[2..], &["--identity", text(&second)]].concat();
+    golden("node-nobody", &until("potluck: not joined yet", &join), &[], false);
     // Its token lets every program in and names no run to look at.
     golden("status-every-run", &potluck(&["status", &token, "--limit", "1"]).output().unwrap(), &[], false);
     let here = [(text(dir.path()), "DIR")];

@@ -1,6 +1,6 @@
 //! The native protocol under a session: potluck's membership, rounds and state transfer.
 
-mod sequels;
+pub(crate) mod sequels;
 
 use crate::dialect::{
     Channel, Dialect, DownloadFailed, MissedRound, PeerView, Rates, Report, RoundCall, RoundFailed,

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 const PROTOCOL: &str = "/potluck/speed/1";
 /// Bytes of one message.
-const PIECE_BYTES: usize = 256 << 10;
+pub(crate) const PIECE_BYTES: usize = 256 << 10;
 /// Messages on the way at the same time: fills 20 MB/s at 50 ms.
 const AT_A_TIME: usize = 4;
 /// Bytes that are moved in one direction at most.
@@ -44,7 +44,7 @@ pub fn serve_speed(transport: &dyn Transport, tasks: &Tasks) {
 }
 
 /// The answer, and what the exchange costs.
-fn answer(request: &[u8]) -> Option<(Bytes, usize)> {
+pub(crate) fn answer(request: &[u8]) -> Option<(Bytes, usize)> {
     match request.split_first()? {
         (b'u', payload) if payload.len() <= PIECE_BYTES => Some((Bytes::new(), payload.len())),
         (b'd', []) => Some((Bytes::from(vec![0x5a; PIECE_BYTES]), PIECE_BYTES)),

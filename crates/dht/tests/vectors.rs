@@ -1,4 +1,4 @@
-//! hivemind's golden vectors: ids, msgpack dialect, dictionary value, signed message.
+//! hivemind's golden vectors: ids, msgpack dialect, dictionary value, a record's value.
 
 use bytes::Bytes;
 use potluck_dht::DhtId;
@@ -76,7 +76,7 @@ fn msgpack_is_byte_for_byte_what_hivemind_writes_and_reads_back() {
 
 #[test]
 fn a_progress_record_is_packed_as_hivemind_packs_it() {
-    // The value of the signed record among the vectors; its signature is RSA and belongs to the hivemind dialect.
+    // The value of the signed record among the vectors; `hivemind_owners.rs` checks its signature.
     let peer =
         b"\x12 \x84\xeagu\xd5*T\x99\x11\x8b\xf3ag\xc3}\x80m\xe3\x9f\x0eq\r\x9bb\x15\x19pe\xaay\xa3\x84";
     let record = Map(vec![

@@ -10,10 +10,10 @@ use potluck_dht::{Dht, DhtConfig, rendezvous};
 use potluck_net::{Env, Identity, PeerId, Tasks, Token, Transport};
 use potluck_net_libp2p::{Config, Libp2pTransport};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -206,7 +206,7 @@ pub(crate) fn stopped(seconds: u32, arguments: &[&str]) -> Output {
     command.output().expect("timeout is part of the system")
 }
 
-/// Run the command until it has printed a line that begins so, then stop it politely.
+/// Run the command until it has printed a line that begins so, to stdout or stderr, then stop it politely.
 pub(crate) fn until(start: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new("timeout");
     command.args(["--preserve-status", "-s", "TERM", "90", env!("CARGO_BIN_EXE_potluck")]);
@@ -214,16 +214,30 @@ pub(crate) fn until(start: &str, arguments: &[&str]) -> Output {
     command.env_remove("POTLUCK_IDENTITY").env_remove("POTLUCK_LOG").stdin(Stdio::null());
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = child.expect("timeout is part of the system");
-    let (mut said, mut stopped) = (Vec::new(), false);
-    for line in BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok) {
-        said.extend(format!("{line}\n").bytes());
+    let (sender, lines) = mpsc::channel();
+    forward(child.stdout.take().expect("piped"), false, sender.clone());
+    forward(child.stderr.take().expect("piped"), true, sender);
+    let (mut said, mut stopped) = ([Vec::new(), Vec::new()], false);
+    for (stderr, line) in lines {
+        said[usize::from(stderr)].extend(format!("{line}\n").bytes());
         if line.starts_with(start) && !std::mem::replace(&mut stopped, true) {
             let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
             assert!(sent.expect("kill runs").success());
         }
     }
-    let output = child.wait_with_output().expect("it ends");
-    Output { stdout: said, ..output }
+    let status = child.wait().expect("it ends");
+    let [stdout, stderr] = said;
+    Output { status, stdout, stderr }
+}
+
+/// Each line of a pipe, with its mark, until the pipe ends.
+fn forward(pipe: impl Read + Send + 'static, mark: bool, to: mpsc::Sender<(bool, String)>) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            // Nobody hears it if the test has failed meanwhile.
+            let _gone = to.send((mark, line));
+        }
+    });
 }
 
 /// A bootstrap node on loopback, and its token.

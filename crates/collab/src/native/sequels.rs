@@ -8,11 +8,11 @@ use potluck_transfer::{Sequel as Stored, Snapshot};
 use std::collections::BTreeMap;
 
 /// Names of facts and buffers.
-const CHANNEL: &str = "channel";
-const PLAN: &str = "plan";
-const SAMPLES: &str = "samples";
-const CUT: &str = "cut";
-const PHASES: [&str; 2] = ["first", "second"];
+pub(crate) const CHANNEL: &str = "channel";
+pub(crate) const PLAN: &str = "plan";
+pub(crate) const SAMPLES: &str = "samples";
+pub(crate) const CUT: &str = "cut";
+pub(crate) const PHASES: [&str; 2] = ["first", "second"];
 
 /// Nothing is copied before somebody asks.
 pub(super) fn write(sequel: Sequel) -> Stored {
@@ -36,7 +36,7 @@ pub(super) fn write(sequel: Sequel) -> Stored {
     Stored { before, bytes, make: Box::new(make) }
 }
 
-fn name(channel: Channel) -> &'static str {
+pub(crate) fn name(channel: Channel) -> &'static str {
     match channel {
         Channel::Gradients => "gradients",
         Channel::State => "state",
@@ -44,8 +44,8 @@ fn name(channel: Channel) -> &'static str {
 }
 
 /// What a stranger's sequel says, before its values are decoded.
-pub(super) struct Read {
-    pub(super) channel: Channel,
+pub(crate) struct Read {
+    pub(crate) channel: Channel,
     plan_hash: [u8; 32],
     samples: u64,
     after: [u8; 32],
@@ -55,7 +55,7 @@ pub(super) struct Read {
 
 impl Read {
     /// `None` if it is no sequel.
-    pub(super) fn new(snapshot: Snapshot) -> Option<Self> {
+    pub(crate) fn new(snapshot: Snapshot) -> Option<Self> {
         let Snapshot { lineage, meta, mut blobs, .. } = snapshot;
         let channel = [Channel::Gradients, Channel::State];
         let channel = channel
