@@ -12,7 +12,7 @@ SEEDS ?= 1
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
 
-.PHONY: help setup wheel demo test built test-rust test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
+.PHONY: help setup wheel demo test built test-rust test-decoders test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,10 @@ wheel: setup  ## Build the wheel in release mode and install it into .venv
 demo: wheel  ## Train a real model with three peers on this machine; one joins late, one is killed
 	$(PY) -m potluck.demo --output demo-output
 
-test: built test-rust test-python  ## Run every test, from a clean clone
+test: built  ## Run every test, from a clean clone
+	@# Random bytes take what processor time the other tests leave.
+	$(MAKE) --no-print-directory test-decoders & decoders=$$!; \
+		$(MAKE) --no-print-directory test-rust test-python || { kill $$decoders; exit 1; }; wait $$decoders
 
 # What the network brings and what the compiler makes need not wait for each other.
 built:
@@ -57,10 +60,14 @@ test-rust: setup
 	cargo nextest run --workspace --release --all-features
 	cargo test --workspace --release --all-features --doc
 
+# Each decoder for as long as random bytes should find what is wrong with it.
+test-decoders:
+	FUZZ_SECONDS=30 nice -n 19 cargo test --workspace --release --all-features --test decoders
+
 test-python: wheel
 	@# test-rust has just built it; by itself, with other features, it would take minutes.
 	test -x target/release/potluck || cargo build --release -p potluck-cli
-	$(PY) -m pytest python/tests
+	$(PY) -m pytest -n 2 --dist loadfile python/tests
 	$(PY) -m pytest tests/hard_days
 	tools/oldest-lightning $(PY) -q python/tests/test_lightning_strategy.py \
 		python/tests/test_lightning_peers.py::test_every_way_to_join

@@ -418,11 +418,13 @@ def test_the_join_text_is_printed_by_the_first_peer_only(
 def test_a_token_leads_to_its_run(
     lightning: Any,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     named: str,
     given: dict[str, str],
     joined: str,
     warnings: int,
 ) -> None:
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "train.py"])
     seen: set[str] = set()
 
     class Look(lightning.Callback):

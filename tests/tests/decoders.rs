@@ -10,13 +10,17 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Inputs for each decoder unless `FUZZ_SECONDS` says how long; fewer without optimisation. Together about 20 s.
+/// Inputs for each decoder unless `FUZZ_SECONDS` says how long; fewer without optimisation. Together about 20 s of processor time.
 const INPUTS: usize = if cfg!(debug_assertions) { 50_000 } else { 1_000_000 };
 /// Twenty times fewer for these, which check a signature, read base 58 or factor a matrix.
 const SLOW: &[&str] = &["averaging_invite", "compression_low_rank", "dht_signed_record", "net_token"];
+
+/// Decoders that are tried at the same time.
+const THREADS: usize = 2;
 
 /// The next input: bytes out of the air, or a good one that was damaged in up to four places, cut or extended.
 fn input(noise: &mut StdRng, good: &[&Bytes]) -> Vec<u8> {
@@ -77,13 +81,20 @@ fn no_bytes_break_a_decoder() {
     let seconds = std::env::var("FUZZ_SECONDS").ok();
     let time =
         seconds.map(|seconds| Duration::from_secs(seconds.parse().expect("FUZZ_SECONDS is whole seconds")));
-    let seeds = seeds();
-    for (number, (name, decode)) in DECODERS.iter().enumerate() {
-        let good: Vec<&Bytes> = seeds.iter().filter(|(of, _)| of == name).map(|(_, seed)| seed).collect();
-        assert!(!good.is_empty(), "{name} has no seed");
-        good.iter().for_each(|seed| decode(seed));
-        torture((name, *decode), number, &good, time);
-    }
+    let (seeds, next) = (seeds(), AtomicUsize::new(0));
+    let try_them = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some((name, decode)) = DECODERS.get(number).copied() else { return };
+            let good: Vec<&Bytes> =
+                seeds.iter().filter(|(of, _)| *of == name).map(|(_, seed)| seed).collect();
+            assert!(!good.is_empty(), "{name} has no seed");
+            good.iter().for_each(|seed| decode(seed));
+            torture((name, decode), number, &good, time);
+        }
+    };
+    // The scope ends with a panic if one of them did.
+    std::thread::scope(|scope| (0..THREADS).for_each(|_| drop(scope.spawn(try_them))));
 }
 
 #[test]

@@ -12,6 +12,9 @@ use std::task::{Context, Poll};
 
 type Inner = quic::tokio::Transport;
 
+/// Inbound streams of a connection that only shows that it can be made. QUIC reserves room for each of them when it dials.
+const PROBE_STREAMS_MAX: u32 = 16;
+
 /// See the module.
 pub(crate) struct Quic {
     listening: Inner,
@@ -20,7 +23,9 @@ pub(crate) struct Quic {
 
 impl Quic {
     pub(crate) fn new(config: quic::Config) -> Self {
-        Self { listening: Inner::new(config.clone()), probing: Inner::new(config) }
+        let mut probing = config.clone();
+        probing.max_concurrent_stream_limit = PROBE_STREAMS_MAX;
+        Self { listening: Inner::new(config), probing: Inner::new(probing) }
     }
 }
 

@@ -230,7 +230,7 @@ impl ConnectionHandler for Handler {
 }
 
 /// Whether a connection that we have dialed only tells a peer whether it can be reached (AutoNAT): nothing else dials from a
-/// new port. It closes as soon as it stands, because it has a socket of its own, for QUIC with 3 MB of buffers.
+/// new port. It closes as soon as it stands: it would only be a second connection of the same pair, for nothing.
 pub(crate) fn is_probe(port: PortUse) -> bool {
     port == PortUse::New
 }
