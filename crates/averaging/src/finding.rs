@@ -78,7 +78,7 @@ pub(crate) async fn contact(inner: &Arc<Inner>) -> Result<(), JoinError> {
 
 /// Look for peers that we do not know, for ever: two halves of a run that never met have nobody who could tell them.
 pub(crate) async fn keep_finding(inner: Arc<Inner>) {
-    let mut pause = DIRECTORY_PAUSE_FIRST;
+    let (mut pause, mut turn) = (DIRECTORY_PAUSE_FIRST, 0);
     loop {
         let both = async {
             let Some(directory) = &inner.config.directory else { return Vec::new() };
@@ -88,16 +88,23 @@ pub(crate) async fn keep_finding(inner: Arc<Inner>) {
         let found = tokio::time::timeout(DIRECTORY_PERIOD, both).await.unwrap_or_default();
         // At first, joining itself asks them.
         let known = if pause == DIRECTORY_PAUSE_FIRST { &[] } else { &inner.config.bootstrap[..] };
+        let mut left = Vec::new();
         for (peer, addresses) in found.into_iter().chain(known.iter().map(|peer| (*peer, Vec::new()))) {
             inner.transport.add_addresses(peer, &addresses);
             let sought = {
                 let state = inner.lock();
+                left.extend(state.membership.has_left(&peer).then_some(peer));
                 !state.links.contains_key(&peer) && (state.links.is_empty() || state.membership.seeks(&peer))
             };
             if peer != inner.me && sought {
                 inner.connect_soon(peer);
             }
         }
+        // Whoever has left may have come back to where it cannot dial us. Most have not, so one at a time.
+        if let Some(peer) = left.get(turn % left.len().max(1)) {
+            inner.connect_soon(*peer);
+        }
+        turn += 1;
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(DIRECTORY_PERIOD);
     }

@@ -1,9 +1,12 @@
 //! Membership on the simulated network: joining, losing, refusing and healing.
 
-use potluck_averaging::{JoinError, Progress, Swarm, SwarmConfig};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use potluck_averaging::{Directory, JoinError, Progress, Swarm, SwarmConfig};
 use potluck_net::{PeerId, Transport};
 use potluck_net_sim::{PeerSpec, SimNet, run};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 async fn join(net: &SimNet, transport: &Arc<potluck_net_sim::SimTransport>, bootstrap: Vec<PeerId>) -> Swarm {
@@ -114,6 +117,52 @@ fn a_partition_heals_among_many_who_are_gone_for_good() {
         all_see(&swarms, 6).await;
         let took = net.elapsed() - before;
         assert!(took < Duration::from_secs(30), "{took:?}");
+    });
+}
+
+/// A directory from which nobody's name goes.
+struct Names(Vec<PeerId>);
+
+impl Directory for Names {
+    fn announce<'a>(&'a self, _run: &'a str, _ttl: Duration) -> BoxFuture<'a, ()> {
+        async {}.boxed()
+    }
+
+    fn lookup<'a>(&'a self, _run: &'a str) -> BoxFuture<'a, Vec<(PeerId, Vec<String>)>> {
+        async { self.0.iter().map(|peer| (*peer, Vec::new())).collect() }.boxed()
+    }
+}
+
+#[test]
+fn those_who_are_gone_are_not_dialled_whenever_a_directory_still_names_them() {
+    run(16, async |net| {
+        let transports: Vec<_> = (0..14).map(|_| net.add_peer(PeerSpec::default())).collect();
+        let ids: Vec<PeerId> = transports.iter().map(|transport| transport.local_peer()).collect();
+        let mut swarms = Vec::new();
+        for transport in &transports {
+            let mut config = SwarmConfig::new("test", vec![]);
+            config.directory = Some(Arc::new(Names(ids.clone())));
+            swarms
+                .push(Swarm::join(transport.clone(), net.env(transport.local_peer()), config).await.unwrap());
+        }
+        all_see(&swarms, 14).await;
+        swarms[13].leave().await;
+        for dead in swarms.split_off(2) {
+            net.crash(dead.local_peer());
+        }
+        all_see(&swarms, 2).await;
+        // By then each has been looked for once.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        let (dials, gone) = (Arc::new(AtomicUsize::new(0)), ids[2..].to_vec());
+        let count = dials.clone();
+        let _counting = net.refuse_opens(move |open| {
+            count.fetch_add(usize::from(gone.contains(&open.to)), Ordering::Relaxed);
+            false
+        });
+        tokio::time::sleep(Duration::from_secs(200)).await;
+        // Of each of the two: one in five seconds, and the one who left whenever the directory is asked.
+        let dials = dials.load(Ordering::Relaxed);
+        assert!((80..=105).contains(&dials), "{dials} dials of twelve peers who are gone");
     });
 }
 

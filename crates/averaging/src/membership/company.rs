@@ -125,10 +125,12 @@ impl Membership {
         }
     }
 
-    /// Whether a link to this peer is worth looking for, when it is not known to be one of many whom we do not need.
+    /// Whether to look for a link to this peer at once. We do not need all of many, and those whom we remember as dead are
+    /// looked for in turn already: what a directory says of them is older than what we know.
     pub(crate) fn seeks(&self, peer: &PeerId) -> bool {
-        let known = self.peers.get(peer).filter(|entry| entry.standing == Standing::Alive);
-        known.is_none_or(|entry| !entry.linked && self.mesh.wants(peer, &entry.place))
+        self.peers.get(peer).is_none_or(|entry| {
+            entry.standing == Standing::Alive && !entry.linked && self.mesh.wants(peer, &entry.place)
+        })
     }
 
     /// Others whom we know to be alive.
