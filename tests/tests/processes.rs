@@ -1,7 +1,7 @@
 //! The session code of the simulated runs over libp2p on loopback, in real processes, of which one is killed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
@@ -75,6 +75,14 @@ impl Swarm {
         self.children.insert(seed, child);
     }
 
+    /// Let them train.
+    fn go(&mut self, seeds: std::ops::RangeInclusive<u8>) {
+        for (_, child) in self.children.range_mut(seeds) {
+            let input = child.stdin.as_mut().expect("piped");
+            input.write_all(b"go\n").expect("it listens");
+        }
+    }
+
     /// Listen until a line is enough; that line.
     fn until(&mut self, what: &str, mut enough: impl FnMut(&Line) -> bool) -> &Line {
         loop {
@@ -110,6 +118,13 @@ fn real_processes_go_on_when_one_is_killed_in_mid_round_and_one_joins() {
         let line = swarm.until("address", |line| line.by == seed && line.word(0) == "address");
         addresses.push(line.word(1).to_owned());
     }
+    // Whoever comes while the first round is under way goes on alone, and makes up for it.
+    let (mut met, all) = (0, usize::from(PEERS) * usize::from(PEERS - 1));
+    swarm.until("peer that has met the last one", |line| {
+        met += usize::from(line.word(0) == "joined");
+        met == all
+    });
+    swarm.go(0..=PEERS - 1);
     let victim = addresses[usize::from(VICTIM)].rsplit('/').next().expect("it ends in the id").to_owned();
 
     let fatal = |line: &Line| line.by == VICTIM && line.word(0) == "midway" && line.number(1) >= FATAL_MIN;
@@ -119,6 +134,7 @@ fn real_processes_go_on_when_one_is_killed_in_mid_round_and_one_joins() {
     killed.wait().expect("it has ended");
     addresses.remove(usize::from(VICTIM));
     swarm.start(NEWCOMER, &addresses);
+    swarm.go(NEWCOMER..=NEWCOMER);
 
     let living: BTreeSet<u8> = (0..=NEWCOMER).filter(|seed| *seed != VICTIM).collect();
     let mut there = BTreeSet::new();

@@ -8,7 +8,8 @@
 //! * `epoch E LINEAGE PARAMETERS`: it has reached epoch E with this history and these bits.
 //! * `loaded FROM TO`, `joined PEER`, `lost PEER`, `event TEXT`.
 //!
-//! It leaves the run when its input ends, so that nothing outlives a test that was killed.
+//! It trains when its input says so, with a line, and leaves the run when its input ends, so that nothing outlives a test
+//! that was killed.
 #![expect(clippy::print_stdout, reason = "what it prints is what it is for")]
 
 use potluck_collab::{Event, Session};
@@ -20,6 +21,7 @@ use potluck_tests::record::{Entry, Record};
 use potluck_tests::trainer::{Mischief, Trainer, Training};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// Time of one step beside its arithmetic.
 const STEP_TIME: Duration = Duration::from_millis(50);
@@ -69,11 +71,17 @@ async fn main() {
             }
         }
     };
+    let (go, end) = input();
+    let train = async {
+        // An error is the end of the input.
+        let _ended = go.await;
+        trainer.run().await;
+    };
     tokio::select! {
-        () = trainer.run() => {}
+        () = train => {}
         () = listen => {}
         () = tell(record, transport.clone()) => {}
-        () = input_ends() => {}
+        _ = end => {}
     }
     session.leave().await;
     transport.close().await;
@@ -119,12 +127,14 @@ fn line(entry: &Entry) {
     }
 }
 
-/// Resolves when whoever started us closes our input, or is gone.
-async fn input_ends() {
-    let (ended, end) = tokio::sync::oneshot::channel();
+/// Resolve when whoever started us writes a line, and when it closes our input or is gone.
+fn input() -> (oneshot::Receiver<()>, oneshot::Receiver<()>) {
+    let ((said, go), (ended, end)) = (oneshot::channel(), oneshot::channel());
     std::thread::spawn(move || {
+        let _whatever = std::io::stdin().read_line(&mut String::new());
+        let _nobody_waits = said.send(());
         let _whatever = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         let _nobody_waits = ended.send(());
     });
-    let _gone = end.await;
+    (go, end)
 }
