@@ -1,6 +1,8 @@
 //! hivemind's owner signatures (its RSASignatureValidator) as a validator: the rules about records carry a second dialect.
 //! The record was signed by hivemind 1.1.12 itself.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
