@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
-_WAIT_SECONDS = 120
+_WAIT_SECONDS = 240
 # What is promised is 5 s; the rest is room for a machine that runs other tests as well.
-_CTRL_C_SECONDS = 20
+CTRL_C_SECONDS = 20
 
 
 class Peer:
@@ -55,7 +55,7 @@ class Peer:
     def ctrl_c(self) -> int:
         """Once; it must be gone within moments, without a traceback. The exit code."""
         self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(_CTRL_C_SECONDS)
+        code = self.process.wait(CTRL_C_SECONDS)
         self._reader.join(5)
         assert "Traceback" not in self.said, self.said
         return code

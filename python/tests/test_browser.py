@@ -132,7 +132,6 @@ def metrics_are_read_by_prometheus(url: str, ids: list[str]) -> None:
     assert {sample.labels["peer"] for sample in shares} == set(ids)
 
 
-@pytest.mark.timeout(300)
 def test_the_dashboard_of_a_live_run(peers: list[Peer], tmp_path: Path) -> None:
     first, second, third = peers
     ids = [peer.about["peer"] for peer in peers]

@@ -7,7 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
 from lightning_support import environment
 
 COMPAT = Path(__file__).resolve().parents[1] / "compat"
@@ -79,7 +78,6 @@ for statement, words in (
     )
 
 
-@pytest.mark.timeout(120)
 def test_it_builds_as_a_distribution(tmp_path: Path) -> None:
     source = tmp_path / "compat"
     for path in [COMPAT / "pyproject.toml", COMPAT / "README.md", *(COMPAT / "src").rglob("*.py")]:

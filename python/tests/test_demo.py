@@ -240,7 +240,6 @@ def test_the_text_is_pythons_language_reference() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.timeout(300)
 def test_the_whole_demonstration_in_small_and_its_last_line_on_another_machine(
     starts: Callable[..., Peer], machines: list[list[str]], tmp_path: Path
 ) -> None:

@@ -106,7 +106,6 @@ def test_the_line_for_this_machine_names_a_python_that_has_potluck(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.timeout(240)
 def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
     starts: Callable[..., Peer], machines: list[list[str]]
 ) -> None:
@@ -128,7 +127,6 @@ def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.timeout(240)
 def test_another_machine_can_join_the_running_demonstration_and_ctrl_c_ends_it(
     starts: Callable[..., Peer], tmp_path: Path
 ) -> None:

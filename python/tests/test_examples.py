@@ -110,7 +110,6 @@ def test_an_example_is_the_seed_but_for_imports_and_accelerator(name: str) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SEED)
 def test_an_example_is_joined_by_pasting_what_it_prints(
     name: str, tmp_path: Path, machines: list[list[str]]
@@ -149,7 +148,6 @@ for program in programs:
 """
 
 
-@pytest.mark.timeout(180)
 def test_the_seeds_own_imports_run_with_the_compat_distribution(tmp_path: Path) -> None:
     programs = [tmp_path / f"{name}.py" for name in SEED]
     for program in programs:

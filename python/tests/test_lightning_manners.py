@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 from lightning_support import environment
-from pasted import Peer
+from pasted import CTRL_C_SECONDS, Peer
 from test_manners import members, orphans, run
-
-pytestmark = pytest.mark.timeout(120)
 
 # A user's training without a guard for __main__, with DataLoader workers.
 PROGRAM = """
@@ -151,9 +149,7 @@ def test_ctrl_c_once_ends_a_training(
         until_it_trains(process)
         assert members(process.pid) == [process.pid], "one process and no children"
         os.kill(process.pid, signal.SIGINT)
-        asked = time.monotonic()
-        rest, _ = process.communicate(timeout=60)
-        assert time.monotonic() - asked < 5, rest
+        process.communicate(timeout=CTRL_C_SECONDS)
         assert members(process.pid) == []
     finally:
         process.kill()
@@ -212,7 +208,6 @@ def beyond(reached: int, epoch: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
-@pytest.mark.timeout(240)
 def test_the_same_command_brings_a_killed_peer_back(starts: Callable[..., Peer], tmp_path: Path) -> None:
     """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port, so that the line which
     it printed is good after its own crash, too.

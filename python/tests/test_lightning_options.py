@@ -20,7 +20,7 @@ from potluck.dht import DHT
 lightning, local = test_lightning_strategy.lightning, test_lightning_strategy.local
 shut_down = test_lightning_strategy.shut_down
 
-pytestmark = [pytest.mark.timeout(120), *(pytest.mark.filterwarnings(text) for text in QUIET)]
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
 BESIDE = {"offload_optimizer": True, "delay_optimizer_step": True}
 

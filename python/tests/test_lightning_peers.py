@@ -14,7 +14,6 @@ from lightning_support import environment, paste, read_joining_line, start, vari
 
 from potluck import _core
 
-pytestmark = pytest.mark.timeout(240)
 _PATIENCE_SECONDS = 150
 
 # What a user would write: trains until the run has had EPOCHS steps, and says what it saw.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from potluck import _core
 from potluck.dht import DHT
 from potluck.lightning import HivemindStrategy
 
-pytestmark = [pytest.mark.timeout(120), *(pytest.mark.filterwarnings(text) for text in QUIET)]
+pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
 
 @pytest.fixture(autouse=True)

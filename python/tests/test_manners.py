@@ -95,7 +95,6 @@ def test_the_wheel_is_small_and_asks_for_nothing_that_others_pin() -> None:
     assert max(wheel.stat().st_size for wheel in wheels) < 20 * MEGABYTE
 
 
-@pytest.mark.timeout(300)
 def test_current_transformers_are_installed_beside_it(tmp_path: Path) -> None:
     """In an environment that shows this one's packages too: nothing of ours changes for it, and nothing is broken then."""
     venv.create(tmp_path / "beside", with_pip=True)
@@ -325,7 +324,8 @@ def orphans(before: set[str]) -> set[str]:
         if process.name.isdecimal():
             try:
                 links = [os.readlink(link) for link in (process / "fd").iterdir()]
-                held.update(links, (line.split()[-1] for line in (process / "maps").open()))
+                maps = (process / "maps").read_text().splitlines()
+                held.update(links, (line.split()[-1] for line in maps))
             except OSError:
                 continue
     # What has gone meanwhile was somebody's who is still there.

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 TRAIN = """
@@ -70,7 +69,6 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.timeout(180)
 def test_two_processes_are_one_big_batch(tmp_path: Path) -> None:
     from test_optimizer import SGD, backward, batches, make_model
 

@@ -99,7 +99,6 @@ def test_the_finder_of_paths_finds_them() -> None:
     assert paths_in(text) == {"python", "python/tests/gone.py", "gone.toml"}
 
 
-@pytest.mark.timeout(300)
 def test_two_peers_from_the_wheel_end_with_equal_weights() -> None:
     command = [sys.executable, smoke_two_peers.__file__]
     # In the peers, too.

@@ -13,8 +13,6 @@ import potluck
 from potluck.dht import DHT
 from potluck.optim.progress_tracker import ProgressTracker
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def test_the_speed_of_an_optimizer_is_what_its_session_measures(local_dht: Callable[[], DHT]) -> None:
     """hivemind's examples print ``opt.tracker.performance_ema.samples_per_second``."""
