@@ -10,9 +10,11 @@ use futures_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use libp2p::PeerId;
 use libp2p::identity::Keypair;
 use libp2p::tls::certificate;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, SignatureScheme};
@@ -56,6 +58,8 @@ impl Tls {
         client.alpn_protocols = vec![ALPN.to_vec()];
         // The specification forbids to name the server.
         client.enable_sni = false;
+        // Every connection proves its identities anew, so what would be kept of the last 256 sessions serves nobody.
+        client.resumption = Resumption::disabled();
 
         let mut server = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
@@ -63,6 +67,8 @@ impl Tls {
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(own);
         server.alpn_protocols = vec![ALPN.to_vec()];
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
         // Each side lists what is cheap for it; whoever lacks AES decides, because it would pay the most.
         server.ignore_client_order = !aes;
         Ok(Self { client: Arc::new(client).into(), server: Arc::new(server).into() })
@@ -234,7 +240,8 @@ impl ClientCertVerifier for Verifier {
 mod tests {
     use super::*;
     use crate::pipe::Pipe;
-    use rustls::CipherSuite;
+    use futures::{AsyncReadExt, AsyncWriteExt};
+    use rustls::{CipherSuite, HandshakeKind};
 
     /// What a machine that dials, with AES or without, and one that accepts agree on.
     async fn agreed(dialer: bool, acceptor: bool) -> CipherSuite {
@@ -253,6 +260,22 @@ mod tests {
         assert_eq!(agreed(true, true).await, CipherSuite::TLS13_AES_128_GCM_SHA256);
         for (dialer, acceptor) in [(true, false), (false, true), (false, false)] {
             assert_eq!(agreed(dialer, acceptor).await, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256);
+        }
+    }
+
+    #[tokio::test]
+    async fn each_connection_proves_its_identities_anew() {
+        let [one, other] = [(); 2].map(|()| Tls::new(&Keypair::generate_ed25519()).unwrap());
+        for _ in 0..2 {
+            let (near, far) = tokio::io::duplex(64 << 10);
+            let (dialed, accepted) =
+                tokio::join!(one.clone().connect(Pipe(near)), other.clone().accept(Pipe(far)));
+            let (mut dialed, mut accepted) = (dialed.unwrap().1, accepted.unwrap().1);
+            // With the first bytes would come what is needed to resume the session.
+            accepted.write_all(b"x").await.unwrap();
+            accepted.flush().await.unwrap();
+            dialed.read_exact(&mut [0]).await.unwrap();
+            assert_eq!(dialed.get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
         }
     }
 }
