@@ -1,5 +1,6 @@
 //! Who waits for a connection to whom, and how far that dial is. Sans-I/O: the driver does what this says.
 
+use libp2p::Multiaddr;
 use libp2p::kad::QueryId;
 use potluck_net::PeerId;
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ const LINES_MAX: usize = 24;
 struct Dial {
     waiting: Vec<Reply>,
     lines: Vec<String>,
+    tried: Vec<Multiaddr>,
     looked_up: bool,
     query: Option<QueryId>,
     parked: bool,
@@ -59,11 +61,18 @@ impl Dials {
         }
     }
 
-    /// The peer that a lookup was for.
-    pub(crate) fn looked_up(&mut self, query: QueryId) -> Option<PeerId> {
+    /// These addresses are being dialled.
+    pub(crate) fn trying(&mut self, peer: PeerId, addresses: &[Multiaddr]) {
+        if let Some(dial) = self.inner.get_mut(&peer) {
+            dial.tried = addresses.to_vec();
+        }
+    }
+
+    /// The peer that a lookup was for, and where it has been looked for already.
+    pub(crate) fn looked_up(&mut self, query: QueryId) -> Option<(PeerId, Vec<Multiaddr>)> {
         let (peer, dial) = self.inner.iter_mut().find(|(_, dial)| dial.query == Some(query))?;
         dial.query = None;
-        Some(*peer)
+        Some((*peer, std::mem::take(&mut dial.tried)))
     }
 
     /// Nothing is known that has not been tried, but more may be learned soon.

@@ -248,6 +248,7 @@ impl Driver {
         if !direct {
             addresses.extend(self.circuits(id));
         }
+        self.dials.trying(peer, &addresses);
         let dial = DialOpts::peer_id(id)
             .condition(PeerCondition::Always)
             .addresses(addresses)
@@ -297,17 +298,13 @@ impl Driver {
 
     /// Dial what is new: a dial to nobody lasts until QUIC gives up, and what has just failed does not answer now.
     fn on_looked_up(&mut self, query: kad::QueryId, found: Vec<kad::PeerInfo>) {
-        let Some(peer) = self.dials.looked_up(query) else { return };
+        let Some((peer, tried)) = self.dials.looked_up(query) else { return };
         let id = convert::to_libp2p(peer);
         let told = found.into_iter().filter(|info| info.peer_id == id).flat_map(|info| info.addrs);
-        let tried = self.shared.book.get(peer);
         self.shared.book.add(peer, told);
         let mut addresses = self.shared.book.get(peer);
+        addresses.extend(self.circuits(id));
         addresses.retain(|address| !tried.contains(address));
-        // Without a direct way they were the first to be tried.
-        if tried.iter().any(|address| !convert::is_relayed(address)) {
-            addresses.extend(self.circuits(id));
-        }
         if addresses.is_empty() {
             self.not_found(peer);
             return;
