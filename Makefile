@@ -57,7 +57,7 @@ built:
 
 test-rust: setup
 	tools/ensure-cargo nextest 0.9.148
-	cargo nextest run --workspace --release --all-features $$(tools/privileged)
+	cargo nextest run --workspace --release --all-features
 	cargo test --workspace --release --all-features --doc
 
 # Each decoder for as long as random bytes should find what is wrong with it.
@@ -81,7 +81,7 @@ check: setup  ## Read-only gate: format, lints, docs, tests, licences, tidy
 	cargo check --locked --release --manifest-path fuzz/Cargo.toml --target-dir fuzz/target
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --all-features
 	tools/ensure-cargo nextest 0.9.148
-	cargo nextest run --locked --release --workspace --all-features $$(tools/privileged)
+	cargo nextest run --locked --release --workspace --all-features
 	cargo test --locked --release --workspace --all-features --doc
 	tools/ensure-cargo deny 0.20.2
 	cargo deny --locked check bans licenses sources

@@ -259,17 +259,15 @@ fn nothing_names_this_machine_or_is_unfinished() {
         concat!("/ro", "ot/"),
         concat!("pytest.mark.x", "fail"),
     ];
-    // `tools/privileged` lets these run wherever they can.
-    let for_root = concat!("#[ig", "nore = \"needs root, ");
     let mut problems = Vec::new();
     for (path, text) in tracked(&[".rs", ".py", ".md", ".toml", ".sh", "Makefile", ".yml", ".html", ".js"]) {
         for (number, line) in text.lines().enumerate() {
-            if needles.iter().any(|needle| line.contains(needle)) && !line.contains(for_root) {
+            if needles.iter().any(|needle| line.contains(needle)) {
                 problems.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
             }
         }
     }
-    assert_none(problems, "no paths of a machine, no unfinished work, no ignored test but root's");
+    assert_none(problems, "no paths of a machine, no unfinished work, no ignored test");
 }
 
 /// What only some systems have. A doc comment may name it, code outside `cfg` may not.
