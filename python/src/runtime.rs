@@ -41,6 +41,8 @@ pub(crate) fn handle() -> Result<Handle, Error> {
         .enable_all()
         .build()
         .map_err(|error| Error::State(format!("cannot start potluck's threads: {error}")))?;
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    runtime.spawn(crate::trim::give_memory_back());
     let handle = runtime.handle().clone();
     *process = Some(Process { id: std::process::id(), runtime });
     Ok(handle)

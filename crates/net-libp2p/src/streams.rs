@@ -19,7 +19,6 @@ use libp2p::swarm::{
     SubstreamProtocol, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
 };
 use potluck_net::{Path, PeerId, Protocol};
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
@@ -241,22 +240,23 @@ pub(crate) fn is_probe(port: PortUse) -> bool {
 struct UnknownKey(libp2p::PeerId);
 
 /// Keeps the table of connections in [`Shared`] and makes their handlers.
+///
+/// A connection is in the table before its task runs: whoever takes a stream finds the peer there. So this must be the last
+/// behaviour of the swarm, as one that came after it could still refuse the connection.
 pub(crate) struct Behaviour {
     shared: Arc<Shared>,
-    /// Handlers made for connections that other behaviours may still refuse.
-    unborn: BTreeMap<ConnectionId, (mpsc::Sender<OpenRequest>, Arc<Usage>)>,
 }
 
 impl Behaviour {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, unborn: BTreeMap::new() }
+        Self { shared }
     }
 
     fn handler(
-        &mut self,
+        &self,
         id: ConnectionId,
         peer: libp2p::PeerId,
-        relayed: bool,
+        (relayed, quic): (bool, bool),
         probe: bool,
     ) -> Result<Handler, ConnectionDenied> {
         let Some(peer) = convert::from_libp2p(&peer) else {
@@ -264,12 +264,15 @@ impl Behaviour {
         };
         let (sender, opens) = mpsc::channel(OPENS_WAITING_MAX);
         let usage = Usage::new();
+        let path = if relayed { Path::Relayed } else { Path::Direct };
         if probe {
             usage.give_up();
         } else {
-            self.unborn.insert(id, (sender, usage.clone()));
+            let behind_nat = lock(&self.shared.own).is_behind_nat();
+            let heard = Instant::now();
+            let link = Link { id, path, quic, heard, opens: sender, usage: usage.clone() };
+            self.shared.peers.add(peer, link, behind_nat);
         }
-        let path = if relayed { Path::Relayed } else { Path::Direct };
         Ok(Handler { shared: self.shared.clone(), peer, path, usage, opens, probe })
     }
 }
@@ -283,9 +286,9 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         peer: libp2p::PeerId,
         local: &Multiaddr,
-        _remote: &Multiaddr,
+        remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, convert::is_relayed(local), false)
+        self.handler(id, peer, (convert::is_relayed(local), convert::is_quic(remote)), false)
     }
 
     fn handle_established_outbound_connection(
@@ -296,34 +299,14 @@ impl NetworkBehaviour for Behaviour {
         _role: Endpoint,
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.handler(id, peer, convert::is_relayed(address), is_probe(port))
+        self.handler(id, peer, (convert::is_relayed(address), convert::is_quic(address)), is_probe(port))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
-        match event {
-            FromSwarm::ConnectionEstablished(born) => {
-                let known = self.unborn.remove(&born.connection_id);
-                if let (Some((opens, usage)), Some(peer)) = (known, convert::from_libp2p(&born.peer_id)) {
-                    let path = if born.endpoint.is_relayed() { Path::Relayed } else { Path::Direct };
-                    let behind_nat = lock(&self.shared.own).is_behind_nat();
-                    let quic = convert::is_quic(born.endpoint.get_remote_address());
-                    let (id, heard) = (born.connection_id, Instant::now());
-                    let link = Link { id, path, quic, heard, opens, usage };
-                    self.shared.peers.add(peer, link, behind_nat);
-                }
-            }
-            FromSwarm::ConnectionClosed(closed) => {
-                if let Some(peer) = convert::from_libp2p(&closed.peer_id) {
-                    self.shared.peers.remove(peer, closed.connection_id);
-                }
-            }
-            FromSwarm::DialFailure(failed) => {
-                self.unborn.remove(&failed.connection_id);
-            }
-            FromSwarm::ListenFailure(failed) => {
-                self.unborn.remove(&failed.connection_id);
-            }
-            _ => {}
+        if let FromSwarm::ConnectionClosed(closed) = event
+            && let Some(peer) = convert::from_libp2p(&closed.peer_id)
+        {
+            self.shared.peers.remove(peer, closed.connection_id);
         }
     }
 

@@ -1,6 +1,10 @@
 //! Tests of connections that are there for something else than streams.
 
+use super::Behaviour;
+use crate::convert::to_libp2p;
+use crate::shared::Shared;
 use crate::{Config, Libp2pTransport};
+use libp2p::swarm::{ConnectionId, NetworkBehaviour};
 use potluck_net::{Env, Identity, Protocol, Reachability, Transport};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,4 +57,17 @@ async fn a_probe_over_tcp_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_probe_over_quic_leaves_nothing() {
     a_probe_leaves_nothing("/ip4/127.0.0.1/udp/0/quic-v1").await;
+}
+
+/// The swarm lets a connection's task run before it tells of the connection: whoever has a stream by then asks for the peer.
+#[test]
+fn a_connection_is_in_the_table_before_its_task_runs() {
+    let shared = Arc::new(Shared::default());
+    let peer = Identity::from_seed(&[3; 32]).peer_id();
+    let (local, remote) = ("/ip4/127.0.0.1/tcp/1".parse().unwrap(), "/ip4/127.0.0.1/tcp/2".parse().unwrap());
+    let mut behaviour = Behaviour::new(shared.clone());
+    let id = ConnectionId::new_unchecked(1);
+    let handler = behaviour.handle_established_inbound_connection(id, to_libp2p(peer), &local, &remote);
+    assert!(handler.is_ok());
+    assert_eq!((shared.peers.connected(), shared.peers.links(peer)), (vec![peer], 1));
 }

@@ -60,7 +60,6 @@ type Output = (PeerId, StreamMuxerBox);
 pub(crate) struct Behaviour {
     doorman: doorman::Behaviour,
     limits: connection_limits::Behaviour,
-    pub(crate) streams: streams::Behaviour,
     identify: identify::Behaviour,
     ping: ping::Behaviour,
     pub(crate) kad: kad::Behaviour<MemoryStore>,
@@ -69,6 +68,8 @@ pub(crate) struct Behaviour {
     relay: Toggle<relay::Behaviour>,
     dcutr: Toggle<dcutr::Behaviour>,
     upnp: Toggle<upnp::tokio::Behaviour>,
+    /// The last one: see there.
+    pub(crate) streams: streams::Behaviour,
 }
 
 /// A swarm that does nothing yet.
@@ -194,7 +195,6 @@ fn behaviour(
     Behaviour {
         doorman: doorman::Behaviour::default(),
         limits: connection_limits::Behaviour::new(limits),
-        streams: streams::Behaviour::new(shared.clone()),
         identify: identify::Behaviour::new(identify),
         ping: ping::Behaviour::new(ping),
         kad: kad(local, reachable),
@@ -203,6 +203,7 @@ fn behaviour(
         relay: Toggle::from(config.relay_server.then(|| relay::Behaviour::new(local, relay_config()))),
         dcutr: Toggle::from(reachable.then(|| dcutr::Behaviour::new(local))),
         upnp: Toggle::from((config.port_mapping && reachable).then(upnp::tokio::Behaviour::default)),
+        streams: streams::Behaviour::new(shared.clone()),
     }
 }
 
