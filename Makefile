@@ -11,6 +11,10 @@ SEEDS ?= 1
 # Root installs Debian packages directly; others are told what is missing.
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 export PATH := $(CURDIR)/.build/tools/bin:$(PATH)
+export RUSTC_WORKSPACE_WRAPPER := $(CURDIR)/tools/rustc-tests
+RUST_TESTS := --workspace --release --all-features
+# As `built` left them: they run beside another cargo that compiles.
+BUILT_TESTS := --cargo-metadata .build/metadata.json --binaries-metadata .build/tests.json
 
 .PHONY: help setup wheel demo test built test-rust test-decoders test-python oldest-lightning check fix bench sim nat neon windows hard-days fuzz clean
 
@@ -45,19 +49,24 @@ demo: wheel  ## Train a real model with three peers on this machine; one joins l
 	$(PY) -m potluck.demo --output demo-output
 
 test: built  ## Run every test, from a clean clone
-	@# Random bytes take what processor time the other tests leave.
-	$(MAKE) --no-print-directory test-decoders & decoders=$$!; \
-		$(MAKE) --no-print-directory test-rust test-python || { kill $$decoders; exit 1; }; wait $$decoders
+	@# The wheel is compiled while Rust's tests wait for one another; random bytes take what processor time the others leave.
+	trap 'kill $$(jobs -p) 2>/dev/null' EXIT; \
+		$(MAKE) --no-print-directory test-decoders & decoders=$$!; nice $(MAKE) --no-print-directory wheel & wheel=$$!; \
+		$(MAKE) --no-print-directory test-rust RUST_TESTS="$(BUILT_TESTS)" && wait $$wheel \
+		&& $(MAKE) --no-print-directory test-python && wait $$decoders
 
 # What the network brings and what the compiler makes need not wait for each other.
 built:
 	tools/check-needs $(PYTHON)
-	cargo test --workspace --release --all-features --no-run & compiler=$$!; \
+	cargo test $(RUST_TESTS) --no-run & compiler=$$!; \
 		$(MAKE) --no-print-directory setup || { kill $$compiler; exit 1; }; wait $$compiler
+	tools/ensure-cargo nextest 0.9.148
+	cargo metadata --format-version 1 --all-features > .build/metadata.json
+	cargo nextest list $(RUST_TESTS) --list-type binaries-only --message-format json > .build/tests.json
 
 test-rust: setup
 	tools/ensure-cargo nextest 0.9.148
-	cargo nextest run --workspace --release --all-features
+	cargo nextest run $(RUST_TESTS)
 	cargo test --workspace --release --all-features --doc
 
 # Each decoder for as long as random bytes should find what is wrong with it.
@@ -99,8 +108,9 @@ fix:  ## Format and apply the lints' own corrections
 sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, TABLE=0|P4|strict
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 SEED=$(SEED) SEEDS=$(SEEDS) TABLE=$(TABLE) cargo run --release -p potluck-tests --bin explore
 
-nat: setup  ## Connect every pair of NAT kinds in network namespaces (needs root)
+nat: setup  ## Connect every pair of NAT kinds, and ask the doctor behind each, in network namespaces (needs root)
 	tests/nat/run
+	tests/nat/doctor --binary $${CARGO_TARGET_DIR:-target}/release/potluck
 
 neon:  ## Test the codecs as an aarch64 program under qemu (about two minutes)
 	tools/neon $(APT)

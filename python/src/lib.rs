@@ -14,7 +14,6 @@ mod hub;
 mod node;
 mod runtime;
 mod session;
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod trim;
 
 /// The compiled half of `potluck`. Not a public interface: use the classes of the package.

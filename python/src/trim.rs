@@ -2,6 +2,7 @@
 //!
 //! Peers come and go for days. The C library keeps a page that was once in use, between two pieces that are held, for the
 //! next time: by itself a program's memory grows to the sum of all peaks. Once a minute the free pages are given back.
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
 #![expect(unsafe_code, reason = "a function of the C library; the block states why it holds")]
 
 use std::time::Duration;
