@@ -155,12 +155,12 @@ fn ipv6_alone_is_enough() {
     }
     let dir = tempfile::tempdir().unwrap();
     let first = machines.node(1, dir.path(), &[]);
-    let token: Token = first.line("token").parse().unwrap();
+    let own: Token = first.line("token").parse().unwrap();
     // As it listens by default, on all interfaces.
     for transport in ["/tcp/", "/quic-v1"] {
-        let mut token = token.clone();
+        let mut token = own.clone();
         token.bootstrap.retain(|address| address.starts_with("/ip6/") && address.contains(transport));
-        assert!(!token.bootstrap.is_empty(), "no {transport} of IPv6 in {:?}", first.line("token"));
+        assert!(!token.bootstrap.is_empty(), "no {transport} of IPv6: {:?}", own.bootstrap);
         let second = machines.node(2, dir.path(), &["--join", &token.to_string()]);
         second.line("joined");
         assert!(second.end("-TERM"));
