@@ -1,6 +1,8 @@
 //! The libp2p transport on loopback sockets: the conformance suite over TCP and over QUIC, and what only real sockets
 //! have: bootstrap reports, routing by peer id, relays, and ends that leave nothing behind.
 
+mod stranger;
+
 use potluck_net::{Env, Identity, OpenError, Path, PeerId, Protocol, Tasks, Transport, Watermarks};
 use potluck_net_conformance::{self as conformance, Network};
 use potluck_net_libp2p::{Config, Libp2pTransport, Security, Stage, StartError};
@@ -73,6 +75,11 @@ impl Network for Loopback {
             .remove(&peer)
             .expect("a peer of this network")
             .abort();
+    }
+
+    async fn send_oversize(&self, to: Arc<dyn Transport>, protocol: Protocol) -> String {
+        let address = to.addresses()[0].parse().expect("a peer's own address");
+        stranger::send_oversize(&address, protocol.as_str(), self.security).await.to_string()
     }
 
     fn ahead_bytes_max(&self) -> usize {

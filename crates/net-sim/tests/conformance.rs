@@ -21,8 +21,15 @@ impl Network for Simulated {
         if self.silent { self.net.vanish(peer) } else { self.net.crash(peer) }
     }
 
-    async fn inject_oversize(&self, from: PeerId, to: PeerId, protocol: &Protocol) -> bool {
-        self.net.inject_frame(from, to, protocol, Bytes::from(vec![0; FRAME_BYTES_MAX + 1]))
+    async fn send_oversize(&self, to: Arc<dyn Transport>, protocol: Protocol) -> String {
+        let from = self.net.add_peer(self.spec.clone());
+        let _stream = match from.open(to.local_peer(), protocol.clone()).await {
+            Ok(stream) => stream,
+            Err(error) => return error.to_string(),
+        };
+        let frame = Bytes::from(vec![0; FRAME_BYTES_MAX + 1]);
+        assert!(self.net.inject_frame(from.local_peer(), to.local_peer(), &protocol, frame));
+        std::future::pending().await
     }
 
     fn ahead_bytes_max(&self) -> usize {
