@@ -76,7 +76,9 @@ test-decoders:
 test-python: wheel
 	@# test-rust has just built it; by itself, with other features, it would take minutes.
 	test -x target/release/potluck || cargo build --release -p potluck-cli
-	$(PY) -m pytest -n 2 --dist loadfile python/tests
+	$(PY) -m pytest -n 2 --dist loadfile --ignore python/tests/test_bench.py python/tests
+	@# By itself: the more programs have torch in memory, the smaller is each one's part of it, which the benchmark measures.
+	$(PY) -m pytest python/tests/test_bench.py
 	$(PY) -m pytest tests/hard_days
 	tools/oldest-lightning $(PY) -q python/tests/test_lightning_strategy.py \
 		python/tests/test_lightning_peers.py::test_every_way_to_join
