@@ -7,7 +7,7 @@ use futures::{FutureExt, StreamExt};
 use libp2p::Multiaddr;
 use libp2p::core::transport::ListenerId;
 use libp2p::swarm::SwarmEvent;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 /// How long a start waits for the addresses of its listeners: they come from the system's list of interfaces.
@@ -40,9 +40,11 @@ impl Awaited {
 impl Driver {
     pub(super) async fn listen(&mut self, addresses: Vec<Multiaddr>) -> Result<(), StartError> {
         let mut awaited = Vec::new();
-        // Without the list, only what was named is waited for.
-        let machine = if_addrs::get_if_addrs().unwrap_or_default();
-        let machine: Vec<IpAddr> = machine.iter().map(if_addrs::Interface::ip).collect();
+        // Without the list, one address of IPv4 is waited for.
+        let machine: Vec<IpAddr> = match if_addrs::get_if_addrs() {
+            Ok(interfaces) => interfaces.iter().map(if_addrs::Interface::ip).collect(),
+            Err(_) => vec![Ipv4Addr::LOCALHOST.into()],
+        };
         for address in addresses {
             match self.swarm.listen_on(address.clone()) {
                 Ok(id) => awaited.extend(Awaited::new(id, &address, &machine)),
