@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::convert;
 use crate::dials::Dials;
 use crate::punching::{self, Punching};
+use crate::relays::Relays;
 use crate::router;
 use crate::shared::{Shared, lock};
 use crate::stage;
@@ -15,10 +16,9 @@ use crate::swarm::{self, Behaviour, BehaviourEvent};
 use crate::transport::StartError;
 use futures::StreamExt;
 use libp2p::core::ConnectedPoint;
-use libp2p::core::transport::ListenerId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
-use libp2p::{Multiaddr, Swarm, autonat, identify, kad, multiaddr, ping, relay};
+use libp2p::{Multiaddr, Swarm, autonat, identify, kad, ping, relay};
 use potluck_net::{Env, Path, PeerId, Reachability, Watermarks};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,10 +30,6 @@ use tokio::time::Instant;
 const TICK: Duration = Duration::from_millis(500);
 /// How long a goodbye may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Relays that we hold a reservation with.
-const RELAYS_MAX: usize = 2;
-/// A relay that refused is asked again after this.
-const RELAY_RETRY: Duration = Duration::from_secs(10);
 /// A peer that has just connected and not yet said who it is may still teach us addresses for this long.
 const INTRODUCTION_MAX: Duration = Duration::from_secs(3);
 /// Addresses taken from one peer's identify message.
@@ -49,13 +45,6 @@ pub(crate) enum Command {
     Close { reply: oneshot::Sender<()> },
 }
 
-/// A relay that we know.
-struct Relay {
-    address: Multiaddr,
-    listener: Option<ListenerId>,
-    retry_at: Instant,
-}
-
 pub(crate) struct Driver {
     swarm: Swarm<Behaviour>,
     shared: Arc<Shared>,
@@ -63,7 +52,7 @@ pub(crate) struct Driver {
     commands: mpsc::Receiver<Command>,
     dials: Dials,
     bootstrap: Bootstrap,
-    relays: BTreeMap<PeerId, Relay>,
+    relays: Relays,
     /// Connected, but their identify message, which tells whether they relay and route, is still to come.
     strangers: BTreeMap<libp2p::PeerId, Instant>,
     /// Connected over loopback: the loopback addresses that they tell of mean something to us.
@@ -97,8 +86,8 @@ impl Driver {
         lock(&shared.own).announced = announced;
         let bootstrap = Bootstrap::new(bootstrap, &shared);
         let dials = Dials::default();
-        let (relays, strangers, on_this_machine) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
-        let punching = Punching::default();
+        let (strangers, on_this_machine) = (BTreeMap::new(), BTreeSet::new());
+        let (relays, punching) = (Relays::default(), Punching::default());
         let (listens, marks) = (!config.client_mode, config.connections);
         let mut driver = Self {
             swarm,
@@ -179,8 +168,10 @@ impl Driver {
         }
         self.reserve_relays(now);
         self.punch_again(now);
-        let reserved = |peer: &PeerId| self.relays.get(peer).is_some_and(|relay| relay.listener.is_some());
-        let sought = |peer: &PeerId| self.bootstrap.contains(&convert::to_libp2p(*peer)) || reserved(peer);
+        let sought = |peer: &PeerId| {
+            let id = convert::to_libp2p(*peer);
+            self.bootstrap.contains(&id) || self.relays.is_reserved(&id)
+        };
         self.shared.peers.give_up_surplus(now, &self.marks, sought);
         self.dials.forget_withdrawn();
         self.strangers.retain(|_, since| now < *since + INTRODUCTION_MAX);
@@ -246,7 +237,7 @@ impl Driver {
         let mut addresses = self.shared.book.get(peer);
         let direct = addresses.iter().any(|address| !convert::is_relayed(address));
         if !direct {
-            addresses.extend(self.circuits(id));
+            addresses.extend(self.relays.circuits(id));
         }
         self.dials.trying(peer, &addresses);
         let dial = DialOpts::peer_id(id)
@@ -257,19 +248,6 @@ impl Driver {
         if let Err(error) = self.swarm.dial(dial) {
             self.on_dial_failed(id, &error);
         }
-    }
-
-    /// The ways to a peer through relays that we are connected to: its relay is often ours.
-    fn circuits(&self, peer: libp2p::PeerId) -> Vec<Multiaddr> {
-        let through = |relay: &Relay| {
-            let circuit = relay.address.clone().with(multiaddr::Protocol::P2pCircuit);
-            circuit.with(multiaddr::Protocol::P2p(peer))
-        };
-        self.relays
-            .iter()
-            .filter(|(id, _)| convert::to_libp2p(**id) != peer)
-            .map(|(_, r)| through(r))
-            .collect()
     }
 
     /// First failure: ask the swarm where the peer is, and try what it says. Second failure: tell the callers.
@@ -303,7 +281,7 @@ impl Driver {
         let told = found.into_iter().filter(|info| info.peer_id == id).flat_map(|info| info.addrs);
         self.shared.book.add(peer, told);
         let mut addresses = self.shared.book.get(peer);
-        addresses.extend(self.circuits(id));
+        addresses.extend(self.relays.circuits(id));
         addresses.retain(|address| !tried.contains(address));
         if addresses.is_empty() {
             self.not_found(peer);
@@ -348,6 +326,7 @@ impl Driver {
                 self.bootstrap.on_disconnected(&peer_id, self.env.now(), alone, &self.shared);
                 self.introduced(&peer_id);
                 self.on_this_machine.remove(&peer_id);
+                self.relays.disconnected(&peer_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
                 self.on_outgoing_failed(connection_id, peer_id, &error);
@@ -362,7 +341,7 @@ impl Driver {
             SwarmEvent::ListenerClosed { listener_id, addresses, reason } => {
                 tracing::debug!(target: "potluck::net", ?addresses, ?reason, "stopped listening");
                 lock(&self.shared.own).listening.retain(|known| !addresses.contains(known));
-                self.on_listener_closed(listener_id);
+                self.relays.lost(listener_id, self.env.now());
             }
             SwarmEvent::ExternalAddrConfirmed { address } if !convert::is_relayed(&address) => {
                 remember(&mut lock(&self.shared.own).external, address);
@@ -491,17 +470,18 @@ impl Driver {
                 self.swarm.behaviour_mut().kad.add_address(&id, address);
             }
         }
-        if serves(relay::HOP_PROTOCOL_NAME.as_ref()) && !self.relays.contains_key(&peer) {
+        let relays = serves(relay::HOP_PROTOCOL_NAME.as_ref()) && self.swarm.is_connected(&id);
+        if relays && !self.relays.contains(&id) {
             self.add_relay(peer, id);
         }
     }
 
-    /// Only relays that we have dialed ourselves: their address works from here.
+    /// Only with an address that does not itself lead through a relay.
     fn add_relay(&mut self, peer: PeerId, id: libp2p::PeerId) {
         let known = self.shared.book.get(peer);
         let Some(address) = known.into_iter().find(|address| !convert::is_relayed(address)) else { return };
         let Some(address) = convert::with_target(address, id) else { return };
-        self.relays.insert(peer, Relay { address, listener: None, retry_at: self.env.now() });
+        self.relays.add(id, address, self.env.now());
         self.reserve_relays(self.env.now());
     }
 
@@ -509,32 +489,15 @@ impl Driver {
         if !self.wants_relay || lock(&self.shared.own).reachability == Reachability::Public {
             return;
         }
-        let mut reserved = self.relays.values().filter(|relay| relay.listener.is_some()).count();
-        for (peer, relay) in &mut self.relays {
-            let connected = self.swarm.is_connected(&convert::to_libp2p(*peer));
-            if reserved == RELAYS_MAX || relay.listener.is_some() || now < relay.retry_at || !connected {
-                continue;
-            }
-            let circuit = relay.address.clone().with(multiaddr::Protocol::P2pCircuit);
-            match self.swarm.listen_on(circuit) {
-                Ok(listener) => {
-                    relay.listener = Some(listener);
-                    reserved += 1;
-                }
-                Err(error) => {
-                    tracing::debug!(target: "potluck::net", relay = %relay.address, %error, "cannot reserve");
-                    relay.retry_at = now + RELAY_RETRY;
-                }
-            }
-        }
-    }
-
-    fn on_listener_closed(&mut self, listener: ListenerId) {
-        let retry_at = self.env.now() + RELAY_RETRY;
-        for relay in self.relays.values_mut().filter(|relay| relay.listener == Some(listener)) {
-            relay.listener = None;
-            relay.retry_at = retry_at;
-        }
+        let swarm = &mut self.swarm;
+        self.relays.reserve(now, |circuit| {
+            let asked = swarm.listen_on(circuit.clone());
+            asked
+                .inspect_err(
+                    |error| tracing::debug!(target: "potluck::net", %circuit, %error, "cannot reserve"),
+                )
+                .ok()
+        });
     }
 
     fn on_nat(&mut self, status: &autonat::NatStatus) {
@@ -546,10 +509,8 @@ impl Driver {
         };
         lock(&self.shared.own).reachability = reachability;
         if reachability == Reachability::Public {
-            for relay in self.relays.values_mut() {
-                if let Some(listener) = relay.listener.take() {
-                    self.swarm.remove_listener(listener);
-                }
+            for listener in self.relays.release() {
+                self.swarm.remove_listener(listener);
             }
         }
     }

@@ -22,6 +22,7 @@ mod pipe;
 mod punching;
 mod quic;
 mod read_ahead;
+mod relays;
 mod router;
 mod secure;
 mod shared;

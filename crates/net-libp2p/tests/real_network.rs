@@ -44,6 +44,17 @@ async fn found_by_id(caller: &Arc<Libp2pTransport>, callee: &Arc<Libp2pTransport
     tokio::time::timeout_at(soon(), opened).await.expect("routing finds the callee");
 }
 
+/// Until a peer tells others of a way through a relay at one of these addresses.
+async fn reserved(hidden: &Arc<Libp2pTransport>, relay: &[String]) {
+    let through = |address: &String| relay.iter().any(|at| address.starts_with(&format!("{at}/p2p-circuit")));
+    let reserved = tokio::time::timeout_at(soon(), async {
+        while !hidden.addresses().iter().any(through) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(reserved.await.is_ok(), "{:?} instead of {relay:?}", hidden.addresses());
+}
+
 struct Loopback {
     listen: &'static str,
     security: Security,
@@ -320,12 +331,7 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
     .await;
     let hidden = peer_on(&[], |config| config.bootstrap = relay.addresses()).await;
     let mut incoming = hidden.accept(protocol.clone(), 4).unwrap();
-    let reserved = tokio::time::timeout_at(soon(), async {
-        while !hidden.addresses().iter().any(|address| address.contains("p2p-circuit")) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    });
-    reserved.await.expect("the relay grants a reservation");
+    reserved(&hidden, &relay.addresses()).await;
     // By its id alone, and before the relay has said that it is one.
     let caller = peer_on(&[TCP], |config| config.bootstrap = relay.addresses()).await;
     let mut stream = caller.open(hidden.local_peer(), protocol).await.unwrap();
@@ -348,6 +354,31 @@ async fn a_peer_that_listens_nowhere_is_reached_through_a_relay() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn others_are_told_where_a_relay_is_now_and_not_where_it_was() {
+    let seed = Env::real().random_bytes();
+    let relay = async |listen| {
+        let serve = |config: &mut Config| {
+            config.relay_server = true;
+            config.identity = Identity::from_seed(&seed);
+        };
+        peer_on(&[listen], serve).await
+    };
+    let first = relay(TCP).await;
+    let hidden = peer_on(&[], |config| config.bootstrap = first.addresses()).await;
+    reserved(&hidden, &first.addresses()).await;
+    first.close().await;
+    let second = relay(QUIC).await;
+    hidden.add_addresses(second.local_peer(), &second.addresses());
+    // It serves nothing: an answer, whatever it says, means that both are connected.
+    let refused = hidden.open(second.local_peer(), Protocol::new("/test/hello/1")).await;
+    assert!(matches!(refused, Err(OpenError::UnknownProtocol { .. })), "{refused:?}");
+    reserved(&hidden, &second.addresses()).await;
+    for peer in [hidden, second] {
+        peer.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_too_many_connections_those_go_that_nobody_needs() {
     let protocol = Protocol::new("/test/hello/1");
     let node = peer_on(&[TCP], |config| {
@@ -357,12 +388,7 @@ async fn of_too_many_connections_those_go_that_nobody_needs() {
     .await;
     let mut incoming = node.accept(protocol.clone(), 8).unwrap();
     let hidden = peer_on(&[], |config| config.bootstrap = node.addresses()).await;
-    let reserved = tokio::time::timeout_at(soon(), async {
-        while !hidden.addresses().iter().any(|address| address.contains("p2p-circuit")) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    });
-    reserved.await.expect("the node grants a reservation");
+    reserved(&hidden, &node.addresses()).await;
     let mut others = Vec::new();
     for _ in 0..7 {
         // Whoever knows its address needs no place at a relay.
