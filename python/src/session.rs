@@ -339,6 +339,15 @@ impl Session {
         })
     }
 
+    /// The state that was given last does not fit, and the program has kept its own: go on with that. Whether there was one.
+    fn refuse_state(&self, py: Python<'_>, reason: &str) -> Result<bool, Error> {
+        let handle = runtime::handle()?;
+        Ok(py.detach(|| {
+            let _guard = handle.enter();
+            self.core.refuse_state(reason)
+        }))
+    }
+
     /// Show a buffer in the status, under the name of a purpose, for as long as it lives.
     fn hold(&self, purpose: &str, buffer: &FlatBuffer) -> Result<(), Error> {
         buffer.hold(self.core.ledger(), named(purpose)?);

@@ -238,9 +238,12 @@ impl Dialect for HubPeer {
                 .max_by_key(|snapshot| (snapshot.lineage == lineage, snapshot.epoch));
             match newest.filter(|snapshot| snapshot.epoch >= epoch_min) {
                 Some(snapshot) => Ok(Outcome::clean(snapshot.clone())),
-                None => {
-                    Err(DownloadFailed { epoch_min, reason: "nobody has it".to_owned(), faults: Vec::new() })
-                }
+                None => Err(DownloadFailed {
+                    epoch_min,
+                    offered: false,
+                    reason: "nobody has it".to_owned(),
+                    faults: Vec::new(),
+                }),
             }
         })
     }

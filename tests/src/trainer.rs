@@ -315,8 +315,14 @@ impl Trainer {
             Loaded::Nothing if self.training.auxiliary => {}
             Loaded::Nothing => return,
             Loaded::State(snapshot) => {
-                self.params = floats(&snapshot.blobs["params"]);
-                self.optimizer.velocity = floats(&snapshot.blobs["velocity"]);
+                let read = |name: &str| snapshot.blobs.get(name).map(|blob| floats(blob)).unwrap_or_default();
+                let (params, velocity) = (read("params"), read("velocity"));
+                if params.len() != self.params.len() || velocity.len() != self.optimizer.velocity.len() {
+                    assert!(self.session.refuse_state("it is of another model"), "it was loaded");
+                    self.session.publish(self.snapshot());
+                    return self.note_epoch();
+                }
+                (self.params, self.optimizer.velocity) = (params, velocity);
             }
             Loaded::Gradients(average) => {
                 if self.fumbles(|it| it.optimizer.step(&mut it.params, &average)) {

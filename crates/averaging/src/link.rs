@@ -81,7 +81,7 @@ async fn handshake(inner: &Arc<Inner>, peer: PeerId) -> Result<(Stream, Hello), 
             None => Ok((stream, *hello)),
             Some(reason) => Err(LinkError::Refused(reason)),
         },
-        Ok(Control::Refuse(reason)) => Err(LinkError::Refused(reason.chars().take(2000).collect())),
+        Ok(Control::Refuse(reason)) => Err(LinkError::Refused(printable(&reason))),
         Ok(_) => Err(failed(PeerFault::new(peer, FaultKind::Malformed, "first message is no hello"))),
         Err(error) => Err(failed(PeerFault::new(peer, FaultKind::Malformed, error.to_string()))),
     }
@@ -137,13 +137,18 @@ fn objection(inner: &Inner, hello: &Hello) -> Option<String> {
     (!fields.is_empty()).then(|| format!("the manifests differ: {}", fields.join("; ")))
 }
 
+/// What another peer says, for people's eyes: its words, without line ends or other controls, and not too many.
+fn printable(text: &str) -> String {
+    text.chars().filter(|char| !char.is_control()).take(2000).collect()
+}
+
 fn differing(here: &Manifest, there: &Manifest) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = here.keys().chain(there.keys()).collect();
     let text = |value: Option<&String>| value.map_or("nothing".to_owned(), |v| format!("{v:.200?}"));
     names
         .into_iter()
         .filter(|name| here.get(*name) != there.get(*name))
-        .map(|name| format!("{name}: {} and {}", text(here.get(name)), text(there.get(name))))
+        .map(|name| format!("{}: {} and {}", printable(name), text(here.get(name)), text(there.get(name))))
         .collect()
 }
 

@@ -18,6 +18,7 @@ use crate::wire::Note;
 use crate::{Channel, Event, Lineage, PolicyKind, Sequel, SessionConfig, StateEvery};
 use potluck_net::{PeerFault, PeerId};
 use sequels::Applied;
+use snapshots::Replaced;
 pub(crate) use snapshots::{SAMPLES_META, STATE_AVERAGES_META};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,6 +29,9 @@ use tokio::time::Instant;
 /// further one. A round of those who went on without it must end first, and trying meanwhile could only fail.
 const FAILED_PAUSE: Duration = Duration::from_millis(100);
 const FAILED_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// Whoever asks for an average of the state asks for the next epoch's, and is at most a few epochs ahead.
+const DUE_AHEAD_MAX: u64 = 4;
 
 pub(crate) struct Core {
     pub(crate) me: PeerId,
@@ -59,6 +63,8 @@ pub(crate) struct Core {
     /// Not before then is a round tried again, and the pause after the next failure.
     retry: Option<(Instant, Duration)>,
     behind: Behind,
+    /// What was before a state that was loaded and that the program may refuse yet.
+    replaced: Option<Replaced>,
     /// The last state that all peers of this lineage agreed on.
     agreed: Option<Vec<f32>>,
     /// What will be agreed on when the state that was averaged in the background is applied.
@@ -115,6 +121,7 @@ impl Core {
             waiting: None,
             retry: None,
             behind,
+            replaced: None,
             agreed: None,
             agreed_next: None,
             outer,
@@ -191,7 +198,7 @@ impl Core {
     pub(crate) fn members_are_finishing(&self) -> bool {
         let members = self.last_round.iter().flat_map(|round| &round.members);
         let mut views = members.filter_map(|member| self.peers.get(member));
-        views.any(|view| view.epoch + 1 == self.lineage.epoch)
+        views.any(|view| view.epoch.saturating_add(1) == self.lineage.epoch)
     }
 
     fn views(&self) -> Vec<PeerView> {
@@ -202,6 +209,12 @@ impl Core {
     pub(crate) fn winner(&mut self, now: Instant) -> Option<Winner> {
         let views = self.views();
         self.behind.check(now, &self.lineage, &views)
+    }
+
+    /// The state of a winner could not be had or not be used.
+    pub(crate) fn distrust(&mut self, now: Instant, winner: &Winner) {
+        let views = self.views();
+        self.behind.doubt(now, winner, &views);
     }
 
     /// What the training program does next. `open` tells whether others wait for us in a round.
@@ -262,7 +275,7 @@ impl Core {
             if drift.is_some_and(|drift| drift > tolerance) {
                 self.state_due_from = Some(epoch + 1);
             }
-            if note.state_due.is_some_and(|due| due > epoch) {
+            if note.state_due.is_some_and(|due| due > epoch && due - epoch <= DUE_AHEAD_MAX) {
                 self.state_due_from = self.state_due_from.max(note.state_due);
             }
         }
@@ -437,6 +450,7 @@ impl Core {
     pub(crate) fn epoch_done(&mut self) {
         let used = self.own.end_epoch();
         self.own_alone();
+        self.replaced = None;
         self.unsettled = false;
         if std::mem::take(&mut self.void) {
             self.settle_factors(false);

@@ -198,12 +198,12 @@ pub struct RoundFailed {
 
 /// No state could be downloaded.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "no state of epoch {epoch_min} or later could be downloaded: {reason}; it is tried again at the next step"
-)]
+#[error("no state of epoch {epoch_min} or later could be downloaded: {reason}")]
 pub struct DownloadFailed {
     /// The oldest epoch that would have done.
     pub epoch_min: u64,
+    /// Whether somebody had begun to send one.
+    pub offered: bool,
     /// Why, for people.
     pub reason: String,
     /// Who failed us.

@@ -97,14 +97,14 @@ impl Keeper {
         let ahead = self.trainers().into_iter().filter(|(_, epoch)| *epoch >= epoch_min);
         let donors: Vec<PeerId> = ahead.map(|(peer, _)| peer).collect();
         let outcome = self.exchange.download(&donors, epoch_min, timeout).await.map_err(|error| {
-            let reason = error.to_string();
+            let (reason, offered) = (error.to_string(), matches!(error, DownloadError::Interrupted { .. }));
             let faults = match error {
                 DownloadError::NobodyOffers { faults, .. } | DownloadError::Interrupted { faults, .. } => {
                     faults
                 }
                 _ => Vec::new(),
             };
-            DownloadFailed { epoch_min, reason, faults }
+            DownloadFailed { epoch_min, offered, reason, faults }
         })?;
         Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))
     }

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 use std::fmt;
 
+/// More epochs than any run has: what others say is bounded, so that counting on from it is.
+pub(crate) const EPOCH_MAX: u64 = 1 << 48;
+
 /// The history of one peer's parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lineage {
@@ -62,7 +65,8 @@ impl Lineage {
         let number = |name: &str| snapshot.meta.get(name)?.parse().ok();
         let samples = number(crate::core::SAMPLES_META)?;
         let state_averages = number(crate::core::STATE_AVERAGES_META)?;
-        Some(Self { epoch: snapshot.epoch, samples, state_averages, hash: snapshot.lineage })
+        let lineage = Self { epoch: snapshot.epoch, samples, state_averages, hash: snapshot.lineage };
+        (lineage.epoch <= EPOCH_MAX).then_some(lineage)
     }
 
     /// Whether this history replaces `other` when both meet.

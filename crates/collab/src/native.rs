@@ -300,13 +300,14 @@ impl Dialect for Native {
         }
         Box::pin(async move {
             let failed = |error: DownloadError| {
-                let reason = error.to_string();
+                let (reason, offered) =
+                    (error.to_string(), matches!(error, DownloadError::Interrupted { .. }));
                 let faults = match error {
                     DownloadError::NobodyOffers { faults, .. }
                     | DownloadError::Interrupted { faults, .. } => faults,
                     _ => Vec::new(),
                 };
-                DownloadFailed { epoch_min, reason, faults }
+                DownloadFailed { epoch_min, offered, reason, faults }
             };
             let outcome = self.exchange.download(&donors, epoch_min, timeout).await.map_err(failed)?;
             Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))

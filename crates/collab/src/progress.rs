@@ -6,12 +6,17 @@ use crate::Lineage;
 use crate::dialect::PeerView;
 use crate::wire::Note;
 use potluck_net::PeerId;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// A history of equal epoch that wins must be seen for so long before this peer reloads: a peer that has just
 /// averaged its parameters is ahead of the others for the moment that the news takes (one heartbeat, and one spare).
 const FORK_GRACE: Duration = Duration::from_secs(2);
+/// How long what a peer says of its history counts nothing once its state could not be had or not be used; doubles with every
+/// further time, up to `DOUBT_MAX`.
+const DOUBT_MIN: Duration = Duration::from_secs(30);
+const DOUBT_MAX: Duration = Duration::from_secs(600);
 /// How much one observed step counts in the estimate of this peer's speed.
 const RATE_GAIN: f32 = 0.3;
 
@@ -115,6 +120,8 @@ pub(crate) struct Behind {
     fork_since: Option<Instant>,
     /// This peer has reason to think that its own history is the odd one: it has just joined, or its round failed.
     suspects_itself: bool,
+    /// Until when nobody believes these peers, and the pause that it was.
+    doubted: BTreeMap<PeerId, (Instant, Duration)>,
 }
 
 /// Why this peer must load the state of others.
@@ -133,10 +140,37 @@ impl Behind {
         self.suspects_itself = false;
     }
 
+    /// Another history was taken over. Its donor may have averaged the state meanwhile.
+    pub(crate) fn start_anew(&mut self) {
+        self.fork_since = None;
+        self.suspects_itself = true;
+    }
+
+    /// The state of this history could not be had or not be used: whoever says that it has it is not believed for a while, or
+    /// one peer that claims what it does not have would keep everybody from training.
+    pub(crate) fn doubt(&mut self, now: Instant, winner: &Winner, peers: &[PeerView]) {
+        self.doubted.retain(|_, (until, _)| now < *until + DOUBT_MAX);
+        let says_so = |view: &&PeerView| {
+            Note::decode(&view.note).is_some_and(|note| note.lineage.hash == winner.lineage.hash)
+        };
+        let mut who: BTreeSet<PeerId> = peers.iter().filter(says_so).map(|view| view.peer).collect();
+        who.insert(winner.peer);
+        for peer in who {
+            let before = self.doubted.get(&peer);
+            let pause = before.map_or(DOUBT_MIN, |(_, pause)| (*pause * 2).min(DOUBT_MAX));
+            self.doubted.insert(peer, (now + pause, pause));
+        }
+    }
+
+    fn believes(&self, now: Instant, peer: &PeerId) -> bool {
+        self.doubted.get(peer).is_none_or(|(until, _)| now >= *until)
+    }
+
     /// The best history that replaces ours, if it must be loaded now.
     pub(crate) fn check(&mut self, now: Instant, ours: &Lineage, peers: &[PeerView]) -> Option<Winner> {
         let others: Vec<(PeerId, Lineage)> = peers
             .iter()
+            .filter(|view| self.believes(now, &view.peer))
             .filter_map(|view| Some((view, Note::decode(&view.note)?.lineage)))
             // Helpers and keepers take over the histories of others, late: only being ahead says anything.
             .filter(|(view, lineage)| !view.auxiliary || lineage.epoch > ours.epoch)
@@ -243,6 +277,33 @@ mod tests {
         assert_eq!(found.peer, ahead[1].peer);
         let winner = Lineage::genesis("run", &[0; 32]);
         assert_eq!(behind.check(Instant::now(), &ours, &[peer(1, 0, 0, Some(winner))]), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_has_not_what_it_claims_is_believed_ever_later() {
+        let ours = Lineage::genesis("run", &[0; 32]);
+        let (honest, claimed) =
+            (ours.next_epoch(&[1; 32], 64), ours.next_epoch(&[2; 32], 64).next_epoch(&[3; 32], 64));
+        let peers = [peer(1, 1, 0, Some(honest)), peer(2, 2, 0, Some(claimed)), peer(3, 2, 0, Some(claimed))];
+        let mut behind = Behind::default();
+        for pause in [30, 60, 120, 240, 480, 600, 600] {
+            let winner = behind.check(Instant::now(), &ours, &peers).unwrap();
+            assert_eq!(winner.lineage, claimed);
+            behind.doubt(Instant::now(), &winner, &peers);
+            let next = behind.check(Instant::now(), &ours, &peers).unwrap();
+            assert_eq!(next.lineage, honest, "the best of what can be believed");
+            behind.start_anew();
+            assert_eq!(
+                behind.check(Instant::now(), &honest, &peers),
+                None,
+                "a new history is no reason to believe them"
+            );
+            tokio::time::advance(Duration::from_secs(pause)).await;
+        }
+        tokio::time::advance(DOUBT_MAX).await;
+        let stranger = Winner { peer: peers[0].peer, lineage: honest };
+        behind.doubt(Instant::now(), &stranger, &peers);
+        assert_eq!(behind.doubted.len(), 1, "old doubts are forgotten");
     }
 
     #[tokio::test(start_paused = true)]

@@ -296,6 +296,19 @@ impl Session {
         Outcome { value: if let Loaded::State(snapshot) = value { Some(snapshot) } else { None }, faults }
     }
 
+    /// The program cannot use the state that it was given last and has kept its own: this peer is on its own history again, and
+    /// whoever said that it had that state is not believed for a while. Whether there was such a state; then `publish` the own
+    /// one, which is what is offered to others again.
+    pub fn refuse_state(&self, reason: &str) -> bool {
+        let refused = self.inner.core().refuse(self.inner.env.now());
+        if refused {
+            self.inner
+                .emit(Event::StateFailed { reason: format!("the state of others cannot be used: {reason}") });
+        }
+        self.inner.tell(refused);
+        refused
+    }
+
     /// Take over the history of those who are ahead, without their state: for averages of values that differ on
     /// purpose. Whether somebody was.
     pub fn follow(&self) -> bool {

@@ -2,6 +2,7 @@
 //! state average. From strangers: lengths are checked first, and anything odd makes the whole note absent.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+use crate::lineage::EPOCH_MAX;
 use crate::sketch::{SKETCH_LEN, Sketch};
 use crate::{Channel, Lineage};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -61,6 +62,9 @@ impl Note {
         }
         let (epoch, samples, state_averages) = (input.u64()?, input.u64()?, input.u64()?);
         let lineage = Lineage { epoch, samples, state_averages, hash: input.array()? };
+        if epoch > EPOCH_MAX {
+            return None;
+        }
         let contributed = input.u64()?;
         let loss = input.option(Input::finite_f32)?;
         let state_due = input.option(Input::u64)?;

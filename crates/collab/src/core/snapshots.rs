@@ -3,9 +3,10 @@
 use super::Core;
 use crate::past::Past;
 use crate::policy::Background;
-use crate::progress::Behind;
+use crate::progress::Winner;
 use crate::{Lineage, Snapshot};
 use bytes::Bytes;
+use potluck_net::PeerId;
 use tokio::time::Instant;
 
 /// Name of the blob that a session adds to a snapshot.
@@ -20,6 +21,13 @@ const PAST_META: &str = "potluck.past";
 pub(crate) const SAMPLES_META: &str = "potluck.samples";
 /// Name of the number of its state averages.
 pub(crate) const STATE_AVERAGES_META: &str = "potluck.state_averages";
+
+/// What a loaded state has replaced: the history, what is known of its past, and who had said that its own is better.
+pub(super) struct Replaced {
+    lineage: Lineage,
+    past: Past,
+    winner: Winner,
+}
 
 impl Core {
     /// Make a snapshot of this lineage ready for newcomers. The first one names the initial parameters: peers that
@@ -54,10 +62,15 @@ impl Core {
         snapshot
     }
 
-    /// Take over the history of a downloaded state, unless it is no better than ours: an epoch never falls. Answers
+    /// Take over the history of a downloaded state of a winner, unless it is no better than ours: an epoch never falls. Answers
     /// whether epochs of ours are lost by it.
-    pub(crate) fn adopt(&mut self, snapshot: &mut Snapshot, now: Instant) -> Result<bool, String> {
-        let lineage = Lineage::of(snapshot).ok_or("the state has no lineage")?;
+    pub(crate) fn adopt(
+        &mut self,
+        snapshot: &mut Snapshot,
+        from: PeerId,
+        now: Instant,
+    ) -> Result<bool, String> {
+        let lineage = Lineage::of(snapshot).ok_or("the state has no lineage that is one")?;
         snapshot.meta.remove(SAMPLES_META);
         snapshot.meta.remove(STATE_AVERAGES_META);
         let past =
@@ -80,7 +93,13 @@ impl Core {
         if let Some(factors) = &self.factors {
             factors.import(&q.ok_or("the state has no Q of low-rank compression")?)?;
         }
+        let before = Replaced {
+            lineage: self.lineage,
+            past: self.past.clone(),
+            winner: Winner { peer: from, lineage },
+        };
         self.adopt_lineage(lineage, now);
+        self.replaced = Some(before);
         self.agreed = agreed;
         if let Some(outer) = &mut self.outer {
             outer.velocity = velocity.unwrap_or_default();
@@ -88,6 +107,21 @@ impl Core {
         let lost = self.past.differs_from(&past);
         self.past = past;
         Ok(lost)
+    }
+
+    /// The program cannot use the state that was handed to it last, and has kept its own: back to the history of before, and
+    /// away from it at once, as what was agreed on with others is gone. Whether there was such a state.
+    pub(crate) fn refuse(&mut self, now: Instant) -> bool {
+        let Some(Replaced { lineage, past, winner }) = self.replaced.take() else { return false };
+        self.distrust(now, &winner);
+        self.given_up += 1;
+        let nonce = self.alone_hash();
+        self.adopt_lineage(lineage.spoiled(&nonce), now);
+        (self.past, self.agreed) = (past, None);
+        if let Some(outer) = &mut self.outer {
+            outer.velocity.clear();
+        }
+        true
     }
 
     /// Take over a history without its parameters (a peer that only helps has none).
@@ -108,9 +142,8 @@ impl Core {
         self.state_next = None;
         self.agreed_next = None;
         self.sketch = None;
-        self.behind = Behind::default();
-        // Its donor may have averaged the state meanwhile.
-        self.behind.suspect();
+        self.behind.start_anew();
+        self.replaced = None;
     }
 }
 

@@ -11,6 +11,37 @@ use tokio::time::Instant;
 /// First pause between two attempts to load the state; doubles up to `LOAD_PAUSE_MAX`.
 const LOAD_PAUSE_MIN: Duration = Duration::from_millis(200);
 const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A state that nobody offers is given up after so long, although somebody says that it is there ...
+const UNSERVED_MAX: Duration = Duration::from_secs(20);
+/// ... and one that breaks off, or is not what it was said to be, after so many attempts in a row.
+const BROKEN_MAX: u32 = 3;
+
+/// Why a state did not come.
+struct NotLoaded {
+    reason: String,
+    /// Somebody had begun to send it.
+    broke: bool,
+}
+
+/// How often and for how long one call has tried.
+#[derive(Default)]
+struct Patience {
+    unserved_since: Option<Instant>,
+    broken: u32,
+}
+
+impl Patience {
+    /// One more attempt has failed. Whether it was the last.
+    fn is_over(&mut self, now: Instant, failed: &NotLoaded) -> bool {
+        if failed.broke {
+            self.unserved_since = None;
+            self.broken += 1;
+            return self.broken >= BROKEN_MAX;
+        }
+        self.broken = 0;
+        now.duration_since(*self.unserved_since.get_or_insert(now)) >= UNSERVED_MAX
+    }
+}
 
 impl Inner {
     /// Get what others have; with `by_rounds` the next round that this peer missed rather than the state.
@@ -19,13 +50,20 @@ impl Inner {
         let deadline = begun + limit;
         let mut faults = Vec::new();
         let mut pause = LOAD_PAUSE_MIN;
+        let mut patience = Patience::default();
+        let mut given_up = None;
         loop {
             let winner = {
                 let mut core = self.core();
                 self.look(&mut core);
                 core.winner(self.env.now())
             };
-            let Some(winner) = winner else { return Outcome { value: Loaded::Nothing, faults } };
+            let Some(winner) = winner else {
+                if let Some(reason) = given_up {
+                    self.emit(Event::StateFailed { reason });
+                }
+                return Outcome { value: Loaded::Nothing, faults };
+            };
             let ours = self.core().lineage;
             if self.config.auxiliary {
                 self.core().adopt_lineage(winner.lineage, self.env.now());
@@ -37,13 +75,25 @@ impl Inner {
             {
                 return Outcome { value, faults };
             }
-            let reason = match self.load_whole(&winner, ours, begun, deadline, &mut faults).await {
+            let failed = match self.load_whole(&winner, ours, begun, deadline, &mut faults).await {
                 Ok(value) => return Outcome { value, faults },
-                Err(reason) => reason,
+                Err(failed) => failed,
             };
             if self.env.now() + pause >= deadline {
-                self.emit(Event::StateFailed { reason });
+                self.emit(Event::StateFailed {
+                    reason: format!("{}; it is tried again at the next step", failed.reason),
+                });
                 return Outcome { value: Loaded::Nothing, faults };
+            }
+            if patience.is_over(self.env.now(), &failed) {
+                self.core().distrust(self.env.now(), &winner);
+                patience = Patience::default();
+                given_up = Some(format!(
+                    "{}; peer {} says that it is there, and is not asked again for a while",
+                    failed.reason,
+                    winner.peer.short()
+                ));
+                continue;
             }
             // The winner may only be about to offer its state; try again when news come, or after a growing pause.
             let _news_or_pause = tokio::time::timeout(pause, self.dialect.changed()).await;
@@ -85,7 +135,7 @@ impl Inner {
         }
     }
 
-    /// The state of the winner, or why it did not come.
+    /// The state of the winner.
     async fn load_whole(
         &self,
         winner: &Winner,
@@ -93,20 +143,21 @@ impl Inner {
         begun: Instant,
         deadline: Instant,
         faults: &mut Vec<PeerFault>,
-    ) -> Result<Loaded, String> {
+    ) -> Result<Loaded, NotLoaded> {
         let left = deadline.saturating_duration_since(self.env.now());
         let outcome = match self.dialect.download(winner.lineage.hash, winner.lineage.epoch, left).await {
             Ok(outcome) => outcome,
             Err(failed) => {
-                let reason = failed.to_string();
+                let (reason, broke) = (failed.to_string(), failed.offered);
                 faults.extend(failed.faults);
-                return Err(reason);
+                return Err(NotLoaded { reason, broke });
             }
         };
         faults.extend(outcome.faults);
         let mut snapshot = outcome.value;
         let shared = snapshot.clone();
-        let lost = self.core().adopt(&mut snapshot, self.env.now())?;
+        let adopted = self.core().adopt(&mut snapshot, winner.peer, self.env.now());
+        let lost = adopted.map_err(|reason| NotLoaded { reason, broke: true })?;
         self.drop_started();
         self.dialect.publish(shared);
         if lost {
