@@ -17,6 +17,7 @@ from conftest import together
 import potluck.utils
 from potluck.lightning import _roster, _schedulers
 from potluck.lightning._roster import Plan, Roster
+from potluck.utils import MSGPackSerializer
 
 _Value = namedtuple("_Value", "value expiration_time")
 _PATIENCE_SECONDS = 20.0
@@ -191,6 +192,50 @@ def test_foreign_records_are_passed_over(enter: Any) -> None:
     assert not second.is_writer
     eventually(lambda: not first.alone)
     assert first.is_writer and list(first._others) == ["b"] and list(second._others) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [float("inf"), 0, None],
+        [0, float("nan"), None],
+        [-1, 0, None],
+        [2**64 - 1, 0, None],
+        [0, 0, [float("inf"), [0.5]]],
+        *([0, 1, [0, [rate]]] for rate in (float("inf"), float("nan"), -0.5, 10**400, "0.5")),
+        [0, 1, [0, [0.5] * 10_000]],
+        [0, 7, None],
+    ],
+    ids=str,
+)
+def test_a_record_that_a_stranger_made_up_stops_nobody(enter: Any, value: Any) -> None:
+    first = enter("m")
+    enter.network.peer("x").store("run_lightning", value, enter.network.time() + 60, "x")
+    looked = first._dht.looks
+    eventually(lambda: first._dht.looks > looked + 1)
+    second = enter("z")
+    eventually(lambda: list(first._others) == ["z"])
+    assert list(second._others) == ["m"] and second.plan() is None
+    assert (first.is_writer, second.is_writer) == (True, False)
+    assert first._thread.is_alive() and second._thread.is_alive()
+
+
+def test_the_highest_number_of_a_stranger_leaves_newcomers_one_that_can_be_sent(enter: Any) -> None:
+    first = enter("m")
+    stranger = [_roster._COUNT_MAX, -1, None]
+    enter.network.peer("x").store("run_lightning", stranger, enter.network.time() + 60, "x")
+    second = enter("z")
+    eventually(lambda: sorted(first._others) == ["x", "z"])
+    MSGPackSerializer.dumps(enter.network.records["run_lightning"]["z"].value)
+    assert (first.is_writer, second.is_writer) == (True, False)
+
+
+def test_a_strangers_record_without_subkeys_is_passed_over(enter: Any) -> None:
+    first = enter("m")
+    door = first._dht
+    door.get = lambda key, latest=False: _Value({"x": 5, "y": [0, 0, None], 7: None}, 0.0)
+    first._look()
+    assert first.alone and first.is_writer
 
 
 def plateau(roster: Roster, epoch: list[int]) -> tuple[Any, _schedulers.SharedPlateau]:

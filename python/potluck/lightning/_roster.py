@@ -8,6 +8,7 @@ Numbers, not clocks, so that peers whose clocks differ agree.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ _LIFETIME_SECONDS = 10.0
 _FAREWELL_SECONDS = 1.0
 
 _LEFT, _NEVER, _AUTOMATIC, _ALWAYS = -2, -1, 0, 1
+
+# What is believed of a record, which anybody may have written. msgpack has room for more, and so have own numbers.
+_COUNT_MAX = 2**62
+# One for each parameter group; no record of the DHT has room for more.
+_RATES_MAX = 8192
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,26 @@ class _Record:
 
     @classmethod
     def decode(cls, value: Any) -> _Record | None:
-        """None for what is not a record: another program's, or a newer version's."""
-        try:
-            number, choice, plan = value
-            decoded = None if plan is None else Plan(int(plan[0]), tuple(float(rate) for rate in plan[1]))
-            return cls(int(number), int(choice), decoded)
-        except (TypeError, ValueError, IndexError):
+        """None for what is not a record: another program's, a newer version's, or what a stranger made up."""
+        if not isinstance(value, (list, tuple)) or len(value) != 3:
             return None
+        number, choice, plan = value
+        if not _is_count(number) or type(choice) is not int or not _LEFT <= choice <= _ALWAYS:
+            return None
+        if plan is None:
+            return cls(number, choice, None)
+        if not isinstance(plan, (list, tuple)) or len(plan) != 2:
+            return None
+        epoch, rates = plan
+        if not _is_count(epoch) or not isinstance(rates, (list, tuple)) or len(rates) > _RATES_MAX:
+            return None
+        if not all(type(rate) is float and 0 <= rate < math.inf for rate in rates):
+            return None
+        return cls(number, choice, Plan(epoch, tuple(rates)))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _COUNT_MAX
 
 
 class Roster:
@@ -61,14 +80,14 @@ class Roster:
         self._plan: Plan | None = None
         self._others: dict[str, _Record] = {}
         self._look()
-        self._number = 1 + max((record.number for record in self._others.values()), default=-1)
+        self._number = self._next_number()
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._announce()
         # Of several that start at once, each has announced itself before it looks: none is the first that sees another.
         self._look()
-        if self._others and self._number <= max(record.number for record in self._others.values()):
-            self._number = 1 + max(record.number for record in self._others.values())
+        if self._number < self._next_number():
+            self._number = self._next_number()
             self._announce()
         self._thread = threading.Thread(target=self._keep, name="potluck-roster", daemon=True)
         self._thread.start()
@@ -115,6 +134,10 @@ class Roster:
         self._stop.set()
         self._changed.set()
 
+    def _next_number(self) -> int:
+        """Above all that are known, and one that the others believe."""
+        return min(_COUNT_MAX, 1 + max((record.number for record in self._others.values()), default=-1))
+
     def _keep(self) -> None:
         while not self._stop.is_set():
             self._changed.wait(_REFRESH_SECONDS)
@@ -142,7 +165,10 @@ class Roster:
             _log.debug("the roster was not read: %s", error)
             return
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        # A stranger's record without subkeys may be a dictionary, too, and has no entries of the DHT in it.
         decoded = {
-            str(peer): _Record.decode(entry.value) for peer, entry in entries.items() if str(peer) != self._me
+            peer: _Record.decode(getattr(entry, "value", None))
+            for peer, entry in entries.items()
+            if isinstance(peer, str) and peer != self._me
         }
         self._others = {peer: r for peer, r in decoded.items() if r is not None and r.choice != _LEFT}
