@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,6 +32,10 @@ class MSGPackSerializer(SerializerBase):
     _TUPLE = 0x40
     _packers: dict[type, int] = {}  # noqa: RUF012
     _unpackers: dict[int, type] = {}  # noqa: RUF012
+    # Each level of extensions within extensions costs the reader much stack, and msgpack itself has no limit for them.
+    # The Rust side reads as many.
+    _DEPTH_MAX = 32
+    _nested = threading.local()
 
     @classmethod
     def ext_serializable(cls, type_code: int) -> Callable[[C], C]:
@@ -61,11 +66,25 @@ class MSGPackSerializer(SerializerBase):
 
     @classmethod
     def _decode(cls, code: int, data: bytes) -> Any:
-        if code in cls._unpackers:
-            return cls._unpackers[code].unpackb(data)  # type: ignore[attr-defined]
-        if code == cls._TUPLE:
-            return tuple(msgpack.unpackb(data, ext_hook=cls._decode, raw=False, strict_map_key=False))
-        return msgpack.ExtType(code, data)
+        if code not in cls._unpackers and code != cls._TUPLE:
+            return msgpack.ExtType(code, data)
+        depth = getattr(cls._nested, "depth", 0)
+        if depth >= cls._DEPTH_MAX:
+            raise ValueError(f"nested deeper than {cls._DEPTH_MAX}")
+        cls._nested.depth = depth + 1
+        try:
+            if code in cls._unpackers:
+                return cls._unpackers[code].unpackb(data)  # type: ignore[attr-defined]
+            items = msgpack.unpackb(data, ext_hook=cls._decode, raw=False, strict_map_key=False)
+        except ValueError:
+            raise  # of a level below; told once
+        except Exception as error:  # classes of the program's own read this, too
+            raise ValueError(f"extension {code}: {error!r}") from error
+        finally:
+            cls._nested.depth = depth
+        if not isinstance(items, list):
+            raise ValueError("a tuple that holds no array")
+        return tuple(items)
 
     @staticmethod
     def dumps(obj: object) -> bytes:

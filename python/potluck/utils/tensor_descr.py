@@ -106,14 +106,15 @@ class BatchTensorDescriptor(TensorDescriptor):
         size = fields.pop("size")
         for name in ("dtype", "layout"):
             if (text := fields.get(name)) is not None:
-                fields[name] = getattr(torch, str(text).removeprefix("torch."), None)
+                # Not by getattr, for which torch imports modules of some names.
+                fields[name] = vars(torch).get(str(text).removeprefix("torch."))
                 if not isinstance(fields[name], getattr(torch, name)):
                     raise ValueError(f"{name}={text!r}: not known here")
         try:
             if fields.get("device") is not None:
                 fields["device"] = torch.device(fields["device"])
             return cls(*(int(length) for length in size[1:]), **fields)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, OverflowError, LookupError) as error:
             raise ValueError(f"no description of a batch: {error}") from None
 
 
