@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +27,25 @@ from potluck.compression import (
 Bytes = bytes | _core.Elements
 
 SCALARS = (bool, int, float, str, type(None))
+# What a state of others may say.
+_NESTING_MAX = 32
+_INTEGER_MAX = 2**64
+_DIMENSIONS_MAX = 64
+_NAME_LENGTH_MAX = 256
+# Not all that torch has: of bytes for a quantized type it makes a tensor that ends the process.
+_ELEMENT_TYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+    if hasattr(torch, name)
+}
+
+
+# What is said of a state that does not fit: the run, which state, and why.
+REFUSED = "%s: the state%s that others have does not fit, and this peer keeps its own: %s"
 
 
 class _Own:
@@ -43,17 +66,75 @@ def encode_value(value: Any) -> Any:
     return {"own": []}
 
 
-def decode_value(value: Any) -> Any:
-    """The inverse of :func:`encode_value`, with :data:`OWN` for what did not travel."""
-    if not isinstance(value, dict):
+def decode_value(value: Any, depth: int = 0) -> Any:
+    """The inverse of :func:`encode_value`, with :data:`OWN` for what did not travel.
+
+    Raises ``ValueError`` for anything else that JSON can hold.
+    """
+    if type(value) in SCALARS:
+        if isinstance(value, int) and abs(value) > _INTEGER_MAX:
+            raise ValueError("a number that is too large")
         return value
-    ((kind, items),) = value.items()
+    if depth >= _NESTING_MAX:
+        raise ValueError(f"nested deeper than {_NESTING_MAX}")
+    kind, items = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (None, None)
     if kind == "own":
         return OWN
-    if kind == "dict":
-        return {key: decode_value(item) for key, item in items}
-    decoded = [decode_value(item) for item in items]
-    return tuple(decoded) if kind == "tuple" else decoded
+    if kind in ("list", "tuple") and isinstance(items, list):
+        decoded = [decode_value(item, depth + 1) for item in items]
+        return tuple(decoded) if kind == "tuple" else decoded
+    if kind == "dict" and isinstance(items, list) and all(map(_is_pair, items)):
+        return {key: decode_value(item, depth + 1) for key, item in items}
+    raise ValueError(f"no value: {_shown(value)}")
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and type(item[0]) in SCALARS
+
+
+def _shown(value: Any) -> str:
+    """A few words of it, whatever it is and however long."""
+    return reprlib.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _suits(mine: Any, received: Any) -> bool:
+    """Whether code that works with ``mine`` can be expected to work with ``received``."""
+    if mine is None or received is OWN:
+        return True
+    if isinstance(mine, (bool, str)):
+        return type(received) in SCALARS
+    if isinstance(mine, numbers.Integral):
+        return _is_number(received) and math.isfinite(received)
+    if isinstance(mine, (numbers.Real, torch.Tensor)):
+        return _is_number(received)
+    if isinstance(mine, dict):
+        return isinstance(received, dict) and all(_suits(mine.get(key), v) for key, v in received.items())
+    if isinstance(mine, (list, tuple)):
+        if not isinstance(received, (list, tuple)):
+            return False
+        if len(mine) == len(received):
+            return all(map(_suits, mine, received))
+        # A list may be a history of any length.
+        return isinstance(mine, list) and (not all(map(_is_number, mine)) or all(map(_is_number, received)))
+    return not callable(mine)
+
+
+def _taken(name: str, mine: Any, encoded: Any) -> Any:
+    """A received value for the place of ``mine``, with this side's own where something did not travel.
+
+    Raises ``ValueError`` if it is nothing of that kind.
+    """
+    try:
+        received = decode_value(encoded)
+        if not _suits(mine, received):
+            raise ValueError(f"{_shown(received)} cannot take the place of {_shown(mine)}")
+        return _like(mine, merged(mine, received))
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def merged(mine: Any, received: Any) -> Any:
@@ -76,6 +157,21 @@ def _lacks(value: Any) -> bool:
     """Whether something in it did not travel."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return value is OWN or any(map(_lacks, items))
+
+
+def _names(value: Any) -> set[str]:
+    """The text keys of all dictionaries in it, but those whose values did not travel."""
+    if isinstance(value, dict):
+        own = {key for key, item in value.items() if isinstance(key, str) and item is not OWN}
+        return own.union(*map(_names, value.values()))
+    return set().union(*map(_names, value)) if isinstance(value, (list, tuple)) else set()
+
+
+def _copied(value: Any) -> Any:
+    """Containers anew, with what is in them as it is."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def plain_part(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,18 +214,34 @@ def encode_blobs(
 
 
 def plain_blobs(meta: Mapping[str, str], blobs: Mapping[str, Bytes]) -> Mapping[str, Bytes]:
-    """The blobs with compressed ones decoded."""
+    """The blobs with compressed ones decoded.
+
+    Raises ``ValueError`` for what is no compressed tensor.
+    """
     if ENCODED not in meta:
         return blobs
     plain: dict[str, Any] = dict(blobs)
-    for name in _parse(meta, ENCODED, list):
-        if not isinstance(name, str) or name not in blobs:
-            raise ValueError(f"the state lacks {name!r}, which it says is compressed")
-        message = SerializedTensor.FromString(bytes(blobs[name]))
-        plain[name] = _core.decode_bytes(
-            message.buffer, message.size, message.dtype, int(message.compression)
-        )
+    waiting = set(blobs)
+    for name in parsed(meta, ENCODED, list):
+        if not isinstance(name, str) or name not in waiting:
+            raise ValueError(f"the state lacks {_shown(name)}, which it says is compressed")
+        waiting.remove(name)
+        try:
+            message = SerializedTensor.FromString(bytes(blobs[name]))
+            plain[name] = _core.decode_bytes(
+                message.buffer, message.size, message.dtype, int(message.compression)
+            )
+        except ValueError as error:
+            raise ValueError(f"{_shown(name)}: {error}") from error
     return plain
+
+
+def count_of(meta: Mapping[str, str], name: str) -> int:
+    """A count among the facts. Raises ``ValueError`` if there is none."""
+    text = meta.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+        raise ValueError(f"the state has no valid {name}: {_shown(text)}")
+    return int(text)
 
 
 class StateCodec:
@@ -187,47 +299,153 @@ class StateCodec:
     def restore(self, meta: Mapping[str, str], blobs: Mapping[str, Bytes]) -> None:
         """Replace everything, or nothing: all of it is checked before the first change.
 
-        Raises ``ValueError`` if the state does not fit this model or optimizer.
+        Raises ``ValueError`` if the state does not fit this model, optimizer or schedule. What they have then is what
+        they had before.
         """
-        described, groups = _parse(meta, "optimizer", dict), _parse(meta, "param_groups", list)
+        described, groups = parsed(meta, "optimizer", dict), parsed(meta, "param_groups", list)
         blobs = plain_blobs(meta, blobs)
+        values = self._values(meta, blobs)
+        saved = {
+            "state": self._optimizer_state(described, blobs),
+            "param_groups": self._param_groups(groups),
+        }
+        schedule = None
+        if self.scheduler is not None and "scheduler" in meta:
+            schedule = self._schedule(parsed(meta, "scheduler", dict))
+        try:
+            with self._as_before_if_it_fails():
+                self.optimizer.load_state_dict(saved)
+                if schedule is not None:
+                    self.scheduler.load_state_dict(schedule)
+                # What could fail has not.
+                for place, value in values:
+                    place.copy_(value)
+        except Exception as error:
+            raise ValueError(f"the optimizer or its schedule does not take the state: {error!r}") from error
+
+    @contextmanager
+    def _as_before_if_it_fails(self) -> Iterator[None]:
+        """Optimizer and schedule, of whatever class they are."""
+        optimizer, scheduler = self.optimizer, self.scheduler
+        groups, state = optimizer.param_groups, optimizer.state
+        contents = [(group, dict(group)) for group in groups]
+        entries = {key: _copied(value) for key, value in state.items()}
+        attributes = dict(getattr(scheduler, "__dict__", {}))
+        schedule = None if scheduler is None else _copied(scheduler.state_dict())
+        try:
+            yield
+        except BaseException:
+            groups[:] = [group for group, _ in contents]
+            for group, content in contents:
+                group.clear()
+                group.update(content)
+            state.clear()
+            state.update(entries)
+            optimizer.param_groups, optimizer.state = groups, state
+            if scheduler is not None:
+                # It may have been given names of its own, and may be made of others.
+                getattr(scheduler, "__dict__", {}).clear()
+                getattr(scheduler, "__dict__", {}).update(attributes)
+                scheduler.load_state_dict(schedule)
+            raise
+
+    def _values(
+        self, meta: Mapping[str, str], blobs: Mapping[str, Bytes]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Parameters and extra tensors with what is to be copied to them."""
         places = [(f"param.{i:06}", p) for i, p in enumerate(self.parameters)]
         places += [(f"extra.{i:06}", t) for i, t in enumerate(self.extra_tensors)]
-        values = [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
-        state = self._optimizer_state(described, blobs)
-        mine = self.optimizer.param_groups
-        if len(groups) != len(mine):
-            raise ValueError(f"the state has {len(groups)} parameter groups, this optimizer {len(mine)}")
-        for place, value in values:
-            place.copy_(value)
-        new = self.optimizer.state_dict()
-        for group, received in zip(new["param_groups"], groups, strict=True):
-            for name, value in received.items():
-                if name in group and name != "params":
-                    group[name] = _like(group[name], merged(group[name], decode_value(value)))
-        self.optimizer.load_state_dict({"state": state, "param_groups": new["param_groups"]})
-        if self.scheduler is not None and "scheduler" in meta:
-            received = {k: decode_value(v) for k, v in _parse(meta, "scheduler", dict).items()}
-            self.scheduler.load_state_dict(merged(self.scheduler.state_dict(), received))
+        # Older versions do not say; then the length must do.
+        described = parsed(meta, "tensors", dict) if "tensors" in meta else {}
+        for name, place in places:
+            if name in described:
+                dtype, shape = _described(name, described[name])
+                if dtype != place.dtype or shape != list(place.shape):
+                    raise ValueError(
+                        f"{name}: expected {tuple(place.shape)} of {place.dtype}, found {tuple(shape)} of {dtype}"
+                    )
+        return [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
 
-    def _optimizer_state(self, described: Any, blobs: Mapping[str, Bytes]) -> dict[int, dict[str, Any]]:
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+    def _param_groups(self, received: list[Any]) -> list[dict[str, Any]]:
+        """This optimizer's groups with the settings that were received."""
+        groups: list[dict[str, Any]] = self.optimizer.state_dict()["param_groups"]
+        if len(received) != len(groups):
+            raise ValueError(f"the state has {len(received)} parameter groups, this optimizer {len(groups)}")
+        for index, (group, values) in enumerate(zip(groups, received, strict=True)):
+            if not isinstance(values, dict):
+                raise ValueError(f"parameter group {index}: no settings: {_shown(values)}")
+            for name, value in values.items():
+                if name in group and name != "params":
+                    group[name] = _taken(f"parameter group {index}, {name}", group[name], value)
+        return groups
+
+    def _schedule(self, received: dict[str, Any]) -> dict[str, Any]:
+        """This schedule's own state with what was received."""
+        mine = self.scheduler.state_dict()
+        found = {
+            name: _taken(f"scheduler, {_shown(name)}", mine.get(name, OWN), value)
+            for name, value in received.items()
+        }
+        schedule = {**mine, **{name: value for name, value in found.items() if value is not OWN}}
+        for name in _names(schedule) - _names(mine):
+            # torch's schedules make an attribute of every name.
+            replaced = inspect.getattr_static(self.scheduler, name, None)
+            if callable(replaced) or isinstance(replaced, torch.optim.Optimizer):
+                raise ValueError(f"scheduler, {_shown(name)}: no part of a scheduler's state")
+        return schedule
+
+    def _optimizer_state(
+        self, described: dict[str, Any], blobs: Mapping[str, Bytes]
+    ) -> dict[int, dict[str, Any]]:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        indices = {str(index): index for index in range(len(parameters))}
         state: dict[int, dict[str, Any]] = {}
         for index, entries in described.items():
-            if not index.isdecimal() or int(index) >= count:
-                raise ValueError(f"the state has parameter {index}, this optimizer has {count}")
-            state[int(index)] = {}
-            for name, facts in entries.items():
-                if "value" in facts:
-                    state[int(index)][name] = facts["value"]
-                    continue
-                dtype, shape = getattr(torch, str(facts["dtype"]), None), list(map(int, facts["shape"]))
-                if not isinstance(dtype, torch.dtype):
-                    raise ValueError(f"{name}: unknown element type {facts['dtype']!r}")
-                # The optimizer writes to it.
-                value = tensor_of(blobs, f"opt.{index}.{name}", dtype, shape)
-                state[int(index)][name] = value.clone()
+            if index not in indices:
+                raise ValueError(
+                    f"the state has parameter {_shown(index)}, this optimizer has {len(parameters)}"
+                )
+            if not isinstance(entries, dict):
+                raise ValueError(f"parameter {index}: no statistics: {_shown(entries)}")
+            mine = self.optimizer.state.get(parameters[indices[index]])
+            mine = mine if isinstance(mine, dict) else {}
+            for name in entries:
+                if len(name) > _NAME_LENGTH_MAX or not name.isprintable():
+                    raise ValueError(f"parameter {index}: no name of a statistic: {_shown(name)}")
+            state[indices[index]] = {
+                name: self._statistic(f"opt.{index}.{name}", facts, blobs, mine.get(name))
+                for name, facts in entries.items()
+            }
         return state
+
+    @staticmethod
+    def _statistic(name: str, facts: Any, blobs: Mapping[str, Bytes], mine: Any) -> Any:
+        if isinstance(facts, dict) and "value" in facts:
+            value = facts["value"]
+            if type(value) not in SCALARS or not _suits(mine, decode_value(value)):
+                raise ValueError(f"{name}: {_shown(value)} cannot take the place of {_shown(mine)}")
+            return value
+        dtype, shape = _described(name, facts)
+        if isinstance(mine, torch.Tensor) and shape != list(mine.shape):
+            raise ValueError(f"{name}: expected {tuple(mine.shape)}, found {tuple(shape)}")
+        # The optimizer writes to it.
+        return tensor_of(blobs, name, dtype, shape).clone()
+
+
+def _described(name: str, facts: Any) -> tuple[torch.dtype, list[int]]:
+    """Element type and shape of a tensor. Raises ``ValueError`` for what no tensor here can have."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{name}: no description of a tensor: {_shown(facts)}")
+    dtype, shape = facts.get("dtype"), facts.get("shape")
+    if not isinstance(dtype, str) or dtype not in _ELEMENT_TYPES:
+        raise ValueError(f"{name}: unknown element type {_shown(dtype)}")
+    fits = isinstance(shape, list) and len(shape) <= _DIMENSIONS_MAX
+    if not fits or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        raise ValueError(f"{name}: no shape of a tensor: {_shown(shape)}")
+    # Where one side is 0 the others take no bytes, and torch multiplies them all the same.
+    if math.prod(max(size, 1) for size in shape) >= 2**48:
+        raise ValueError(f"{name}: too large for a tensor: {_shown(shape)}")
+    return _ELEMENT_TYPES[dtype], shape
 
 
 def tensor_of(
@@ -265,10 +483,11 @@ def _describe(item: tuple[str, torch.Tensor]) -> tuple[str, CompressionInfo]:
     return name, CompressionInfo.from_tensor(tensor, key=name, role=role)
 
 
-def _parse(meta: Mapping[str, str], name: str, kind: type) -> Any:
+def parsed(meta: Mapping[str, str], name: str, kind: type) -> Any:
+    """A fact that is JSON of this kind. Raises ``ValueError`` if it is not."""
     try:
         parsed = json.loads(meta[name])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"the state has no valid {name}: {error!r}") from error
     if not isinstance(parsed, kind):
         raise ValueError(f"the state's {name} is a {type(parsed).__name__}, not a {kind.__name__}")

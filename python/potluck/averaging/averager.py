@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from potluck import _core, _settings
-from potluck._state import encode_blobs, plain_blobs, tensor_of
+from potluck._state import REFUSED, encode_blobs, parsed, plain_blobs, tensor_of
 from potluck._tensors import FlatTensors, views_of
 from potluck.averaging.control import AveragingStage, StepControl
 from potluck.compression import CompressionBase, CompressionInfo, NoCompression
@@ -424,7 +424,7 @@ class DecentralizedAverager:
         return plain and not own and all(t.dtype == torch.float32 for t in self._tensors)
 
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
-        """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None."""
+        """Replace the tensors by the newest state that others offer: ``(facts, tensors)``, or None if none fits."""
         if not wait:
             return self._beside(lambda: self.load_state_from_peers(timeout=timeout))
         if self.session.step(0) != "load_state":
@@ -433,16 +433,26 @@ class DecentralizedAverager:
         if loaded is None or "facts" not in loaded[1]:
             return None
         _, meta, blobs = loaded
-        blobs = plain_blobs(meta, blobs)
-        names = [f"tensor.{i:06}" for i in range(len(self._tensors))]
-        tensors = [
-            tensor_of(blobs, name, t.dtype, t.shape).clone()
-            for name, t in zip(names, self._tensors, strict=True)
-        ]
+        try:
+            facts, blobs = parsed(meta, "facts", dict), plain_blobs(meta, blobs)
+            names = [f"tensor.{i:06}" for i in range(len(self._tensors))]
+            tensors = [
+                tensor_of(blobs, name, t.dtype, t.shape).clone()
+                for name, t in zip(names, self._tensors, strict=True)
+            ]
+        except ValueError as error:
+            return self._refuse(error)
         with torch.no_grad(), self.get_tensors() as mine:
             for tensor, value in zip(mine, tensors, strict=True):
                 tensor.copy_(value)
-        return json.loads(meta["facts"]), tensors
+        return facts, tensors
+
+    def _refuse(self, reason: ValueError) -> None:
+        """Stay with what is here: the state that came does not fit."""
+        self.session.refuse_state(str(reason))
+        # Others are offered what this peer has, and not what it was sent.
+        self._share(self.session)
+        logger.warning(REFUSED, self.prefix, "", reason)
 
     @staticmethod
     def _beside(work: Callable[[], Any]) -> StepControl:

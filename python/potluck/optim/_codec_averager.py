@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from potluck._state import StateCodec
+from potluck._state import StateCodec, count_of
 from potluck.averaging.averager import DecentralizedAverager
 from potluck.compression import CompressionInfo
 from potluck.compression.adaptive import check_names
@@ -33,8 +33,11 @@ class CodecAverager(DecentralizedAverager):
         """What is told beside the state."""
         raise NotImplementedError
 
-    def _loaded(self, facts: dict[str, str]) -> None:
-        """The state was replaced by another peer's."""
+    # Under which name the sender's count of epochs or steps comes with the state.
+    _count_name: str
+
+    def _loaded(self, count: int) -> None:
+        """The state was replaced by another peer's, which has counted so far."""
         raise NotImplementedError
 
     def get_current_state(self) -> tuple[Any, Sequence[torch.Tensor], Sequence[CompressionInfo]]:
@@ -56,7 +59,7 @@ class CodecAverager(DecentralizedAverager):
         session.publish(meta, dict(zip(names, (t.contiguous() for t in tensors), strict=True)))
 
     def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
-        """Replace the model and its optimizer by the newest that others offer; None if there is none."""
+        """Replace the model and its optimizer by the newest that others offer; None if there is none that fits."""
         if not wait:
             return super().load_state_from_peers(wait=False, timeout=timeout)
         if self.session.step(0) != "load_state":
@@ -65,7 +68,11 @@ class CodecAverager(DecentralizedAverager):
         if loaded is None or not loaded[1]:
             return None
         _, meta, blobs = loaded
-        with self.get_tensors():
-            self._codec.restore(meta, blobs)
-            self._loaded(meta)
+        try:
+            count = count_of(meta, self._count_name)
+            with self.get_tensors():
+                self._codec.restore(meta, blobs)
+                self._loaded(count)
+        except ValueError as error:
+            return self._refuse(error)
         return meta, self._tensors

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from potluck import _core, _dashboard, _settings
+from potluck._state import REFUSED
 from potluck._tensors import flat, views_of
 from potluck.compression import CompressionBase, NoCompression
 from potluck.optim import _checkpoint
@@ -173,6 +174,7 @@ class Optimizer(OptimizerParts):
         self._outlook = Outlook(self.target_batch_size)
         self._worker = StepWorker(self._session.optimizer_ready)
         self._losses = LossTally()
+        self._refused = ""
         self._closed = False
         self._pid = os.getpid()
         if not self.auxiliary:
@@ -503,17 +505,16 @@ class Optimizer(OptimizerParts):
         self._log_events()
         if found is None:
             return False
+        kind, value = found
+        if kind == "state" and not self._restored(*value):
+            return False
         if self.grad_averager is not None:
             # They were computed at parameters that are gone.
             self.grad_averager.reset_accumulated_grads_()
         self._losses.end_epoch()
-        kind, value = found
-        if kind == "state":
-            _, meta, blobs = value
-            self._codec.restore(meta, blobs)
-        elif kind == "gradients":
+        if kind == "gradients":
             self._step_inner(*self._average_to_grads(value, alone=False))
-        else:
+        elif kind == "parameters":
             self._write_state(list(views_of(value, self._state.shapes)), sent=None)
             if self.use_local_updates:
                 self._inner.step_scheduler(self._local_updates_loss(alone=False))
@@ -523,6 +524,21 @@ class Optimizer(OptimizerParts):
             self._epoch_done()
         elif kind == "parameters":
             self._publish()
+        return True
+
+    def _restored(self, epoch: int, meta: dict[str, str], blobs: Any) -> bool:
+        """Whether a state of others was taken over. One that does not fit leaves everything as it was."""
+        try:
+            self._codec.restore(meta, blobs)
+        except ValueError as error:
+            self._session.refuse_state(str(error))
+            # Others are offered what this peer has, and not what it was sent.
+            self._publish()
+            if str(error) != self._refused:
+                self._refused = str(error)
+                logger.warning(REFUSED, self.run_id, f" of epoch {epoch}", error)
+            return False
+        self._refused = ""
         return True
 
     def state_dict(self) -> dict[str, Any]:

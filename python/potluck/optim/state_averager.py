@@ -325,9 +325,11 @@ class TrainingStateAverager(CodecAverager):
         if average is None or not self._delaying:
             super()._share(session)
 
-    def _loaded(self, facts: dict[str, str]) -> None:
+    _count_name = "epoch"
+
+    def _loaded(self, count: int) -> None:
         self._inner.copy_to_model()
-        self.local_epoch = max(self.local_epoch, int(facts["epoch"]))
+        self.local_epoch = max(self.local_epoch, count)
 
 
 class _Beginning(dict[str, Any]):

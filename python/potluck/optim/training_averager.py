@@ -131,8 +131,14 @@ class TrainingAverager(CodecAverager):
     def _share(self, session: Any, average: Any = None) -> None:
         """Not at the end of the round: the state is offered when the average is in it."""
 
+    def _refuse(self, reason: ValueError) -> None:
+        super()._refuse(reason)
+        super()._share(self.session)
+
     def _facts(self) -> dict[str, Any]:
         return {"step": self.local_step}
 
-    def _loaded(self, facts: dict[str, str]) -> None:
-        self.local_step = max(self.local_step, int(facts["step"]))
+    _count_name = "step"
+
+    def _loaded(self, count: int) -> None:
+        self.local_step = max(self.local_step, count)
