@@ -129,7 +129,7 @@ bench: $(VENV)/.maturin .build/system  ## Measure beside hivemind, Gloo and memc
 	$(PY) bench/run.py $(ARGS)
 
 hard-days: wheel  ## Real processes, real faults, real networks (needs root); ARGS="--only spot_notice", "--minutes 60"
-	cargo build --release -p potluck-cli
+	cargo build $(RUST_TESTS) --bin potluck --bin hostile
 	$(PY) tests/hard_days/run.py $(ARGS)
 
 fuzz:  ## Every decoder of strangers' bytes, with coverage feedback, SECONDS each: make fuzz SECONDS=60

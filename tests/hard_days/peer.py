@@ -58,6 +58,15 @@ def digest(model):
     return total.hexdigest()[:16]
 
 
+def state_hashes(optimizer):
+    """A hash of each of an optimizer's tensors, named as in a keeper's checkpoint."""
+    return {
+        f"opt.{index}.{name}": hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
 class Heap(ctypes.Structure):
     """What glibc's mallinfo2 answers."""
 
@@ -92,6 +101,7 @@ def arguments():
     parser.add_argument("--run", help="name of the run; without it: plain torch")
     parser.add_argument("--join", help="token")
     parser.add_argument("--identity", help="identity file")
+    parser.add_argument("--owner", help="owner of a closed run")
     parser.add_argument("--seed", type=int, default=0, help="order of the data")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--target", type=int, default=256)
@@ -217,11 +227,18 @@ class Peer:
             target_batch_size=options.target,
             batch_size_per_step=options.batch * options.accumulate,
             optimizer=training.inner,
+            owner=options.owner,
             **compression(options.compression),
             **extra,
         )
         self.poisoned()
-        say("ready", peer=str(self.dht.peer_id), token=self.dht.token(options.run))
+        say(
+            "ready",
+            peer=str(self.dht.peer_id),
+            token=self.dht.token(options.run),
+            version=potluck.__version__,
+            gradients=[shape.numel() for shape in self.optimizer.grad_averager._flat.shapes],
+        )
         self.seen = -1
         self.samples = 0
         self.skipped = 0
@@ -293,6 +310,7 @@ class Peer:
     def train(self):
         """Train to the last epoch, hold still until everybody is there, leave."""
         self.optimizer.load_state_from_peers()
+        say("loaded", epoch=self.optimizer.local_epoch, state=state_hashes(self.training.inner))
         while self.optimizer.local_epoch < (self.orders.until or self.options.epochs):
             if self.orders.leave.is_set():
                 break

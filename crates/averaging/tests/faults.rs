@@ -3,14 +3,10 @@
 mod support;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use potluck_averaging::{Averager, AveragerConfig, Progress, RoundRequest, Swarm, SwarmConfig};
 use potluck_compression::Scheme;
-use potluck_net::{
-    AcceptError, FaultKind, Identity, Incoming, OpenError, Path, PeerId, Protocol, Reachability, Stream,
-    StreamError, Tasks, Transport,
-};
-use potluck_net_sim::{FaultRates, FrameInfo, PeerSpec, SimNet, Verdict, run};
+use potluck_net::{FaultKind, PeerId, Transport};
+use potluck_net_sim::{FaultRates, FrameInfo, Mangle, Mangler, PeerSpec, SimNet, Verdict, run};
 use std::time::Duration;
 use support::*;
 
@@ -319,85 +315,11 @@ fn two_channels_share_a_swarm() {
     });
 }
 
-/// What becomes of a frame.
-type Mangle = std::sync::Arc<dyn Fn(Bytes) -> Vec<Bytes> + Send + Sync>;
-
-/// A peer that is honest but for its frames in rounds: from the second one on, each is what `mangle` makes of it.
-struct Mangler {
-    below: std::sync::Arc<dyn Transport>,
-    mangle: Mangle,
-}
-
-impl Mangler {
-    fn spoil(&self, stream: Stream) -> Stream {
-        let (peer, protocol, mangle) = (stream.peer(), stream.protocol().clone(), self.mangle.clone());
-        if !protocol.as_str().contains("/round/") {
-            return stream;
-        }
-        let (sender, receiver) = stream.split();
-        let sink = futures::sink::unfold((sender, 0), move |(mut sender, sent), frame: Bytes| {
-            let frames = if sent == 0 { vec![frame] } else { mangle(frame) };
-            async move {
-                for frame in frames {
-                    sender.send(frame).await?;
-                }
-                Ok::<_, StreamError>((sender, sent + 1))
-            }
-        });
-        let frames = futures::stream::unfold(receiver, |mut receiver| async move {
-            let next = receiver.recv().await.transpose()?;
-            Some((next, receiver))
-        });
-        Stream::new(peer, protocol, sink, frames)
-    }
-}
-
-impl Transport for Mangler {
-    fn identity(&self) -> &Identity {
-        self.below.identity()
-    }
-    fn open(&self, peer: PeerId, protocol: Protocol) -> BoxFuture<'_, Result<Stream, OpenError>> {
-        Box::pin(async move { Ok(self.spoil(self.below.open(peer, protocol).await?)) })
-    }
-    fn accept(&self, protocol: Protocol, backlog: usize) -> Result<Incoming, AcceptError> {
-        let mut below = self.below.accept(protocol, backlog)?;
-        let (sender, receiver) = tokio::sync::mpsc::channel(backlog);
-        let spoiler = Self { below: self.below.clone(), mangle: self.mangle.clone() };
-        let tasks = Tasks::new();
-        tasks.spawn(async move {
-            while let Some(stream) = below.next().await {
-                if sender.send(spoiler.spoil(stream)).await.is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Incoming::new(receiver, tasks))
-    }
-    fn add_addresses(&self, peer: PeerId, addresses: &[String]) {
-        self.below.add_addresses(peer, addresses);
-    }
-    fn addresses(&self) -> Vec<String> {
-        self.below.addresses()
-    }
-    fn path(&self, peer: PeerId) -> Option<Path> {
-        self.below.path(peer)
-    }
-    fn connected(&self) -> Vec<PeerId> {
-        self.below.connected()
-    }
-    fn reachability(&self) -> Reachability {
-        self.below.reachability()
-    }
-    fn close(&self) -> BoxFuture<'_, ()> {
-        self.below.close()
-    }
-}
-
 /// One more peer, whose frames in rounds are mangled.
 async fn join_mangled(net: &SimNet, all: &mut Vec<Peer>, mangle: Mangle, config: AveragerConfig) -> PeerId {
     let below = net.add_peer(PeerSpec::default());
     let (id, env) = (below.local_peer(), below.env());
-    let transport = std::sync::Arc::new(Mangler { below, mangle });
+    let transport = std::sync::Arc::new(Mangler::new(below, "/round/", mangle));
     let joined = Swarm::join(transport, env, SwarmConfig::new("test", vec![all[0].id])).await;
     let swarm = joined.expect("its control streams are sound");
     let averager = Averager::new(&swarm, "grad", config);

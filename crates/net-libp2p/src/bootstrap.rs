@@ -44,7 +44,8 @@ impl fmt::Display for BootstrapAttempt {
     }
 }
 
-fn short(said: &str) -> String {
+/// What a stranger said, for people.
+pub(crate) fn short(said: &str) -> String {
     said.chars().filter(|c| !c.is_control()).take(SAID_MAX).collect()
 }
 

@@ -2,7 +2,7 @@
 
 mod listening;
 
-use crate::bootstrap::Bootstrap;
+use crate::bootstrap::{Bootstrap, short};
 use crate::config::Config;
 use crate::convert;
 use crate::dials::Dials;
@@ -392,6 +392,8 @@ impl Driver {
     fn on_behaviour(&mut self, event: BehaviourEvent) {
         match event {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                let program = short(&info.agent_version);
+                tracing::debug!(target: "potluck::net", peer = %peer_id, program, "says what it is");
                 let useful = self.bootstrap.on_identified(&peer_id, &info, &self.shared);
                 self.on_identified(peer_id, info);
                 self.introduced(&peer_id);

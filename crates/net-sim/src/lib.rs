@@ -48,6 +48,7 @@
 mod control;
 mod flow;
 mod kept;
+mod mangler;
 mod nat;
 mod pipe;
 mod rule;
@@ -60,6 +61,7 @@ mod trace;
 mod transport;
 mod world;
 
+pub use mangler::{Mangle, Mangler};
 pub use rule::{FrameInfo, OpenInfo, Verdict};
 pub use sim::{FaultGuard, SimNet};
 pub use spec::{FaultRates, NatClass, PeerSpec, Traffic};
