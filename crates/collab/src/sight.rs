@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 /// Questions that wait to be answered, and those answered at a time.
 const BACKLOG: usize = 16;
-const ANSWERED_MAX: usize = 4;
+const ANSWERED: rpc::Places = rpc::Places { total: 4, per_peer: 2 };
 /// Longest question: an invite and its envelope.
 const QUESTION_BYTES_MAX: usize = 1024;
 /// Longest answer that is read: the status of some thousand peers.
@@ -79,7 +79,7 @@ pub(crate) fn serve(
         }
     };
     let (manifest, owner, run_id) = (manifest(config), config.owner, config.run_id.clone());
-    rpc::serve(incoming, tasks, ANSWERED_MAX, move |_, question| {
+    rpc::serve(incoming, tasks, ANSWERED, move |_, question| {
         let answer = answer(
             &question,
             |invite| Invite::admit(owner, &run_id, invite).is_ok(),

@@ -15,6 +15,8 @@ const PROTOCOL: &str = "/potluck/speed/1";
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 /// Messages on the way at the same time: fills 20 MB/s at 50 ms.
 const AT_A_TIME: usize = 4;
+/// What is answered at the same time; the messages of one direction may still end when those of the other begin.
+const PLACES: rpc::Places = rpc::Places { total: 4 * AT_A_TIME, per_peer: 2 * AT_A_TIME };
 /// Bytes that are moved in one direction at most.
 const BYTES_MAX: usize = 32 << 20;
 /// What is given away at most in each window, in both directions together.
@@ -37,7 +39,7 @@ pub struct Speed {
 pub fn serve_speed(transport: &dyn Transport, tasks: &Tasks) {
     let Ok(incoming) = transport.accept(Protocol::new(PROTOCOL), BACKLOG) else { return };
     let given = Arc::new(Mutex::new((Instant::now(), 0)));
-    rpc::serve(incoming, tasks, AT_A_TIME, move |_, request| {
+    rpc::serve(incoming, tasks, PLACES, move |_, request| {
         let answer = answer(&request).filter(|(_, cost)| allowed(&given, *cost)).map(|(bytes, _)| bytes);
         async move { answer }
     });

@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 
 /// Streams that may wait to be answered; more are refused as busy.
 const BACKLOG: usize = 256;
-/// Requests that are read at a time.
-const CONCURRENT_MAX: usize = 256;
+/// Requests that are read at a time. One peer has its share.
+const PLACES: rpc::Places = rpc::Places { total: 256, per_peer: 32 };
 /// News that wait for the upkeep task.
 const NEWS_MAX: usize = 256;
 
@@ -56,7 +56,7 @@ impl Dht {
         let tasks = Tasks::new();
         if let Some(incoming) = incoming {
             let node = node.clone();
-            rpc::serve(incoming, &tasks, CONCURRENT_MAX, move |peer, request| {
+            rpc::serve(incoming, &tasks, PLACES, move |peer, request| {
                 let answer = node.answer(peer, request);
                 async move { Some(answer) }
             });

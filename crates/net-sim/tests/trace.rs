@@ -24,7 +24,8 @@ fn stormy(seed: u64) -> Trace {
             spec.up_bytes_per_second = 2e6;
             let peer = net.add_peer(spec);
             let incoming = peer.accept(protocol.clone(), 16).expect("free");
-            rpc::serve(incoming, &tasks, 4, async |_, request| Some(request));
+            let places = rpc::Places { total: 4, per_peer: 4 };
+            rpc::serve(incoming, &tasks, places, async |_, request| Some(request));
             peers.push(peer);
         }
         let calls = (0..120).map(async |index: usize| {

@@ -4,16 +4,27 @@ use crate::{
     FaultKind, Incoming, OpenError, PeerFault, PeerId, Protocol, Stream, StreamError, Tasks, Transport,
 };
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// How long a caller may take to deliver its request once its stream is open; guards against slow-loris callers.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the answer may take to leave.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How many requests a service reads and answers at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Places {
+    /// Of everybody together; more wait in the accept backlog.
+    pub total: usize,
+    /// Of one peer; more are refused at once, or a single one that opens streams and says nothing would hold every
+    /// place and the backlog too. More than an honest peer asks at a time: a place is free some time after its answer.
+    pub per_peer: usize,
+}
 
 /// Send `request` and wait for the answer until `deadline`. Dropping the future cancels the call at both ends.
 ///
@@ -66,27 +77,93 @@ pub fn stream_fault(peer: PeerId, error: &StreamError) -> PeerFault {
     PeerFault::new(peer, kind, error.to_string())
 }
 
-/// Answer requests with `handler`, at most `concurrent_max` at a time, until the transport closes or `tasks` ends.
-/// A handler that returns `None` refuses: the caller sees [`FaultKind::Refused`].
-pub fn serve<F, Fut>(mut incoming: Incoming, tasks: &Tasks, concurrent_max: usize, handler: F)
+/// Answer requests with `handler`, in as many `places`, until the transport closes or `tasks` ends. A handler that
+/// returns `None` refuses: the caller sees [`FaultKind::Refused`], as it does beyond its own places.
+pub fn serve<F, Fut>(mut incoming: Incoming, tasks: &Tasks, places: Places, handler: F)
 where
     F: Fn(PeerId, Bytes) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Option<Bytes>> + Send + 'static,
 {
     let handler = Arc::new(handler);
-    let permits = Arc::new(Semaphore::new(concurrent_max));
+    let (answering, refusing) = (Seats::new(places), Seats::new(places));
     let scope = Tasks::new();
     tasks.spawn(async move {
         // Taking the permit first makes the accept backlog the only queue, so overload reaches the opener as `Busy`.
-        while let Ok(permit) = permits.clone().acquire_owned().await {
+        while let Ok(permit) = answering.free.clone().acquire_owned().await {
             let Some(stream) = incoming.next().await else { return };
-            let handler = handler.clone();
-            scope.spawn(async move {
-                answer(stream, &*handler).await;
-                drop(permit);
-            });
+            if let Some(seat) = answering.seat(stream.peer(), permit) {
+                let handler = handler.clone();
+                scope.spawn(async move {
+                    answer(stream, &*handler).await;
+                    drop(seat);
+                });
+            } else if let Ok(permit) = refusing.free.clone().try_acquire_owned()
+                && let Some(seat) = refusing.seat(stream.peer(), permit)
+            {
+                scope.spawn(async move {
+                    refuse(stream).await;
+                    drop(seat);
+                });
+            }
+            // Whoever has that many refusals under way is not worth one more: its stream is reset.
         }
     });
+}
+
+/// Places and who sits in them.
+struct Seats {
+    free: Arc<Semaphore>,
+    per_peer: usize,
+    taken: Arc<Mutex<BTreeMap<PeerId, usize>>>,
+}
+
+impl Seats {
+    fn new(places: Places) -> Self {
+        let free = Arc::new(Semaphore::new(places.total));
+        Self { free, per_peer: places.per_peer, taken: Arc::default() }
+    }
+
+    /// A seat for `peer`, unless it has its share.
+    fn seat(&self, peer: PeerId, permit: OwnedSemaphorePermit) -> Option<Seat> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = taken.get(&peer).copied().unwrap_or(0);
+        if own >= self.per_peer {
+            return None;
+        }
+        taken.insert(peer, own + 1);
+        Some(Seat { peer, taken: self.taken.clone(), _permit: permit })
+    }
+}
+
+/// One place, held until it is dropped.
+struct Seat {
+    peer: PeerId,
+    taken: Arc<Mutex<BTreeMap<PeerId, usize>>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = taken.get_mut(&self.peer) {
+            *own -= 1;
+            if *own == 0 {
+                taken.remove(&self.peer);
+            }
+        }
+    }
+}
+
+/// An end without an answer, at once. Then its request is taken in: a stream that is dropped unread looks broken.
+async fn refuse(mut stream: Stream) {
+    let told = tokio::time::timeout(REQUEST_TIMEOUT, async {
+        stream.finish().await?;
+        stream.recv().await
+    });
+    if !matches!(told.await, Ok(Ok(_))) {
+        let peer = stream.peer();
+        tracing::debug!(target: "potluck::rpc", %peer, protocol = %stream.protocol(), "refusal was not taken");
+    }
 }
 
 async fn answer<F, Fut>(mut stream: Stream, handler: &F)

@@ -3,6 +3,7 @@
 use crate::download::Download;
 use crate::store::{Kind, Store, index_of};
 use crate::wire::{Request, encode_bits};
+use crate::work::WINDOW_MAX;
 use crate::{CHUNK_BYTES, STATE_BYTES_MAX, Sequel, Snapshot};
 use bytes::Bytes;
 use potluck_net::{AcceptError, Env, Outcome, PeerFault, PeerId, Protocol, Tasks, Transport, rpc};
@@ -12,7 +13,8 @@ use std::time::Duration;
 /// Requests that wait to be answered; more are refused, and the asker turns to another donor.
 const BACKLOG: usize = 64;
 /// Requests that are answered at the same time: bounds the donor's memory and what newcomers take of its uplink.
-const SERVED_MAX: usize = 16;
+/// A newcomer has a window of chunks open and asks what else there is; the rest of the places is for others.
+const SERVED: rpc::Places = rpc::Places { total: 24, per_peer: WINDOW_MAX + 4 };
 
 /// Why no state was downloaded. Nothing has changed; trying again resumes where it stopped.
 #[derive(Debug, thiserror::Error)]
@@ -146,7 +148,7 @@ impl Exchange {
         let inner = Arc::new(Inner { transport, env, protocol, store, hashing });
         let tasks = Tasks::new();
         let serving = inner.clone();
-        rpc::serve(incoming, &tasks, SERVED_MAX, move |peer, request| {
+        rpc::serve(incoming, &tasks, SERVED, move |peer, request| {
             let inner = admits(&peer).then(|| serving.clone());
             async move {
                 match inner {
