@@ -16,6 +16,9 @@ use potluck_net::{FaultKind, Outcome, PeerFault};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+/// A search ends by then with what it has: every node that answers may name others which answer late.
+const SEARCH_MAX: Duration = Duration::from_secs(30);
+
 /// What became of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreReport {
@@ -83,7 +86,7 @@ pub(crate) enum Until {
 }
 
 impl Node {
-    /// Find the nodes nearest to `target`; with a key, also what they keep under it.
+    /// Find the nodes nearest to `target`; with a key, also what they keep under it. Ends within [`SEARCH_MAX`].
     pub(crate) async fn search(&self, target: DhtId, key: Option<&Bytes>, until: Until) -> Search {
         let local = key.and_then(|_| self.state().storage.get(self.now(), &target).cloned());
         let mut search = Search { entry: local, nearest: Vec::new(), faults: Vec::new(), hops: 0 };
@@ -96,19 +99,22 @@ impl Node {
             Lookup::new(target, config.bucket_size, config.parallel_rpcs, config.stalled_after, seeds);
         let mut open = FuturesUnordered::new();
         let want_value = key.is_some();
-        while !lookup.is_done() {
+        let end = self.now() + SEARCH_MAX;
+        while !lookup.is_done() && self.now() < end {
             while let Some(contact) = lookup.next(self.now()) {
                 open.push(async move {
                     let reply = self.ask(&contact, Ask::Find { id: target, want_value }).await;
                     (contact, reply)
                 });
             }
-            let wakeup = lookup.next_wakeup(self.now());
+            let wakeup = lookup.next_wakeup(self.now()).unwrap_or(end).min(end);
             let (contact, reply) = tokio::select! {
                 biased;
-                Some(answer) = open.next() => answer,
-                () = tokio::time::sleep_until(self.instant(wakeup.unwrap_or_default())), if wakeup.is_some() => continue,
-                else => break,
+                answer = open.next() => match answer {
+                    Some(answer) => answer,
+                    None => break,
+                },
+                () = tokio::time::sleep_until(self.instant(wakeup)) => continue,
             };
             let (entry, contacts) = match reply {
                 Ok(Reply::Found { entry, contacts }) => (entry, contacts),

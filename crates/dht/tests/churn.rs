@@ -85,7 +85,7 @@ async fn churn(net: SimNet) -> (usize, usize, Vec<usize>) {
         for (hit, distance) in futures::future::join_all(gets).await {
             asked += 1;
             found += usize::from(hit);
-            hops.push(distance);
+            hops.extend(hit.then_some(distance));
         }
     }
     (asked, found, hops)
