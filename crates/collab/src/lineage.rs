@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 use std::fmt;
 
-/// More epochs than any run has: what others say is bounded, so that counting on from it is.
-pub(crate) const EPOCH_MAX: u64 = 1 << 48;
+/// A state of a later epoch is none: no run gets there in 30 years of a thousand epochs a second, a stranger's number does,
+/// and to count on from the largest one would begin again at 0.
+pub(crate) const EPOCH_MAX: u64 = 999_999_999_999;
 
 /// The history of one peer's parameters.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,11 +63,13 @@ impl Lineage {
 
     /// The history of a state that a session has published.
     pub fn of(snapshot: &crate::Snapshot) -> Option<Self> {
+        if snapshot.epoch > EPOCH_MAX {
+            return None;
+        }
         let number = |name: &str| snapshot.meta.get(name)?.parse().ok();
         let samples = number(crate::core::SAMPLES_META)?;
         let state_averages = number(crate::core::STATE_AVERAGES_META)?;
-        let lineage = Self { epoch: snapshot.epoch, samples, state_averages, hash: snapshot.lineage };
-        (lineage.epoch <= EPOCH_MAX).then_some(lineage)
+        Some(Self { epoch: snapshot.epoch, samples, state_averages, hash: snapshot.lineage })
     }
 
     /// Whether this history replaces `other` when both meet.
@@ -111,6 +114,18 @@ impl fmt::Debug for Lineage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_of_an_epoch_that_no_run_reaches_has_no_history() {
+        let number = |name: &str| (name.to_owned(), "7".to_owned());
+        let meta = [crate::core::SAMPLES_META, crate::core::STATE_AVERAGES_META].map(number).into();
+        let mut snapshot = crate::Snapshot { epoch: EPOCH_MAX, meta, ..crate::Snapshot::default() };
+        assert_eq!(Lineage::of(&snapshot).map(|lineage| lineage.epoch), Some(EPOCH_MAX));
+        for epoch in [EPOCH_MAX + 1, u64::MAX] {
+            snapshot.epoch = epoch;
+            assert_eq!(Lineage::of(&snapshot), None);
+        }
+    }
 
     #[test]
     fn exactly_one_of_two_different_histories_wins() {
