@@ -4,11 +4,10 @@
 //! over the tensors, so what a failing disk returns is never taken for a state.
 
 use crate::failure::Failure;
+use crate::tensors;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use potluck_collab::{Lineage, Snapshot};
-use potluck_compression::{Limits, SerializedTensor};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -18,8 +17,6 @@ use std::path::{Path, PathBuf};
 const FORMAT: u32 = 1;
 const TENSORS: &str = "state.safetensors";
 const FACTS: &str = "checkpoint.json";
-/// The fact that lists which tensors are messages of `potluck-compression` instead of plain values.
-const ENCODED: &str = "encoded";
 const PARTIAL: &str = ".partial-";
 const HINT: &str = "it was left as it is; take an older one (epoch-...) of the same folder";
 /// Larger descriptions are not read.
@@ -70,61 +67,10 @@ impl Facts {
     }
 }
 
-/// How a tensor's bytes are to be read.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub(crate) struct Shape {
-    pub(crate) dtype: String,
-    pub(crate) shape: Vec<usize>,
-}
-
-/// Shapes of the tensors, as far as the training program said.
-pub(crate) fn shapes(meta: &BTreeMap<String, String>) -> BTreeMap<String, Shape> {
-    let read = |name: &str| meta.get(name).map(String::as_str).unwrap_or("{}");
-    let mut shapes: BTreeMap<String, Shape> = serde_json::from_str(read("tensors")).unwrap_or_default();
-    let optimizer: BTreeMap<String, BTreeMap<String, serde_json::Value>> =
-        serde_json::from_str(read("optimizer")).unwrap_or_default();
-    for (index, entries) in optimizer {
-        for (name, facts) in entries {
-            if let Ok(shape) = serde_json::from_value(facts) {
-                shapes.insert(format!("opt.{index}.{name}"), shape);
-            }
-        }
-    }
-    shapes
-}
-
-/// The element type by torch's name, with the bytes of one element.
-pub(crate) fn dtype_of(name: &str) -> Option<(Dtype, usize)> {
-    Some(match name {
-        "float64" => (Dtype::F64, 8),
-        "float32" => (Dtype::F32, 4),
-        "float16" => (Dtype::F16, 2),
-        "bfloat16" => (Dtype::BF16, 2),
-        "int64" => (Dtype::I64, 8),
-        "int32" => (Dtype::I32, 4),
-        "int16" => (Dtype::I16, 2),
-        "int8" => (Dtype::I8, 1),
-        "uint8" => (Dtype::U8, 1),
-        "bool" => (Dtype::BOOL, 1),
-        _ => return None,
-    })
-}
-
 impl Checkpoint {
     /// Turn tensors that travelled compressed (`load_state_compression`) back into plain ones.
     pub(crate) fn decode(&mut self) -> Result<()> {
-        let Some(encoded) = self.snapshot.meta.remove(ENCODED) else { return Ok(()) };
-        let names: Vec<String> =
-            serde_json::from_str(&encoded).with_context(|| format!("{ENCODED}: no list of names"))?;
-        let limits = Limits::default();
-        for name in names {
-            let blob = self.snapshot.blobs.get_mut(&name).with_context(|| format!("{name} is missing"))?;
-            let plain = SerializedTensor::from_protobuf(blob, &limits)
-                .and_then(|message| potluck_compression::deserialize(&message, &limits))
-                .with_context(|| format!("{name} cannot be decoded"))?;
-            *blob = Bytes::from(plain.bytes);
-        }
-        Ok(())
+        tensors::decode(&mut self.snapshot.meta, &mut self.snapshot.blobs)
     }
 
     /// Write it into `dir` and let go of all but the newest `keep`. The older ones stay until this one is safe.
@@ -138,7 +84,7 @@ impl Checkpoint {
                 fs::remove_dir_all(&place)?;
             }
             fs::rename(&partial, &place)?;
-            sync_folder(dir)
+            Ok(sync_folder(dir)?)
         });
         if let Err(error) = written {
             // What is half there is of no use; the error is what matters.
@@ -154,18 +100,15 @@ impl Checkpoint {
         Ok(place)
     }
 
-    fn write_into(&self, folder: &Path) -> std::io::Result<()> {
+    fn write_into(&self, folder: &Path) -> Result<()> {
         if folder.is_dir() {
             fs::remove_dir_all(folder)?;
         }
         fs::create_dir(folder)?;
-        let tensors = folder.join(TENSORS);
-        let shapes = shapes(&self.snapshot.meta);
-        let views = self.snapshot.blobs.iter().map(|(name, blob)| (name, view(blob, shapes.get(name))));
-        let bytes = safetensors::serialize(views, None).map_err(std::io::Error::other)?;
-        let hash = blake3::hash(&bytes).to_hex().to_string();
-        write_synced(&tensors, &bytes)?;
         let snapshot = &self.snapshot;
+        let bytes = tensors::write(&snapshot.meta, &snapshot.blobs)?;
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        write_synced(&folder.join(TENSORS), &bytes)?;
         let mut facts = Facts {
             format: FORMAT,
             run_id: self.run_id.clone(),
@@ -179,7 +122,7 @@ impl Checkpoint {
         };
         facts.facts_blake3 = facts.hash()?;
         write_synced(&folder.join(FACTS), &serde_json::to_vec_pretty(&facts)?)?;
-        sync_folder(folder)
+        Ok(sync_folder(folder)?)
     }
 
     /// Read one checkpoint.
@@ -210,9 +153,7 @@ impl Checkpoint {
         if blake3::hash(&bytes).to_hex().as_str() != facts.tensors_blake3 {
             return Err(Failure::new(format!("{}: {TENSORS} does not match its hash", broken()), HINT).into());
         }
-        let tensors = SafeTensors::deserialize(&bytes).with_context(broken)?;
-        let blobs =
-            tensors.iter().map(|(name, view)| (name.to_owned(), bytes.slice_ref(view.data()))).collect();
+        let blobs = tensors::read(&bytes).with_context(broken)?;
         let lineage = unhex(&facts.lineage).with_context(broken)?;
         let snapshot = Snapshot { epoch: facts.epoch, lineage, meta: facts.facts, blobs };
         Ok(Self { run_id: facts.run_id, manifest: facts.manifest, snapshot })
@@ -257,17 +198,6 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// With its shape where that is known and fits; else as plain bytes.
-fn view<'a>(blob: &'a Bytes, shape: Option<&Shape>) -> TensorView<'a> {
-    let known = shape.and_then(|shape| {
-        let (dtype, _) = dtype_of(&shape.dtype)?;
-        TensorView::new(dtype, shape.shape.clone(), blob).ok()
-    });
-    known.unwrap_or_else(|| {
-        TensorView::new(Dtype::U8, vec![blob.len()], blob).expect("bytes are as many as they are")
-    })
-}
-
 fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
@@ -290,6 +220,8 @@ fn unhex(text: &str) -> Result<[u8; 32]> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::ENCODED;
+    use safetensors::tensor::{Dtype, SafeTensors};
 
     pub(crate) fn checkpoint(epoch: u64) -> Checkpoint {
         let meta = BTreeMap::from([
@@ -403,6 +335,22 @@ pub(crate) mod tests {
         let (found, wrong) = newest(dir.path()).unwrap();
         assert_eq!(found.unwrap().1.snapshot.epoch, 1);
         assert!(wrong[0].to_string().contains("does not match its hash"), "{wrong:?}");
+    }
+
+    #[test]
+    fn whatever_a_stranger_calls_or_shapes_its_tensors_a_checkpoint_is_read_or_the_old_one_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = checkpoint(1).save(dir.path(), 1).unwrap();
+        let mut named = checkpoint(2);
+        named.snapshot.blobs.insert(tensors::RESERVED.into(), Bytes::from_static(&[1]));
+        let error = named.save(dir.path(), 1).unwrap_err();
+        assert!(format!("{error:#}").ends_with("a tensor cannot be called \"__metadata__\""), "{error:#}");
+        assert_eq!(newest(dir.path()).unwrap().0, Some((old, checkpoint(1))));
+        let mut shaped = checkpoint(3);
+        let huge = r#"{"potluck.none": {"dtype": "float32", "shape": [4294967296, 4294967296]}}"#;
+        shaped.snapshot.meta.insert("tensors".into(), huge.into());
+        shaped.snapshot.blobs.insert("potluck.none".into(), Bytes::new());
+        assert_eq!(Checkpoint::load(&shaped.save(dir.path(), 1).unwrap()).unwrap(), shaped);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! `potluck export`: the weights of a keeper's checkpoint as a file that torch loads without potluck.
 
-use crate::checkpoint::{self, Checkpoint, Shape};
+use crate::checkpoint::{self, Checkpoint};
 use crate::failure::Failure;
 use crate::pickle::{self, Tensor};
+use crate::tensors::{self, Shape};
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
 use std::collections::BTreeMap;
@@ -33,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut checkpoint = open(&args.checkpoint)?;
     checkpoint.decode()?;
     let names = args.names.as_deref().map(read_names).transpose()?;
-    let shapes = checkpoint::shapes(&checkpoint.snapshot.meta);
+    let shapes = tensors::shapes(&checkpoint.snapshot.meta);
     let tensors = weights(&checkpoint, &shapes, names.as_deref())?;
     let temporary = args.output.with_extension("partial");
     let what = || format!("cannot write {}", args.output.display());
@@ -98,9 +99,9 @@ fn weights<'a>(
                 )
             })?;
             let bytes = blobs.get(key).context("a tensor is missing")?;
-            let (_, size) =
-                checkpoint::dtype_of(&shape.dtype).with_context(|| format!("{key}: {}", shape.dtype))?;
-            let expected = shape.shape.iter().product::<usize>() * size;
+            tensors::dtype_of(&shape.dtype).with_context(|| format!("{key}: {}", shape.dtype))?;
+            // More than can be counted is more than is there.
+            let expected = shape.bytes().unwrap_or(usize::MAX);
             anyhow::ensure!(bytes.len() == expected, "{key}: {} bytes, {expected} expected", bytes.len());
             Ok(Tensor { name, shape, bytes })
         })
@@ -114,7 +115,7 @@ fn write(temporary: &Path, output: &Path, tensors: &[Tensor<'_>]) -> Result<()> 
         Some("safetensors") => {
             let mut views = Vec::new();
             for Tensor { name, shape, bytes } in tensors {
-                let (dtype, _) = checkpoint::dtype_of(&shape.dtype).context("unknown element type")?;
+                let (dtype, _) = tensors::dtype_of(&shape.dtype).context("unknown element type")?;
                 views.push((name, safetensors::tensor::TensorView::new(dtype, shape.shape.clone(), bytes)?));
             }
             out.write_all(&safetensors::serialize(views, None)?)?;

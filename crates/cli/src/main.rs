@@ -25,6 +25,7 @@ mod rehearsal;
 mod sim;
 mod status;
 mod stop;
+mod tensors;
 mod view;
 mod visit;
 

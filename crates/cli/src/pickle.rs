@@ -1,7 +1,7 @@
 //! Writes what `torch.save(state_dict)` writes: a zip archive of raw tensors and a pickle that names them. Only ever
 //! written, never read: reading pickles is how machines get taken over.
 
-use crate::checkpoint::Shape;
+use crate::tensors::Shape;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use std::io::{Seek, Write};
@@ -56,7 +56,7 @@ fn pickle(tensors: &[Tensor<'_>]) -> Result<Vec<u8>> {
         out.extend(b"tQ");
         number(&mut out, 0);
         tuple(&mut out, tensor.shape.shape.iter().copied());
-        tuple(&mut out, strides(&tensor.shape.shape).into_iter());
+        tuple(&mut out, tensor.shape.strides().into_iter());
         // No gradient, no hooks.
         out.extend(b"\x89ccollections\nOrderedDict\n)RtR");
     }
@@ -78,14 +78,6 @@ fn storage_of(dtype: &str) -> Option<&'static str> {
         "bool" => "BoolStorage",
         _ => return None,
     })
-}
-
-fn strides(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1; shape.len()];
-    for at in (1..shape.len()).rev() {
-        strides[at - 1] = strides[at] * shape[at].max(1);
-    }
-    strides
 }
 
 fn text(out: &mut Vec<u8>, text: &str) {
@@ -121,6 +113,7 @@ mod tests {
 
     #[test]
     fn strides_are_those_of_a_contiguous_tensor() {
+        let strides = |shape: &[usize]| Shape { dtype: "float32".into(), shape: shape.to_vec() }.strides();
         assert_eq!(strides(&[2, 3, 4]), [12, 4, 1]);
         assert_eq!(strides(&[]), Vec::<usize>::new());
     }
