@@ -102,6 +102,12 @@ async fn tell_joining(args: &Args, transport: &Libp2pTransport) {
 pub(crate) async fn run(args: Args) -> Result<()> {
     // Before anything else, so that a signal during the start is not lost.
     let mut stop = Stop::listen()?;
+    run_until(&args, stop.asked()).await
+}
+
+/// Run until `stop`, which also ends a start that is not over.
+async fn run_until(args: &Args, stop: impl Future<Output = ()>) -> Result<()> {
+    tokio::pin!(stop);
     let env = Env::real();
     let path = args.identity.clone().unwrap_or_else(identity_file::default_path);
     let (identity, _held) = identity_file::load_or_create(&path, &env)?;
@@ -114,34 +120,52 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     config.connections = Watermarks::NODE;
     config.port_mapping = !args.no_port_mapping;
     config.bootstrap = args.join.as_ref().map(|token| token.bootstrap.clone()).unwrap_or_default();
-    let transport = Libp2pTransport::start(config, env.clone()).await?;
-    let dht_config = DhtConfig { initial_peers: transport.bootstrap_peers(), ..DhtConfig::default() };
-    let dht = Dht::start(transport.clone(), env.clone(), dht_config).await.context("cannot start the DHT")?;
+    let transport = tokio::select! {
+        biased;
+        // Nobody knows of this node yet who could be told goodbye.
+        () = &mut stop => return Ok(()),
+        started = Libp2pTransport::start(config, env.clone()) => started?,
+    };
+    let mut dht = None;
+    let result = tokio::select! {
+        biased;
+        () = &mut stop => Ok(()),
+        result = serve(args, &transport, env, &mut dht) => result,
+    };
+    let leave = async {
+        if let Some(dht) = dht {
+            dht.shutdown().await;
+        }
+        transport.close().await;
+    };
+    if tokio::time::timeout(LEAVE_TIMEOUT, leave).await.is_err() {
+        eprintln!("potluck: some peers did not take the goodbye in time");
+    }
+    result
+}
+
+/// Everything that a node does, on this transport; ends only if it cannot begin. Whoever drops it shuts the DHT down.
+async fn serve(
+    args: &Args,
+    transport: &Arc<Libp2pTransport>,
+    env: Env,
+    started: &mut Option<Dht>,
+) -> Result<()> {
+    let config = DhtConfig { initial_peers: transport.bootstrap_peers(), ..DhtConfig::default() };
+    *started = Some(Dht::start(transport.clone(), env, config).await.context("cannot start the DHT")?);
     // `potluck doctor` measures its way here.
     let serving = Tasks::new();
-    potluck_collab::serve_speed(&*transport, &serving);
-    crate::probe::answer(&*transport, &serving)?;
+    potluck_collab::serve_speed(&**transport, &serving);
+    crate::probe::answer(&**transport, &serving)?;
 
     let run = args.join.as_ref().map_or(&args.run, |token| &token.run_id);
     if args.join.is_none() {
         // Whoever comes from elsewhere needs the address that only the router knows.
         transport.wait_mapped().await;
     }
-    let token = print_start(&args, &transport, run)?;
+    let token = print_start(args, transport, run)?;
     let _notice = crate::nearby::post(run, token);
-    tokio::select! {
-        biased;
-        () = stop.asked() => {}
-        () = tell_joining(&args, &transport) => {}
-        () = crate::company::keep(&*transport, args.join.is_some()) => {}
-    }
-    let leave = async {
-        dht.shutdown().await;
-        transport.close().await;
-    };
-    if tokio::time::timeout(LEAVE_TIMEOUT, leave).await.is_err() {
-        eprintln!("potluck: some peers did not take the goodbye in time");
-    }
+    tokio::join!(tell_joining(args, transport), crate::company::keep(&**transport, args.join.is_some()));
     Ok(())
 }
 
@@ -174,4 +198,32 @@ fn print_start(args: &Args, transport: &Arc<Libp2pTransport>, run: &str) -> Resu
     }
     out.flush()?;
     Ok(started.token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use std::future::{pending, ready};
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[tokio::test]
+    async fn whoever_is_asked_to_stop_does_not_go_on_to_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = dir.path().join("key");
+        // A start that goes on finds the port taken.
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listen = format!("/ip4/127.0.0.1/tcp/{}", taken.local_addr().unwrap().port());
+        let words =
+            ["node", "--no-port-mapping", "--listen", &listen, "--identity", identity.to_str().unwrap()];
+        let args = Command::parse_from(words).args;
+        let error = run_until(&args, pending()).await.unwrap_err();
+        assert!(error.to_string().contains(&listen), "{error:#}");
+        run_until(&args, ready(())).await.unwrap();
+    }
 }
