@@ -2,6 +2,9 @@
 //!
 //! A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed. Reading checks a hash
 //! over the tensors, so what a failing disk returns is never taken for a state.
+//!
+//! Whoever is in a run can offer states, also invented ones, as many as it likes. So the newest ones alone are no backup: some
+//! stay because of their age.
 
 use crate::failure::Failure;
 use crate::tensors;
@@ -9,16 +12,19 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use potluck_collab::{Lineage, Snapshot};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 const FORMAT: u32 = 1;
 const TENSORS: &str = "state.safetensors";
 const FACTS: &str = "checkpoint.json";
 const PARTIAL: &str = ".partial-";
 const HINT: &str = "it was left as it is; take an older one (epoch-...) of the same folder";
+/// For each of these ages the youngest checkpoint that has reached it stays, and the oldest that has not, which will follow it.
+const AGES: [Duration; 2] = [Duration::from_secs(3600), Duration::from_secs(24 * 3600)];
 /// Larger descriptions are not read.
 const FACTS_BYTES_MAX: u64 = 256 << 20;
 
@@ -73,7 +79,8 @@ impl Checkpoint {
         tensors::decode(&mut self.snapshot.meta, &mut self.snapshot.blobs)
     }
 
-    /// Write it into `dir` and let go of all but the newest `keep`. The older ones stay until this one is safe.
+    /// Write it into `dir` and let go of all but the newest `keep` and those that stay by their age. Older ones stay until
+    /// this one is safe.
     pub(crate) fn save(&self, dir: &Path, keep: usize) -> Result<PathBuf> {
         let name = format!("epoch-{:012}", self.snapshot.epoch);
         let place = dir.join(&name);
@@ -92,9 +99,13 @@ impl Checkpoint {
             return Err(error).with_context(what);
         }
         // Newer ones are left alone: they are damaged, or the run would have gone on from them.
-        let mut older: Vec<PathBuf> = list(dir)?.into_iter().filter(|path| *path < place).collect();
-        older.truncate((older.len() + 1).saturating_sub(keep.max(1)));
-        for path in older {
+        let older = list(dir)?.into_iter().filter(|(epoch, _)| *epoch < self.snapshot.epoch);
+        // Both times are the disk's, so that no clock has to be right now.
+        let now = modified(&place)?;
+        // One of the future is as young as one can be: the clock was put back.
+        let aged =
+            older.map(|(_, path)| Ok((now.duration_since(modified(&path)?).unwrap_or_default(), path)));
+        for path in outdated(aged.collect::<Result<_>>()?, keep) {
             fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(place)
@@ -163,7 +174,7 @@ impl Checkpoint {
 /// The newest checkpoint of `dir` that can be read, and what was wrong with newer ones.
 pub(crate) fn newest(dir: &Path) -> Result<(Found, Vec<anyhow::Error>)> {
     let mut wrong = Vec::new();
-    for path in list(dir)?.into_iter().rev() {
+    for (_, path) in list(dir)?.into_iter().rev() {
         match Checkpoint::load(&path) {
             Ok(checkpoint) => return Ok((Some((path, checkpoint)), wrong)),
             Err(error) => wrong.push(error),
@@ -186,16 +197,37 @@ pub(crate) fn prepare(dir: &Path) -> Result<()> {
     fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)).with_context(what)
 }
 
-/// The checkpoints of `dir`, oldest first.
-fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The checkpoints of `dir` with their epochs, oldest first. What somebody has renamed is not ours any more.
+fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
-    let mut found: Vec<PathBuf> = entries
+    let mut found: Vec<(u64, PathBuf)> = entries
         .filter_map(|entry| entry.ok())
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("epoch-"))
-        .map(|entry| entry.path())
+        .filter_map(|entry| {
+            let epoch = entry.file_name().to_str()?.strip_prefix("epoch-")?.parse().ok()?;
+            Some((epoch, entry.path()))
+        })
         .collect();
     found.sort();
     Ok(found)
+}
+
+/// When a checkpoint was written.
+fn modified(folder: &Path) -> Result<SystemTime> {
+    let known = fs::metadata(folder).and_then(|facts| facts.modified());
+    known.with_context(|| format!("cannot read {}", folder.display()))
+}
+
+/// Those that may go, of the ones older than what was just saved; given with their ages, lowest epoch first.
+fn outdated(older: Vec<(Duration, PathBuf)>, keep: usize) -> Vec<PathBuf> {
+    let by_age = |age: &Duration| {
+        // Of two that are equally old, the higher epoch has reached it, and the lower one will.
+        let reached = older.iter().rev().filter(|(old, _)| old >= age).min_by_key(|(old, _)| *old);
+        let will = older.iter().rev().filter(|(old, _)| old < age).max_by_key(|(old, _)| *old);
+        [reached, will].into_iter().flatten().map(|(_, path)| path.clone())
+    };
+    let stay: BTreeSet<PathBuf> = AGES.iter().flat_map(by_age).collect();
+    let surplus = (older.len() + 1).saturating_sub(keep.max(1));
+    older.into_iter().take(surplus).map(|(_, path)| path).filter(|path| !stay.contains(path)).collect()
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
@@ -250,7 +282,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_loaded_and_only_the_newest_stay() {
+    fn what_is_saved_is_loaded_and_only_the_newest_and_the_first_stay() {
         let dir = tempfile::tempdir().unwrap();
         prepare(dir.path()).unwrap();
         for epoch in [3, 12, 7, 20] {
@@ -259,9 +291,8 @@ pub(crate) mod tests {
         let (found, wrong) = newest(dir.path()).unwrap();
         assert_eq!(found.unwrap().1, checkpoint(20));
         assert!(wrong.is_empty());
-        let names: Vec<_> = list(dir.path()).unwrap();
-        assert_eq!(names.len(), 2, "{names:?}");
-        let bytes = fs::read(names[1].join(TENSORS)).unwrap();
+        assert_eq!(epochs(dir.path()), [3, 12, 20], "the first has yet to become an hour old");
+        let bytes = fs::read(list(dir.path()).unwrap()[2].1.join(TENSORS)).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let param = tensors.tensor("param.000000").unwrap();
         assert_eq!((param.dtype(), param.shape()), (Dtype::F32, &[2, 3][..]));
@@ -295,12 +326,67 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let damaged = checkpoint(20).save(dir.path(), 1).unwrap();
         fs::write(damaged.join(TENSORS), "").unwrap();
-        for epoch in [7, 8] {
+        for epoch in [7, 8, 9] {
             checkpoint(epoch).save(dir.path(), 1).unwrap();
         }
-        assert_eq!(list(dir.path()).unwrap(), [dir.path().join("epoch-000000000008"), damaged]);
+        assert_eq!(epochs(dir.path()), [7, 9, 20]);
         let (found, wrong) = newest(dir.path()).unwrap();
-        assert_eq!((found.unwrap().1.snapshot.epoch, wrong.len()), (8, 1));
+        assert_eq!((found.unwrap().1.snapshot.epoch, wrong.len()), (9, 1));
+    }
+
+    fn epochs(dir: &Path) -> Vec<u64> {
+        list(dir).unwrap().into_iter().map(|(epoch, _)| epoch).collect()
+    }
+
+    #[test]
+    fn epochs_are_in_the_order_of_their_numbers_and_what_was_renamed_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let renamed = dir.path().join("epoch-000000000001-good");
+        fs::rename(checkpoint(1).save(dir.path(), 1).unwrap(), &renamed).unwrap();
+        for epoch in [999_999_999_999, 1_000_000_000_000, u64::MAX] {
+            checkpoint(epoch).save(dir.path(), 1).unwrap();
+        }
+        assert_eq!(epochs(dir.path()), [999_999_999_999, u64::MAX]);
+        assert_eq!(newest(dir.path()).unwrap().0.unwrap().1, checkpoint(u64::MAX));
+        assert!(renamed.is_dir());
+    }
+
+    #[test]
+    fn a_burst_of_states_leaves_those_of_an_hour_and_of_a_day_ago() {
+        let dir = tempfile::tempdir().unwrap();
+        let saved = |epoch| checkpoint(epoch).save(dir.path(), 3).unwrap();
+        let aged = |epoch: u64, hours: u64| {
+            let place = saved(epoch);
+            let then = modified(&place).unwrap() - Duration::from_secs(hours * 3600);
+            File::open(&place).unwrap().set_modified(then).unwrap();
+        };
+        for (epoch, hours) in [(1, 90), (2, 50), (3, 30), (4, 20), (5, 3), (6, 2)] {
+            aged(epoch, hours);
+        }
+        for epoch in 7..20 {
+            saved(1_000_000_000_000 * epoch);
+        }
+        assert_eq!(epochs(dir.path())[..4], [3, 4, 6, 7_000_000_000_000]);
+        assert_eq!(epochs(dir.path()).len(), 4 + 3);
+    }
+
+    #[test]
+    fn in_a_long_run_there_is_always_a_state_of_an_hour_and_of_a_day_ago() {
+        const MINUTE: u64 = 60;
+        let (keep, every) = (2, 7 * MINUTE);
+        let mut there: Vec<u64> = Vec::new();
+        for now in (0..5 * 24 * 60 * MINUTE).step_by(every as usize) {
+            let place = |then: u64| PathBuf::from(format!("{then:012}"));
+            let aged = there.iter().map(|then| (Duration::from_secs(now - then), place(*then)));
+            let gone = outdated(aged.collect(), keep);
+            there.retain(|then| !gone.contains(&place(*then)));
+            there.push(now);
+            assert!(there.len() <= keep + 2 * AGES.len(), "{there:?}");
+            for age in AGES.map(|age| age.as_secs()).into_iter().filter(|age| *age <= now) {
+                let youngest = there.iter().map(|then| now - then).filter(|old| *old >= age).min();
+                assert!(youngest.is_some_and(|old| old < 2 * age + every), "{age}: {youngest:?} at {now}");
+            }
+        }
     }
 
     #[test]
@@ -363,6 +449,6 @@ pub(crate) mod tests {
         let error = checkpoint(2).save(dir.path(), 1).unwrap_err();
         assert!(format!("{error:#}").starts_with("cannot save the checkpoint"), "{error:#}");
         assert_eq!(Checkpoint::load(&old).unwrap(), checkpoint(1));
-        assert_eq!(list(dir.path()).unwrap(), [old]);
+        assert_eq!(list(dir.path()).unwrap(), [(1, old)]);
     }
 }

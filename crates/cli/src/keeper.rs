@@ -17,9 +17,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-pub(crate) const HELP: &str = "Needs no GPU and no model: memory for three states, and disk for --keep of them. Nobody waits for \
-it. Restart it with the same --dir and it goes on with what is there; without a TOKEN it starts the run anew from its \
-newest checkpoint and prints a token.\n\nExamples:\n  potluck keeper potluck1… --dir kept\n  \
+pub(crate) const HELP: &str = "Needs no GPU and no model: memory for three states, and disk for --keep of them and four more. \
+Nobody waits for it. Beside the newest --keep, four checkpoints stay by their age: the youngest that is at least an hour old, \
+the youngest that is at least a day old, and for each of them the one that will follow it. However many states come in a \
+burst, one from before it stays. Restart it with the same --dir and it goes on with what is there; without a TOKEN it starts \
+the run anew from its newest checkpoint and prints a token.\n\nExamples:\n  potluck keeper potluck1… --dir kept\n  \
 potluck keeper --dir kept --listen /ip4/0.0.0.0/tcp/4001";
 
 /// How long a run is looked for before the keeper says that it still waits.
@@ -44,7 +46,7 @@ pub(crate) struct Args {
     /// Save a checkpoint every so many epochs
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     every: u64,
-    /// Keep so many checkpoints
+    /// Keep so many of the newest checkpoints, beside up to four that stay by their age
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     keep: u64,
     /// File that holds this peer's identity; made if absent [default: `identity` in --dir]
@@ -162,7 +164,7 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
         let ahead = trainers.iter().map(|(_, epoch)| *epoch).max();
         // The last one who trains may leave at any moment: then every epoch counts.
         let step = if trainers.len() <= 1 { 1 } else { args.every };
-        if let Some(epoch) = ahead.filter(|epoch| newest.is_none_or(|newest| *epoch >= newest + step)) {
+        if let Some(epoch) = ahead.filter(|epoch| is_due(*epoch, newest, step)) {
             match keeper.fetch(epoch, FETCH_LIMIT).await {
                 Ok(outcome) => {
                     let snapshot = outcome.value;
@@ -171,7 +173,7 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
                         eprintln!("potluck: {reason}");
                     } else {
                         newest = Some(epoch);
-                        let due = saved.is_none_or(|saved| epoch >= saved + step);
+                        let due = is_due(epoch, saved, step);
                         let checkpoint =
                             Checkpoint { run_id: run_id.clone(), manifest: manifest.clone(), snapshot };
                         if due && save(args, visit, checkpoint).await {
@@ -196,6 +198,11 @@ async fn keep(args: &Args, visit: &Visit, held: Option<Checkpoint>) -> Result<()
         let _news_or_time = tokio::time::timeout(LOOK_EVERY, keeper.changed()).await;
         tokio::time::sleep(NEWS_PAUSE).await;
     }
+}
+
+/// Whether `epoch`, which is whatever a peer says, is `step` or more beyond the last one.
+fn is_due(epoch: u64, last: Option<u64>, step: u64) -> bool {
+    last.is_none_or(|last| epoch.checked_sub(last).is_some_and(|ahead| ahead >= step))
 }
 
 const FETCH_HINT: &str =
@@ -276,6 +283,17 @@ fn print_token(visit: &Visit) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_next_state_is_due_a_step_after_the_last_whatever_epochs_peers_name() {
+        assert!(is_due(0, None, 10) && is_due(u64::MAX, None, 10));
+        assert_eq!([9, 10, 11].map(|epoch| is_due(epoch, Some(0), 10)), [false, true, true]);
+        assert!(!is_due(3, Some(20), 1) && !is_due(20, Some(20), 1));
+        assert!(is_due(u64::MAX, Some(20), 10));
+        for epoch in [0, 5, u64::MAX] {
+            assert!(!is_due(epoch, Some(u64::MAX), 1), "nothing comes after the last number");
+        }
+    }
 
     #[test]
     fn a_download_that_fails_is_no_news_until_it_has_failed_for_a_while() {

@@ -7,10 +7,12 @@ mod support;
 use potluck_net::{Identity, PeerId, Token};
 use std::path::Path;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 use support::{
     LOOPBACK, Running, Trainer, checkpoints, golden, node, potluck, stopped, text, until, without_machine,
     without_repeats,
 };
+use tokio::time::Instant;
 
 #[test]
 fn nodes_and_relays_say_who_they_are_and_stop_politely() {
@@ -43,6 +45,41 @@ fn nodes_and_relays_say_who_they_are_and_stop_politely() {
         false,
     );
     assert!(first.stop());
+}
+
+#[test]
+fn a_node_that_is_told_to_stop_in_its_start_ends_and_leaves_nothing() {
+    for said in [None, Some("token")] {
+        let dir = tempfile::tempdir().unwrap();
+        let (key, notices) = (dir.path().join("key"), dir.path().join("notices"));
+        let start = || {
+            let words = ["node", "--no-port-mapping", "--identity", text(&key), "--listen", LOOPBACK];
+            let mut command = potluck(&words);
+            command.env("POTLUCK_RUNTIME_DIR", &notices);
+            Running::start(command)
+        };
+        let node = start();
+        match said {
+            Some(word) => drop(node.line(word)),
+            // It listens to signals before it makes its identity.
+            None => {
+                let patience = Instant::now() + Duration::from_secs(90);
+                while !key.exists() {
+                    assert!(Instant::now() < patience, "it makes no identity");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+        assert!(node.stop(), "0, as after any other stop");
+        let left = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = left.filter(|name| name != "notices").collect();
+        assert_eq!(left, ["key"]);
+        assert_eq!(std::fs::read_dir(&notices).map_or(0, |entries| entries.count()), 0);
+        // Nor is the identity held by anybody.
+        let again = start();
+        again.line("token");
+        assert!(again.stop());
+    }
 }
 
 /// Ports that were free a moment ago.
@@ -134,6 +171,11 @@ fn the_bench_of_the_network_prints_json() {
     let one = ["--megabytes", "2", "--kind", "tcp-noise", "--rtt", "0", "--streams", "1"];
     let output = potluck(&[&["bench", "net"][..], &one].concat()).output().unwrap();
     golden("bench-net", &output, &[], true);
+    // Several streams at a time, through the delaying relay of each kind.
+    let delayed =
+        ["--kind", "tcp-tls", "--kind", "quic", "--megabytes", "4", "--rtt", "20", "--streams", "2"];
+    let output = potluck(&[&["bench", "net"][..], &delayed].concat()).output().unwrap();
+    golden("bench-net-delayed", &output, &[], true);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
