@@ -110,7 +110,7 @@ fix:  ## Format and apply the lints' own corrections
 sim:  ## Explore simulated runs, then measure the protocol; SEED=7 SEEDS=1000, TABLE=0|P4|strict
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 SEED=$(SEED) SEEDS=$(SEEDS) TABLE=$(TABLE) cargo run --release -p potluck-tests --bin explore
 
-nat: setup  ## Connect every pair of NAT kinds, and ask the doctor behind each, in network namespaces (needs root)
+nat: setup  ## Connect every pair of NAT kinds, and ask the doctor behind each, in network namespaces (needs root, three minutes)
 	tests/nat/run
 	tests/nat/doctor --binary $${CARGO_TARGET_DIR:-target}/release/potluck
 
@@ -122,7 +122,9 @@ windows:  ## Check that the command and the wheel's core compile for Windows (so
 
 bench: $(VENV)/.maturin .build/system  ## Measure beside hivemind, Gloo and memcpy (links need root); ARGS="--quick", "--only codecs"
 	@# What the network brings and what the compiler makes need not wait for each other.
-	{ tools/install-wheel $(PY) build && cargo build --release -p potluck-cli; } & built=$$!; \
+	{ tools/install-wheel $(PY) build && cargo build --release -p potluck-cli \
+		&& cargo build --release -p potluck-net-sim --example all_reduce \
+		&& cargo test --release -p potluck-dht --test churn --no-run; } & built=$$!; \
 		$(PIP) -c $(LOCK) torch numpy msgpack psutil && $(PY) bench/run.py --install $(ARGS); \
 		installed=$$?; wait $$built && exit $$installed
 	tools/install-wheel $(PY)

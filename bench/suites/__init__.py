@@ -5,8 +5,10 @@ from suites.codecs import codecs
 from suites.growth import growth
 from suites.lookups import lookups
 from suites.shaped import shaped
+from suites.simulator import simulator
 from suites.state import state
 from suites.training import end_to_end, faults, idle, overhead
+from suites.wire import wire
 
 SUITES = {
     "codecs": codecs,
@@ -19,4 +21,6 @@ SUITES = {
     "idle": idle,
     "dht": lookups,
     "growth": growth,
+    "simulator": simulator,
+    "wire": wire,
 }
