@@ -98,7 +98,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
 
 
 def _suits(mine: Any, received: Any) -> bool:
@@ -422,7 +422,8 @@ class StateCodec:
     def _statistic(name: str, facts: Any, blobs: Mapping[str, Bytes], mine: Any) -> Any:
         if isinstance(facts, dict) and "value" in facts:
             value = facts["value"]
-            if type(value) not in SCALARS or not _suits(mine, decode_value(value)):
+            # Some optimizers write None for what they do not keep.
+            if type(value) not in SCALARS or not (value is None or _suits(mine, decode_value(value))):
                 raise ValueError(f"{name}: {_shown(value)} cannot take the place of {_shown(mine)}")
             return value
         dtype, shape = _described(name, facts)

@@ -372,6 +372,29 @@ def test_a_hostile_state_is_refused_in_words(case: str) -> None:
     mine.step()
 
 
+def test_settings_of_another_kind_that_work_alike_are_taken() -> None:
+    """What differs between programs and versions that train together is no reason to refuse."""
+    meta, blobs = sent(Model("adam", 4))
+    for change in (
+        replaced("param_groups", 0, "betas", {"list": [0.5, 0.75]}),
+        replaced("param_groups", 0, "foreach", True),
+        replaced("param_groups", 0, "of another version", "x"),
+        replaced("param_groups", 0, "weight_decay", 1),
+        replaced("scheduler", "verbose", "deprecated"),
+        replaced("scheduler", "_last_lr", {"own": []}),
+        replaced("optimizer", "0", "step", {"value": 4}),
+        replaced("optimizer", "0", "max_exp_avg_sq", {"value": None}),
+        lambda meta: meta.pop("tensors"),
+    ):
+        change(meta)
+    mine = Model("adam", 2)
+    mine.codec.restore(meta, blobs)
+    group = mine.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["foreach"]) == ([0.5, 0.75], 1, True)
+    mine.step()
+    assert mine.scheduler.last_epoch == 5
+
+
 def test_what_is_said_to_be_compressed_must_be() -> None:
     form = "sgd, a sequence, float16"
     meta, blobs = sent(Model(form, 4))
