@@ -17,7 +17,7 @@ def wire(quick: bool) -> Iterator[Row]:
     """Between two processes: MB/s and CPU-seconds per GB of both ends, at 0 and 100 ms, with one stream and four."""
     command = [str(ROOT / "target/release/potluck"), "bench", "net"]
     if quick:
-        command += ["--megabytes=20", "--rtt=0", "--rtt=20"]
+        command += ["--megabytes=100", "--rtt=0"]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=1800).stdout
     for found in json.loads(said):
         what = f"{found['kind']}, {found['rtt_ms']} ms, {found['streams']} stream{'s' if found['streams'] > 1 else ''}"
