@@ -1,5 +1,6 @@
 //! Every decoder that reads strangers' bytes, as a function that takes any bytes and asserts what must hold: the fuzz
-//! targets (`fuzz/`) and the property tests (`tests/tests/decoders.rs`) call the same ones.
+//! targets (`fuzz/`) and the property tests (`tests/tests/decoders.rs`) call the same ones. What libp2p and the router's
+//! UPnP decode themselves is their authors' to test.
 
 use bytes::Bytes;
 use potluck_compression::low_rank::LowRank;
@@ -11,23 +12,31 @@ use potluck_dht::msgpack::Value;
 use potluck_dht::wire::{Answer, Ask, Reply, Request, WireEntry, WireRecord};
 use potluck_dht::{DhtId, Ed25519Validator, Expiration, Record, RecordValidator, Verdict};
 use potluck_net::Identity;
+use std::collections::BTreeMap;
 use std::time::Duration;
+
+/// Taken by path, so that neither the tests nor the targets build all that the command is made of.
+#[path = "../../crates/cli/src/tensors.rs"]
+mod tensors;
 
 /// A decoder's name and what must hold for any bytes given to it.
 pub type Decoder = (&'static str, fn(&[u8]));
 
-/// All of them but the framing of streams (`net-libp2p` tests it), by name. Each has a fuzz target of the same name.
+/// All of them by name. Each has a fuzz target of the same name.
 pub const DECODERS: &[Decoder] = &[
     ("averaging_control", potluck_averaging::fuzz::control),
     ("averaging_invite", potluck_averaging::fuzz::invite),
     ("averaging_pair", potluck_averaging::fuzz::pair),
     ("averaging_record", potluck_averaging::fuzz::record),
+    ("cli_checkpoint", cli_checkpoint),
+    ("collab_invite", potluck_collab::fuzz::invite),
     ("collab_note", potluck_collab::fuzz::note),
     ("collab_past", potluck_collab::fuzz::past),
     ("collab_question", potluck_collab::fuzz::question),
     ("collab_sequel", potluck_collab::fuzz::sequel),
     ("collab_sight", potluck_collab::fuzz::sight),
     ("collab_speed", potluck_collab::fuzz::speed),
+    ("collab_state", potluck_collab::fuzz::state),
     ("compression_bfloat16", |input| compression_decode(Scheme::BFloat16, input)),
     ("compression_blockwise4", |input| compression_decode(Scheme::Blockwise4Bit, input)),
     ("compression_blockwise8", |input| compression_decode(Scheme::Blockwise8Bit, input)),
@@ -44,6 +53,8 @@ pub const DECODERS: &[Decoder] = &[
     ("dht_msgpack", dht_msgpack),
     ("dht_request", dht_request),
     ("dht_signed_record", dht_signed_record),
+    ("net_kept", potluck_net_libp2p::fuzz::kept),
+    ("net_libp2p_frames", potluck_net_libp2p::fuzz::frames),
     ("net_peer_id", potluck_net::fuzz::peer_id),
     ("net_token", potluck_net::fuzz::token),
     ("transfer_bits", potluck_transfer::fuzz::bits),
@@ -65,10 +76,62 @@ pub fn seeds() -> Vec<(&'static str, Bytes)> {
     let mut seeds = potluck_averaging::fuzz::seeds();
     seeds.extend(potluck_collab::fuzz::seeds());
     seeds.extend(potluck_net::fuzz::seeds());
+    seeds.extend(potluck_net_libp2p::fuzz::seeds());
     seeds.extend(potluck_transfer::fuzz::seeds());
+    seeds.extend(checkpoint_seeds());
     seeds.extend(compression_seeds());
     seeds.extend(dht_seeds());
     seeds
+}
+
+/// A state as a keeper saves it: what it writes it can read. A line each is the facts about tensors, about the optimizer's,
+/// which of them travel compressed, and the name of one beside the first parameter; the rest is both ones' bytes.
+fn cli_checkpoint(input: &[u8]) {
+    let mut parts = input.splitn(5, |byte| *byte == b'\n');
+    let mut text = || String::from_utf8_lossy(parts.next().unwrap_or_default()).into_owned();
+    let mut meta = BTreeMap::new();
+    for name in ["tensors", "optimizer", tensors::ENCODED] {
+        meta.insert(name.to_owned(), text());
+    }
+    let name = text();
+    let bytes = Bytes::copy_from_slice(parts.next().unwrap_or_default());
+    let mut blobs =
+        BTreeMap::from([(name.clone(), bytes.clone()), ("param.000000".to_owned(), bytes.clone())]);
+    let file = tensors::write(&meta, &blobs);
+    assert_eq!(file.is_err(), name == tensors::RESERVED);
+    if let Ok(file) = file {
+        assert_eq!(tensors::read(&file.into()).expect("what was written can be read"), blobs);
+    }
+    for shape in tensors::shapes(&meta).values() {
+        if let Some(len) = shape.bytes() {
+            let strides = shape.strides();
+            let last =
+                shape.shape.iter().zip(&strides).map(|(count, stride)| count.saturating_sub(1) * stride);
+            assert!(len == 0 || last.sum::<usize>() < len);
+        }
+    }
+    if tensors::decode(&mut meta, &mut blobs).is_ok() {
+        assert!(!meta.contains_key(tensors::ENCODED));
+    }
+}
+
+fn checkpoint_seeds() -> Vec<(&'static str, Bytes)> {
+    let raw: Vec<u8> = (0..6u8).flat_map(|value| f32::from(value).to_le_bytes()).collect();
+    let (message, _) =
+        serialize(DType::Float32, &[2, 3], &raw, Scheme::Float16).expect("plain values encode");
+    let tensor = r#"{"param.000000":{"dtype":"float32","shape":[2,3]}}"#;
+    let empty = r#"{"param.000000":{"dtype":"bool","shape":[0,4294967296,4294967296]}}"#;
+    let optimizer = r#"{"0":{"step":{"value":3},"m":{"dtype":"float32","shape":[6]}}}"#;
+    let seed = |lines: [&str; 4], bytes: &[u8]| {
+        let bytes = [lines.join("\n").as_bytes(), b"\n", bytes].concat();
+        ("cli_checkpoint", Bytes::from(bytes))
+    };
+    vec![
+        seed([tensor, optimizer, "[]", "opt.0.m"], &raw),
+        seed([tensor, "{}", r#"["param.000000","extra"]"#, "extra"], &message.to_protobuf()),
+        seed(["{}", optimizer, "", tensors::RESERVED], &raw),
+        seed([empty, "{}", "", "opt.0.m"], &[]),
+    ]
 }
 
 /// A scheme's decoder: any bytes for any count either decode or are refused, without touching the output. The first two

@@ -2,7 +2,7 @@
 
 mod sequels;
 mod shown;
-mod snapshots;
+pub(crate) mod snapshots;
 
 use crate::dialect::{PeerView, Report, RoundResult};
 use crate::factors::Factors;

@@ -236,6 +236,11 @@ async fn look_after(shared: Arc<Shared>, with: With, left: Left<libp2p::Stream>)
 
 /// Let pass what still must. The byte stream, if another stream may begin on it.
 async fn settle<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
+    timeout(SETTLE_TIMEOUT, let_pass(left)).await.ok()?
+}
+
+/// As [`settle`], however long it takes.
+pub(crate) async fn let_pass<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
     let Left { bytes, untold, unread } = left;
     let (mut reader, mut writer) = bytes.split();
     let told = async { if untold { tell(&mut writer, DROPPED).await } else { Ok(()) } };
@@ -246,8 +251,7 @@ async fn settle<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
         }
     };
     // At the same time: the other side may not take ours before we take what it is writing.
-    let both = futures::future::try_join(told, read);
-    timeout(SETTLE_TIMEOUT, both).await.ok()?.ok()?;
+    futures::future::try_join(told, read).await.ok()?;
     reader.reunite(writer).ok()
 }
 

@@ -14,6 +14,8 @@ mod convert;
 mod dials;
 mod doorman;
 mod driver;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod identity_file;
 mod kept;
 mod mux;

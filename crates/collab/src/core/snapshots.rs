@@ -10,13 +10,13 @@ use potluck_net::PeerId;
 use tokio::time::Instant;
 
 /// Name of the blob that a session adds to a snapshot.
-const AGREED_BLOB: &str = "potluck.agreed";
+pub(crate) const AGREED_BLOB: &str = "potluck.agreed";
 /// Name of the outer optimizer's blob.
-const VELOCITY_BLOB: &str = "potluck.velocity";
+pub(crate) const VELOCITY_BLOB: &str = "potluck.velocity";
 /// Name of the blob with PowerSGD's Q.
-const Q_BLOB: &str = "potluck.powersgd.q";
+pub(crate) const Q_BLOB: &str = "potluck.powersgd.q";
 /// Name of the past in a snapshot.
-const PAST_META: &str = "potluck.past";
+pub(crate) const PAST_META: &str = "potluck.past";
 /// Name of the lineage's samples in a snapshot.
 pub(crate) const SAMPLES_META: &str = "potluck.samples";
 /// Name of the number of its state averages.
@@ -26,6 +26,7 @@ pub(crate) const STATE_AVERAGES_META: &str = "potluck.state_averages";
 pub(super) struct Replaced {
     lineage: Lineage,
     past: Past,
+    q: Option<Bytes>,
     winner: Winner,
 }
 
@@ -79,25 +80,26 @@ impl Core {
             return Err(format!("the state of {lineage} does not replace ours of {}", self.lineage));
         }
         let length = self.config.state_len();
-        let read = |blob: Option<Bytes>| match blob {
+        let read = |what: &str, blob: Option<Bytes>| match blob {
             None => Ok(None),
             Some(blob) => {
                 from_bytes(&blob).filter(|values| values.len() == length).map(Some).ok_or_else(|| {
-                    format!("the state's agreed parameters have {} bytes for {length} values", blob.len())
+                    format!("the state's {what} are no {length} finite values in {} bytes", blob.len())
                 })
             }
         };
-        let agreed = read(snapshot.blobs.remove(AGREED_BLOB))?;
-        let velocity = read(snapshot.blobs.remove(VELOCITY_BLOB))?;
+        let agreed = read("agreed parameters", snapshot.blobs.remove(AGREED_BLOB))?;
+        let velocity = read("outer velocities", snapshot.blobs.remove(VELOCITY_BLOB))?;
         let q = snapshot.blobs.remove(Q_BLOB);
-        if let Some(factors) = &self.factors {
-            factors.import(&q.ok_or("the state has no Q of low-rank compression")?)?;
-        }
         let before = Replaced {
             lineage: self.lineage,
             past: self.past.clone(),
+            q: self.factors.as_ref().map(|factors| factors.q()),
             winner: Winner { peer: from, lineage },
         };
+        if let Some(factors) = &self.factors {
+            factors.import(&q.ok_or("the state has no Q of low-rank compression")?)?;
+        }
         self.adopt_lineage(lineage, now);
         self.replaced = Some(before);
         self.agreed = agreed;
@@ -112,7 +114,7 @@ impl Core {
     /// The program cannot use the state that was handed to it last, and has kept its own: back to the history of before, and
     /// away from it at once, as what was agreed on with others is gone. Whether there was such a state.
     pub(crate) fn refuse(&mut self, now: Instant) -> bool {
-        let Some(Replaced { lineage, past, winner }) = self.replaced.take() else { return false };
+        let Some(Replaced { lineage, past, q, winner }) = self.replaced.take() else { return false };
         self.distrust(now, &winner);
         self.given_up += 1;
         let nonce = self.alone_hash();
@@ -120,6 +122,9 @@ impl Core {
         (self.past, self.agreed) = (past, None);
         if let Some(outer) = &mut self.outer {
             outer.velocity.clear();
+        }
+        if let Some((factors, q)) = self.factors.as_ref().zip(q) {
+            factors.import(&q).expect("it was this peer's own");
         }
         true
     }
