@@ -364,7 +364,13 @@ class StateCodec:
                     raise ValueError(
                         f"{name}: expected {tuple(place.shape)} of {place.dtype}, found {tuple(shape)} of {dtype}"
                     )
-        return [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
+        values = [(place, tensor_of(blobs, name, place.dtype, place.shape)) for name, place in places]
+        for (name, place), (_, value) in zip(places, values, strict=True):
+            # A buffer may hold infinities on purpose, and float8 cannot be asked.
+            askable = name.startswith("param.") and place.is_floating_point() and place.element_size() > 1
+            if askable and not torch.isfinite(value).all():
+                raise ValueError(f"{name}: not all of its values are finite")
+        return values
 
     def _param_groups(self, received: list[Any]) -> list[dict[str, Any]]:
         """This optimizer's groups with the settings that were received."""

@@ -372,6 +372,17 @@ def test_a_hostile_state_is_refused_in_words(case: str) -> None:
     mine.step()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_parameters_that_are_no_numbers_are_refused(value: float) -> None:
+    donor, mine = Model(next(iter(FORMS)), 2), Model(next(iter(FORMS)), 1)
+    before = mine.everything()
+    with torch.no_grad():
+        next(iter(donor.layer.parameters())).view(-1)[0] = value
+    with pytest.raises(ValueError, match=r"param\.000000: not all of its values are finite"):
+        mine.codec.restore(*sent(donor))
+    assert mine.everything() == before
+
+
 def test_settings_of_another_kind_that_work_alike_are_taken() -> None:
     """What differs between programs and versions that train together is no reason to refuse."""
     meta, blobs = sent(Model("adam", 4))
