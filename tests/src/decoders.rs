@@ -9,7 +9,7 @@ use potluck_compression::{
 };
 use potluck_dht::dictionary::Dictionary;
 use potluck_dht::msgpack::Value;
-use potluck_dht::wire::{Answer, Ask, Reply, Request, WireEntry, WireRecord};
+use potluck_dht::wire::{Answer, Ask, Refusal, Reply, Request, WireEntry, WireRecord};
 use potluck_dht::{DhtId, Ed25519Validator, Expiration, Record, RecordValidator, Verdict};
 use potluck_net::Identity;
 use std::collections::BTreeMap;
@@ -308,6 +308,8 @@ fn dht_seeds() -> Vec<(&'static str, Bytes)> {
     let entry = Some(WireEntry::Dictionary(vec![(value.clone(), (value.clone(), left))]));
     let replies = [
         Reply::Pong,
+        Reply::Refused(Refusal::Malformed),
+        Reply::Refused(Refusal::Rate),
         Reply::Found { entry: Some(WireEntry::Regular((value.clone(), left))), contacts: Vec::new() },
         Reply::Found { entry, contacts },
         Reply::Stored(vec![Verdict::Accepted, Verdict::Full, Verdict::Older { version: 3 }]),

@@ -39,7 +39,11 @@ pub struct DhtConfig {
     pub storage_bytes_max: usize,
     /// Bytes that one peer may have stored here.
     pub storage_bytes_per_peer_max: usize,
-    /// Requests per second that one peer may send in the long run.
+    /// Records that are kept for others.
+    pub storage_records_max: usize,
+    /// Records that one peer may have stored here.
+    pub storage_records_per_peer_max: usize,
+    /// Requests per second that one peer may send in the long run. Sixteen records of a store count as one.
     pub requests_per_second: f64,
     /// Requests that one peer may send at once.
     pub requests_burst: f64,
@@ -61,6 +65,8 @@ impl Default for DhtConfig {
             blacklist_time: Duration::from_secs(5),
             storage_bytes_max: 64 << 20,
             storage_bytes_per_peer_max: 16 << 20,
+            storage_records_max: 32 << 10,
+            storage_records_per_peer_max: 8 << 10,
             requests_per_second: 50.0,
             requests_burst: 500.0,
         }

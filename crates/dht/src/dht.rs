@@ -1,7 +1,7 @@
 //! The facade: start, store, get, shut down.
 
 use crate::config::{DhtConfig, StartError};
-use crate::node::{Node, Stats};
+use crate::node::{ASKED_MAX, Node, Stats};
 use crate::record::RecordValidator;
 use crate::search::{Found, StoreReport};
 use crate::signed::Ed25519Validator;
@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 
 /// Streams that may wait to be answered; more are refused as busy.
 const BACKLOG: usize = 256;
-/// Requests that are read at a time. One peer has its share.
-const PLACES: rpc::Places = rpc::Places { total: 256, per_peer: 32 };
+/// Requests that are read at a time. One peer has its share, twice what an honest one asks at a time.
+const PLACES: rpc::Places = rpc::Places { total: 256, per_peer: 2 * ASKED_MAX };
 /// News that wait for the upkeep task.
 const NEWS_MAX: usize = 256;
 

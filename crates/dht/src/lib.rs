@@ -43,6 +43,7 @@
 //! * A key or subkey that contains [`owner_tag`] can be written by that peer only, and its later store wins.
 //! * Messages carry durations, never clock times. A copy that is handed on lives longer by the time of its way.
 //! * A node enters a table only by answering a question. Clients are in no table and store nothing.
+//! * A refusal costs a node neither its place in a table nor the next question; nor does a single broken stream.
 //! * Its owner may leave: holders keep a record on the nodes nearest to its key until it expires.
 //!
 //! What it does not do: a signed record can be repeated by anyone once its owner's newer ones have expired, because no
@@ -64,7 +65,12 @@
 //! | table refresh | every 120 s; one silent node (60 s) is pinged every 6 to 9 s | |
 //! | key and subkey, value, life | 512 B, 64 KiB, 24 h | |
 //! | under one key, per storing peer, in total | 1 MiB, 16 MiB, 64 MiB | |
-//! | requests per peer | 50 a second, 500 at once | |
+//! | records per storing peer, in total | 8,192, 32,768 | |
+//! | records in one store; subkeys in one answer | 256; 8,192 | |
+//! | requests per peer | 50 a second, 500 at once; 16 records of a store count as one | |
+//! | questions that one node has open at another; streams of one peer that are read at a time | 16; 32 of 256 | |
+//! | one search | ends after 30 s; a beam is heard of each answer, and nobody who invents nodes | |
+//! | handing records on | one round at a time, at half the rate that a receiver allows | |
 
 mod config;
 mod dht;

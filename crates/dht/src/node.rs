@@ -13,7 +13,7 @@ use potluck_net::{Env, FaultKind, PeerFault, PeerId, Protocol, Transport, rpc};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 /// Peers whose failures are remembered.
@@ -24,6 +24,10 @@ const BLACKLIST_DOUBLINGS_MAX: u32 = 6;
 const SILENT_AFTER: Duration = Duration::from_secs(15);
 /// Peers whose requests are counted.
 const RATED_PEERS_MAX: usize = 4096;
+/// Questions to one node that are open at a time; more wait for their turn, because it would refuse them.
+pub(crate) const ASKED_MAX: usize = 16;
+/// Peers for which a line is kept before those that nobody stands in are given up.
+const LINES_MAX: usize = 256;
 
 /// News for the upkeep task.
 #[derive(Debug)]
@@ -45,6 +49,8 @@ pub(crate) struct Node {
     protocol: Protocol,
     born: Instant,
     state: Mutex<State>,
+    /// Who waits to ask whom.
+    lines: Mutex<BTreeMap<PeerId, Arc<Semaphore>>>,
 }
 
 pub(crate) struct State {
@@ -90,6 +96,8 @@ impl Node {
             total_bytes_max: config.storage_bytes_max,
             source_bytes_max: config.storage_bytes_per_peer_max,
             entry_bytes_max: ENTRY_BYTES_MAX,
+            total_records_max: config.storage_records_max,
+            source_records_max: config.storage_records_per_peer_max,
         };
         let state = State {
             table: RoutingTable::new(id, config.bucket_size, config.depth_modulo),
@@ -100,7 +108,17 @@ impl Node {
             stats: Stats::default(),
         };
         let (born, protocol) = (env.now(), Protocol::new(PROTOCOL));
-        Self { transport, env, config, id, news, protocol, born, state: Mutex::new(state) }
+        Self {
+            transport,
+            env,
+            config,
+            id,
+            news,
+            protocol,
+            born,
+            state: Mutex::new(state),
+            lines: Mutex::default(),
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -129,7 +147,11 @@ impl Node {
         let request = Request { sender, ask }.encode();
         let deadline = self.env.now() + self.config.rpc_timeout;
         let peer = contact.peer;
-        let answer = rpc::call(&*self.transport, peer, &self.protocol, request, deadline).await;
+        let line = self.line(peer);
+        let answer = match tokio::time::timeout_at(deadline, line.acquire()).await {
+            Ok(_turn) => rpc::call(&*self.transport, peer, &self.protocol, request, deadline).await,
+            Err(_) => Err(PeerFault::new(peer, FaultKind::Silent, "it answers none of our DHT requests")),
+        };
         let answer = answer.and_then(|bytes| {
             Answer::decode(bytes)
                 .map_err(|error| PeerFault::new(peer, FaultKind::Malformed, error.to_string()))
@@ -153,6 +175,15 @@ impl Node {
         }
     }
 
+    /// The line of those who ask `peer`.
+    fn line(&self, peer: PeerId) -> Arc<Semaphore> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() >= LINES_MAX {
+            lines.retain(|_, line| Arc::strong_count(line) > 1);
+        }
+        lines.entry(peer).or_insert_with(|| Arc::new(Semaphore::new(ASKED_MAX))).clone()
+    }
+
     /// A node answered us: the only way into the table.
     fn alive(&self, contact: Contact) {
         let now = self.now();
@@ -170,12 +201,20 @@ impl Node {
     }
 
     fn failed(&self, contact: &Contact, kind: FaultKind) {
-        if kind == FaultKind::Refused {
-            return;
-        }
         let now = self.now();
         let mut state = self.state();
-        state.table.remove(&contact.id);
+        if kind == FaultKind::Refused {
+            // Somebody is there. It is no longer the one who was silent for longest, or nobody else would be asked.
+            if state.table.contains(&contact.id) {
+                state.table.insert(contact.clone(), now);
+            }
+            return;
+        }
+        // A single broken stream may be the end of a connection that nobody used. A node that died breaks the next too.
+        let is_first = kind == FaultKind::Reset && !state.blacklist.contains_key(&contact.peer);
+        if !is_first {
+            state.table.remove(&contact.id);
+        }
         if state.blacklist.len() >= BLACKLIST_MAX {
             state.blacklist.retain(|_, failures| failures.until > now);
         }
@@ -184,8 +223,10 @@ impl Node {
         }
         let failures =
             state.blacklist.entry(contact.peer).or_insert(Failures { count: 0, until: Moment::ZERO });
-        failures.until = now + self.config.blacklist_time * 2u32.pow(failures.count);
-        failures.count = (failures.count + 1).min(BLACKLIST_DOUBLINGS_MAX);
+        if !is_first {
+            failures.until = now + self.config.blacklist_time * 2u32.pow(failures.count);
+            failures.count = (failures.count + 1).min(BLACKLIST_DOUBLINGS_MAX);
+        }
     }
 
     /// The contacts among `found` that are worth asking.

@@ -36,6 +36,13 @@ impl RateLimiter {
         allowed
     }
 
+    /// The request that `peer` was allowed turned out to cost as much as `more` others besides. Its debt keeps it waiting.
+    pub fn charge(&mut self, peer: PeerId, more: f64) {
+        if let Some((tokens, _)) = self.buckets.get_mut(&peer) {
+            *tokens -= more;
+        }
+    }
+
     /// Peers whose bucket would be full again need no memory; if that frees nothing, the longest silent one goes.
     fn forget_full(&mut self, now: Moment) {
         let full_after = Duration::from_secs_f64(self.burst / self.per_second.max(1e-3));
@@ -61,6 +68,16 @@ mod tests {
         assert!(limiter.allow(other, now));
         let later = now + Duration::from_secs(1);
         assert_eq!((0..9).filter(|_| limiter.allow(peer, later)).count(), 2);
+    }
+
+    #[test]
+    fn what_costs_more_is_paid_before_the_next() {
+        let mut limiter = RateLimiter::new(2.0, 3.0, 8);
+        let (peer, now) = (PeerId::from_ed25519(&[1; 32]), Duration::from_secs(100));
+        assert!(limiter.allow(peer, now));
+        limiter.charge(peer, 5.0);
+        assert!(!limiter.allow(peer, now + Duration::from_secs(1)));
+        assert!(limiter.allow(peer, now + Duration::from_secs(2)));
     }
 
     #[test]

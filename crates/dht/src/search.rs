@@ -273,11 +273,7 @@ impl Node {
         let own = self.id.distance(&id);
         let nearer = nearest.iter().filter(|contact| contact.id.distance(&id) < own).count();
         if !self.config.client_mode && nearer < count && origin == Origin::Owner {
-            let now = self.now();
-            let mut state = self.state();
-            let verdicts: Vec<Verdict> =
-                records.iter().map(|record| state.accept(now, None, record.clone(), origin)).collect();
-            placed.count(&verdicts);
+            placed.count(&self.accept(None, records.clone(), origin));
         }
         let mut candidates = nearest.iter();
         let mut open = FuturesUnordered::new();

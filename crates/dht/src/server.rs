@@ -12,6 +12,9 @@ use bytes::Bytes;
 use potluck_net::PeerId;
 use std::time::Duration;
 
+/// Records of a store that cost their sender as much as one request: their signatures take about a millisecond.
+const RECORDS_PER_REQUEST: usize = 16;
+
 /// Copies of one record whose expiries differ by less than this are the same record: what the way between holders adds.
 pub(crate) const COPY_SLACK: Duration = Duration::from_secs(3);
 
@@ -40,23 +43,50 @@ impl Node {
         if let Some(addresses) = request.sender {
             self.meet(Contact { id, peer, addresses });
         }
-        let mut state = self.state();
-        state.stats.answered += 1;
+        self.state().stats.answered += 1;
         match request.ask {
             Ask::Ping => Reply::Pong,
             Ask::Find { id: target, want_value } => {
+                let mut state = self.state();
                 let entry = if want_value { state.wire_entry(now, &target) } else { None };
                 let nearest = state.table.nearest(&target, self.config.bucket_size, Some(&id));
                 let contacts = nearest.into_iter().map(|contact| (contact.peer, contact.addresses)).collect();
                 Reply::Found { entry, contacts }
             }
             Ask::Store { handed_on, records } => {
+                self.state().limiter.charge(peer, store_cost(records.len()) - 1.0);
                 let origin = if handed_on { Origin::Holder(COPY_SLACK) } else { Origin::Owner };
-                let verdicts =
-                    records.into_iter().map(|record| state.accept(now, Some(peer), record, origin));
-                Reply::Stored(verdicts.collect())
+                Reply::Stored(self.accept(Some(peer), records, origin))
             }
         }
+    }
+
+    /// Check and keep records. Signatures are checked while others may have the state.
+    pub(crate) fn accept(
+        &self,
+        source: Option<PeerId>,
+        records: Vec<WireRecord>,
+        origin: Origin,
+    ) -> Vec<Verdict> {
+        let (now, validators) = (self.now(), self.state().validators.clone());
+        let checked = records.into_iter().map(|record| {
+            let WireRecord { key, subkey, value, left } = record;
+            let record = Record { key, subkey, value, expiration: Expiration::In(left) };
+            if left > LIFETIME_MAX || !validators.validate(&record) {
+                return None;
+            }
+            let version = validators.version(&record);
+            let Record { key: name, subkey, value, .. } = record;
+            let item = Item { value, expires: now + left, version };
+            Some(Write { source, name, subkey, item, origin })
+        });
+        let checked: Vec<Option<Write>> = checked.collect();
+        let mut state = self.state();
+        let keep = |write: Option<Write>| {
+            let Some(write) = write else { return Verdict::Invalid };
+            state.storage.store(now, DhtId::of_key(&write.name), write)
+        };
+        checked.into_iter().map(keep).collect()
     }
 
     /// A node that calls itself a server asked us something. If we know it, it lives; if not, it has to answer a
@@ -74,6 +104,11 @@ impl Node {
     }
 }
 
+/// What a store costs its sender, in requests.
+pub(crate) fn store_cost(records: usize) -> f64 {
+    records.div_ceil(RECORDS_PER_REQUEST).max(1) as f64
+}
+
 impl State {
     fn wire_entry(&mut self, now: Moment, id: &DhtId) -> Option<WireEntry> {
         let left = |item: &Item| (item.value.clone(), item.expires.saturating_sub(now));
@@ -83,24 +118,5 @@ impl State {
                 items.iter().map(|(subkey, item)| (subkey.clone(), left(item))).collect(),
             ),
         })
-    }
-
-    /// Check and keep one record.
-    pub(crate) fn accept(
-        &mut self,
-        now: Moment,
-        source: Option<PeerId>,
-        record: WireRecord,
-        origin: Origin,
-    ) -> Verdict {
-        let WireRecord { key, subkey, value, left } = record;
-        let record = Record { key, subkey, value, expiration: Expiration::In(left) };
-        if left > LIFETIME_MAX || !self.validators.validate(&record) {
-            return Verdict::Invalid;
-        }
-        let version = self.validators.version(&record);
-        let Record { key: name, subkey, value, .. } = record;
-        let item = Item { value, expires: now + left, version };
-        self.storage.store(now, DhtId::of_key(&name), Write { source, name, subkey, item, origin })
     }
 }

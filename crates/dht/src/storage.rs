@@ -6,11 +6,14 @@ use bytes::Bytes;
 use potluck_net::PeerId;
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::time::Duration;
 
 /// What one item costs besides its own bytes, so that empty values are not free.
 const ITEM_OVERHEAD: usize = 128;
+/// A full storage looks for expired items no more often than this.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-/// Bounds of a [`Storage`], in bytes.
+/// Bounds of a [`Storage`], in bytes and in records: each record is work again and again, however small it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StorageLimits {
     /// Everything together.
@@ -19,6 +22,29 @@ pub struct StorageLimits {
     pub source_bytes_max: usize,
     /// Everything under one key; it has to fit one answer.
     pub entry_bytes_max: usize,
+    /// Everything together.
+    pub total_records_max: usize,
+    /// What one peer may have stored here.
+    pub source_records_max: usize,
+}
+
+/// What records take.
+#[derive(Debug, Clone, Copy, Default)]
+struct Used {
+    records: usize,
+    bytes: usize,
+}
+
+impl Used {
+    fn add(&mut self, bytes: usize) {
+        self.records += 1;
+        self.bytes += bytes;
+    }
+
+    fn subtract(&mut self, bytes: usize) {
+        self.records -= 1;
+        self.bytes -= bytes;
+    }
 }
 
 /// Expiring records by key.
@@ -27,8 +53,10 @@ pub struct Storage {
     own: DhtId,
     limits: StorageLimits,
     slots: BTreeMap<DhtId, Slot>,
-    by_source: BTreeMap<PeerId, usize>,
-    bytes: usize,
+    by_source: BTreeMap<PeerId, Used>,
+    used: Used,
+    /// When everything that had expired was dropped last.
+    swept: Moment,
 }
 
 #[derive(Debug)]
@@ -58,7 +86,14 @@ pub struct Write {
 impl Storage {
     /// An empty storage of the node `own`.
     pub fn new(own: DhtId, limits: StorageLimits) -> Self {
-        Self { own, limits, slots: BTreeMap::new(), by_source: BTreeMap::new(), bytes: 0 }
+        Self {
+            own,
+            limits,
+            slots: BTreeMap::new(),
+            by_source: BTreeMap::new(),
+            used: Used::default(),
+            swept: Moment::ZERO,
+        }
     }
 
     /// Apply one write to key `id`. When the storage is full, the keys farthest from this node make room, so that an
@@ -84,14 +119,17 @@ impl Storage {
             return Verdict::Full;
         }
         if let Some(source) = write.source {
-            let refund: usize =
-                freed.iter().filter(|(payer, _)| *payer == Some(source)).map(|(_, bytes)| bytes).sum();
-            let used = self.by_source.get(&source).copied().unwrap_or(0);
-            if used - refund + cost > self.limits.source_bytes_max {
+            let mut used = self.by_source.get(&source).copied().unwrap_or_default();
+            freed
+                .iter()
+                .filter(|(payer, _)| *payer == Some(source))
+                .for_each(|(_, bytes)| used.subtract(*bytes));
+            used.add(cost);
+            if used.bytes > self.limits.source_bytes_max || used.records > self.limits.source_records_max {
                 return Verdict::Full;
             }
         }
-        if !self.make_room(now, id, cost) {
+        if !self.make_room(now, id, cost, &freed) {
             return Verdict::Full;
         }
         self.apply(id, write, cost);
@@ -127,37 +165,47 @@ impl Storage {
                 self.slots.insert(id, Slot { name: write.name, entry, bytes: cost, charges });
             }
         }
-        self.bytes += cost;
+        self.used.add(cost);
         if let Some(source) = write.source {
-            *self.by_source.entry(source).or_default() += cost;
+            self.by_source.entry(source).or_default().add(cost);
         }
     }
 
     fn refund(&mut self, payer: Option<PeerId>, bytes: usize) {
-        self.bytes -= bytes;
+        self.used.subtract(bytes);
         if let Some(payer) = payer
             && let Some(used) = self.by_source.get_mut(&payer)
         {
-            *used -= bytes;
-            if *used == 0 {
+            used.subtract(bytes);
+            if used.records == 0 {
                 self.by_source.remove(&payer);
             }
         }
     }
 
-    /// Evict until `cost` more bytes fit; false if `id` itself is the farthest key.
-    fn make_room(&mut self, now: Moment, id: DhtId, cost: usize) -> bool {
-        if self.bytes + cost <= self.limits.total_bytes_max {
+    /// Evict until one more record of `cost` bytes fits; false if `id` itself is the farthest key.
+    fn make_room(&mut self, now: Moment, id: DhtId, cost: usize, freed: &[(Option<PeerId>, usize)]) -> bool {
+        if self.has_room(cost, freed) {
             return true;
         }
-        self.expire(now);
-        while self.bytes + cost > self.limits.total_bytes_max {
+        // Everything is looked at now and then only: while the storage is full, each write comes here.
+        if now >= self.swept + SWEEP_EVERY {
+            self.expire(now);
+        }
+        while !self.has_room(cost, freed) {
             match self.farthest() {
                 Some(far) if self.own.distance(&far) > self.own.distance(&id) => self.remove(far),
                 _ => return false,
             }
         }
         true
+    }
+
+    fn has_room(&self, cost: usize, freed: &[(Option<PeerId>, usize)]) -> bool {
+        let mut used = self.used;
+        freed.iter().for_each(|(_, bytes)| used.subtract(*bytes));
+        used.add(cost);
+        used.bytes <= self.limits.total_bytes_max && used.records <= self.limits.total_records_max
     }
 
     /// The stored key farthest from this node, found bit by bit.
@@ -205,6 +253,7 @@ impl Storage {
 
     /// Drop everything that has expired.
     pub fn expire(&mut self, now: Moment) {
+        self.swept = now;
         let ids: Vec<DhtId> = self.slots.keys().copied().collect();
         for id in ids {
             self.prune(now, id);
@@ -240,6 +289,6 @@ impl Storage {
 
     /// Bytes in use, with overhead.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.used.bytes
     }
 }

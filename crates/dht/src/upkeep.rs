@@ -4,9 +4,9 @@ use crate::entry::{Entry, Moment, Origin};
 use crate::id::DhtId;
 use crate::node::{News, Node};
 use crate::search::Until;
-use crate::server::COPY_SLACK;
+use crate::server::{COPY_SLACK, store_cost};
 use crate::table::Contact;
-use crate::wire::{Ask, MESSAGE_BYTES_MAX, WireRecord};
+use crate::wire::{Ask, MESSAGE_BYTES_MAX, RECORDS_MAX, WireRecord};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -29,8 +29,10 @@ const JOBS_MAX: usize = 32;
 const SILENT_MAX: Duration = Duration::from_secs(60);
 /// Bytes of one hand-over message.
 const HAND_OVER_BYTES: usize = MESSAGE_BYTES_MAX / 2;
-/// Records of one hand-over message.
-const HAND_OVER_RECORDS: usize = 4096;
+/// Keys that are gathered at a time: each is compared with everybody in the table.
+const GATHERED_MAX: usize = 256;
+/// What upkeep takes of the rate that others allow us; the rest is for questions.
+const RATE_SHARE: f64 = 0.5;
 /// What a record costs on the wire besides its strings.
 const RECORD_OVERHEAD: usize = 32;
 
@@ -42,6 +44,8 @@ struct Schedule {
     tick: Moment,
     /// When each key is handed on next.
     republish: BTreeMap<DhtId, Moment>,
+    /// Keys are being handed on; what is due meanwhile waits for the next tick.
+    is_republishing: bool,
 }
 
 /// What a job came to.
@@ -51,15 +55,21 @@ enum Done {
         /// Whether we know anybody now.
         joined: bool,
     },
+    /// What was due has been handed on.
+    Republish,
     /// Anything else.
     Other,
 }
 
 impl Schedule {
     fn note(&mut self, node: &Node, done: Done) {
-        if let Done::Join { joined } = done {
-            self.rejoin_pause = if joined { REJOIN_MAX } else { (self.rejoin_pause * 2).min(REJOIN_MAX) };
-            self.rejoin = node.now() + self.rejoin_pause.mul_f64(0.75 + 0.5 * fraction(node));
+        match done {
+            Done::Join { joined } => {
+                self.rejoin_pause = if joined { REJOIN_MAX } else { (self.rejoin_pause * 2).min(REJOIN_MAX) };
+                self.rejoin = node.now() + self.rejoin_pause.mul_f64(0.75 + 0.5 * fraction(node));
+            }
+            Done::Republish => self.is_republishing = false,
+            Done::Other => {}
         }
     }
 }
@@ -72,6 +82,7 @@ pub(crate) async fn run(node: Arc<Node>, mut news: mpsc::Receiver<News>) {
         refresh: node.config.refresh_interval,
         tick: node.config.republish_interval.mul_f64(0.25 + 0.25 * fraction(&node)),
         republish: BTreeMap::new(),
+        is_republishing: false,
     };
     let mut jobs: FuturesUnordered<BoxFuture<'static, Done>> = FuturesUnordered::new();
     loop {
@@ -159,7 +170,7 @@ fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<B
     let mut due = Vec::new();
     for id in ids {
         let at = *schedule.republish.entry(id).or_insert(now + node.config.republish_interval / 2);
-        if now >= at {
+        if now >= at && !schedule.is_republishing {
             let rank = state.table.rank(&id, node.config.num_replicas);
             let pause = node.config.republish_interval * (1 + rank as u32);
             schedule.republish.insert(id, now + pause);
@@ -168,26 +179,51 @@ fn tick(node: &Arc<Node>, schedule: &mut Schedule, jobs: &mut FuturesUnordered<B
     }
     drop(state);
     if !due.is_empty() {
-        jobs.push(Box::pin(republish(node.clone(), due).map(|()| Done::Other)));
+        schedule.is_republishing = true;
+        jobs.push(Box::pin(republish(node.clone(), due).map(|()| Done::Republish)));
     }
 }
 
 /// Make sure that each key has its replicas, by what our own table says is near: the neighbourhood of a key is where a
-/// holder's table is dense.
+/// holder's table is dense. Keys with the same replicas travel together.
 async fn republish(node: Arc<Node>, due: Vec<DhtId>) {
-    for id in due {
-        let (nearest, batches) = {
-            let state = node.state();
-            let nearest = state.table.nearest(&id, node.config.bucket_size, None);
-            let Some((name, entry)) = state.storage.slot(&id) else { continue };
-            (nearest, batches(records(name, entry, node.now())))
-        };
-        for batch in batches {
-            let mut faults = Vec::new();
-            let origin = Origin::Holder(COPY_SLACK);
-            node.place(&nearest, batch, Moment::MAX, origin, &mut faults).await;
+    for ids in due.chunks(GATHERED_MAX) {
+        let gathered = node.now();
+        for (nearest, records) in gather(&node, ids) {
+            for batch in batches(records) {
+                let batch = aged(batch, node.now() - gathered);
+                let count = batch.len();
+                let mut faults = Vec::new();
+                let origin = Origin::Holder(COPY_SLACK);
+                node.place(&nearest, batch, Moment::MAX, origin, &mut faults).await;
+                pause_after(&node, count).await;
+            }
         }
     }
+}
+
+/// The records under these keys, by who should hold them.
+fn gather(node: &Node, ids: &[DhtId]) -> Vec<(Vec<Contact>, Vec<WireRecord>)> {
+    let now = node.now();
+    let state = node.state();
+    let mut groups = BTreeMap::new();
+    for id in ids {
+        let Some((name, entry)) = state.storage.slot(id) else { continue };
+        let nearest = state.table.nearest(id, node.config.bucket_size, None);
+        let mut replicas: Vec<PeerId> =
+            nearest.iter().take(node.config.num_replicas).map(|contact| contact.peer).collect();
+        replicas.sort_unstable();
+        let (_, group) = groups.entry(replicas).or_insert_with(|| (nearest, Vec::new()));
+        group.extend(records(name, entry, now));
+    }
+    groups.into_values().collect()
+}
+
+/// A long hand-over stays within the rate that a receiver allows, if its settings are like ours.
+async fn pause_after(node: &Node, records: usize) {
+    let requests = store_cost(records);
+    tokio::time::sleep(Duration::from_secs_f64(requests / (node.config.requests_per_second * RATE_SHARE)))
+        .await;
 }
 
 async fn react(node: Arc<Node>, item: News) {
@@ -207,29 +243,41 @@ async fn react(node: Arc<Node>, item: News) {
 
 /// hivemind's rule: the holder that is nearest to a key gives it to a newcomer that belongs among its replicas.
 async fn hand_over(node: &Node, newcomer: Contact) {
-    let now = node.now();
-    let mut share = Vec::new();
-    {
-        let state = node.state();
-        for (id, name, entry) in state.storage.iter() {
-            let distance = |contact: &Contact| contact.id.distance(id);
-            let neighbours = state.table.nearest(id, node.config.num_replicas, Some(&newcomer.id));
-            let belongs = match (neighbours.first(), neighbours.last()) {
-                (Some(first), Some(last)) => {
-                    node.id.distance(id) < distance(first) && distance(&newcomer) < distance(last)
-                }
-                _ => true,
-            };
-            if belongs {
-                share.extend(records(name, entry, now));
+    let ids: Vec<DhtId> = node.state().storage.iter().map(|(id, ..)| *id).collect();
+    for ids in ids.chunks(GATHERED_MAX) {
+        let gathered = node.now();
+        for records in batches(share(node, &newcomer, ids)) {
+            let records = aged(records, node.now() - gathered);
+            let count = records.len();
+            if node.ask(&newcomer, Ask::Store { handed_on: true, records }).await.is_err() {
+                return;
             }
+            pause_after(node, count).await;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// What of these keys belongs to a newcomer and is ours to give.
+fn share(node: &Node, newcomer: &Contact, ids: &[DhtId]) -> Vec<WireRecord> {
+    let now = node.now();
+    let state = node.state();
+    let mut share = Vec::new();
+    for id in ids {
+        let Some((name, entry)) = state.storage.slot(id) else { continue };
+        let distance = |contact: &Contact| contact.id.distance(id);
+        let neighbours = state.table.nearest(id, node.config.num_replicas, Some(&newcomer.id));
+        let belongs = match (neighbours.first(), neighbours.last()) {
+            (Some(first), Some(last)) => {
+                node.id.distance(id) < distance(first) && distance(newcomer) < distance(last)
+            }
+            _ => true,
+        };
+        if belongs {
+            share.extend(records(name, entry, now));
         }
     }
-    for records in batches(share) {
-        if node.ask(&newcomer, Ask::Store { handed_on: true, records }).await.is_err() {
-            return;
-        }
-    }
+    share
 }
 
 fn records(name: &Bytes, entry: &Entry, now: Moment) -> Vec<WireRecord> {
@@ -243,6 +291,13 @@ fn records(name: &Bytes, entry: &Entry, now: Moment) -> Vec<WireRecord> {
     items.into_iter().map(record).collect()
 }
 
+/// What is left of records that waited for their turn: waiting must not prolong a life.
+fn aged(mut records: Vec<WireRecord>, waited: Duration) -> Vec<WireRecord> {
+    records.iter_mut().for_each(|record| record.left = record.left.saturating_sub(waited));
+    records.retain(|record| !record.left.is_zero());
+    records
+}
+
 /// Cut a list of records into messages.
 fn batches(records: Vec<WireRecord>) -> Vec<Vec<WireRecord>> {
     let mut batches: Vec<Vec<WireRecord>> = Vec::new();
@@ -251,7 +306,7 @@ fn batches(records: Vec<WireRecord>) -> Vec<Vec<WireRecord>> {
         let subkey_len = record.subkey.as_ref().map_or(0, Bytes::len);
         let cost = record.key.len() + subkey_len + record.value.len() + RECORD_OVERHEAD;
         match batches.last_mut() {
-            Some(batch) if bytes + cost <= HAND_OVER_BYTES && batch.len() < HAND_OVER_RECORDS => {
+            Some(batch) if bytes + cost <= HAND_OVER_BYTES && batch.len() < RECORDS_MAX => {
                 bytes += cost;
                 batch.push(record);
             }

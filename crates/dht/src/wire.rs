@@ -30,8 +30,10 @@ pub const PROTOCOL: &str = "/potluck/dht/1";
 pub const MESSAGE_BYTES_MAX: usize = 2 << 20;
 /// Everything under one key, as it is counted by the storage: leaves room in a message for contacts.
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
-/// Records in one store request, and subkeys in one answer.
-pub const RECORDS_MAX: usize = 8192;
+/// Records in one store request: each may cost its receiver a check of a signature. Senders cut what is more.
+pub const RECORDS_MAX: usize = 256;
+/// Subkeys in one answer: all that the storage keeps under one key.
+pub const SUBKEYS_MAX: usize = 8192;
 /// Contacts in one answer.
 pub const CONTACTS_MAX: usize = 64;
 /// Addresses of one peer.
@@ -461,7 +463,7 @@ impl Reader {
         Ok(match self.u8("entry")? {
             0 => None,
             1 => Some(WireEntry::Regular(self.item()?)),
-            2 => Some(WireEntry::Dictionary(self.list("subkeys", RECORDS_MAX, |input| {
+            2 => Some(WireEntry::Dictionary(self.list("subkeys", SUBKEYS_MAX, |input| {
                 let subkey = input.bytes16("subkey")?;
                 Ok((subkey, input.item()?))
             })?)),

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use potluck_dht::dictionary::Dictionary;
 use potluck_dht::msgpack::Value;
-use potluck_dht::wire::{Answer, Ask, Reply, Request, WireEntry, WireError, WireRecord};
+use potluck_dht::wire::{Answer, Ask, Refusal, Reply, Request, WireEntry, WireError, WireRecord};
 use potluck_dht::{DhtId, Ed25519Validator, Expiration, Record, RecordValidator, Verdict, rendezvous};
 use potluck_net::{Identity, PeerId};
 use proptest::prelude::*;
@@ -44,7 +44,8 @@ fn answer() -> impl Strategy<Value = Answer> {
         any::<u64>().prop_map(|version| Verdict::Older { version }),
     ];
     let stored = proptest::collection::vec(verdict, 0..9).prop_map(Reply::Stored);
-    let reply = prop_oneof![Just(Reply::Pong), found, stored];
+    let refused = prop_oneof![Just(Refusal::Malformed), Just(Refusal::Rate)].prop_map(Reply::Refused);
+    let reply = prop_oneof![Just(Reply::Pong), refused, found, stored];
     reply.prop_map(|reply| Answer { addresses: vec!["/ip4/1.2.3.4".into()].into(), reply })
 }
 

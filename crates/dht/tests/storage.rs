@@ -23,7 +23,13 @@ fn item(value: &str, expires: u64, version: u64) -> Item {
 }
 
 fn storage(total: usize, source: usize) -> Storage {
-    let limits = StorageLimits { total_bytes_max: total, source_bytes_max: source, entry_bytes_max: 4000 };
+    let limits = StorageLimits {
+        total_bytes_max: total,
+        source_bytes_max: source,
+        entry_bytes_max: 4000,
+        total_records_max: 100,
+        source_records_max: 100,
+    };
     Storage::new(DhtId::ZERO, limits)
 }
 
@@ -109,6 +115,39 @@ fn memory_is_bounded_per_source_and_in_total_and_far_keys_go_first() {
     assert_eq!(held, all[..held.len()], "what is left is what lies nearest to our own id, which is zero");
     kept.expire(seconds(100));
     assert_eq!((kept.len(), kept.bytes()), (0, 0));
+}
+
+#[test]
+fn records_are_bounded_per_source_and_in_total_however_small_they_are() {
+    let limits = StorageLimits {
+        total_bytes_max: 1 << 20,
+        source_bytes_max: 1 << 20,
+        entry_bytes_max: 4000,
+        total_records_max: 20,
+        source_records_max: 5,
+    };
+    let mut kept = Storage::new(DhtId::ZERO, limits);
+    let write = |index: u8, expires: u64| Write {
+        source: Some(peer(index / 8)),
+        name: Bytes::from(vec![index]),
+        subkey: None,
+        item: item("", expires, 0),
+        origin: Origin::Owner,
+    };
+    let mut verdicts = Vec::new();
+    for index in 0..80u8 {
+        verdicts.push(kept.store(seconds(1), DhtId::of_key(&[index]), write(index, 100)));
+        assert!(kept.len() <= 20);
+    }
+    assert_eq!(verdicts[..5], [Verdict::Accepted; 5]);
+    assert_eq!(verdicts[5..8], [Verdict::Full; 3]);
+    let held: Vec<DhtId> = kept.iter().map(|(id, ..)| *id).collect();
+    assert_eq!(held.len(), 20);
+    for index in (0..80u8).filter(|index| held.contains(&DhtId::of_key(&[*index]))) {
+        let again = kept.store(seconds(2), DhtId::of_key(&[index]), write(index, 200));
+        assert_eq!(again, Verdict::Accepted, "what is here may be renewed while everything is full");
+    }
+    assert_eq!(kept.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), held);
 }
 
 fn contact(id: [u8; 2]) -> Contact {
