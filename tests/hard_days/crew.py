@@ -16,6 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # A process that says nothing for this long will not say it any more: two slow cores may be shared by many.
 PATIENCE = 180.0
+# Fewer bytes than this on an interface in 20 ms are no transfer.
+QUIET = 500
 # For peers that train until `Crew.until` names their last epoch.
 ENDLESS = 1 << 30
 
@@ -135,6 +137,15 @@ class Running:
             self.process.stdin.close()
         self.process.stdout.close()
 
+    def traffic(self):
+        """Bytes that its host's interface received and sent so far; asked of the kernel, without another process."""
+        for line in Path(f"/proc/{self.process.pid}/net/dev").read_text().splitlines():
+            device, _, figures = line.partition(":")
+            if device.strip() == self.host.device:
+                fields = figures.split()
+                return int(fields[0]), int(fields[8])
+        raise HardDay(f"{self.name}: no {self.host.device} on its host")
+
     def alive(self):
         """Whether it runs."""
         return self.process.poll() is None
@@ -177,13 +188,13 @@ class Crew:
             peer.wait("ready")
         return peer
 
-    def node(self, name, host, port=4001, relay=False):
-        """A bootstrap node at a fixed address; it and its token."""
+    def node(self, name, host, port=4001, relay=False, identity=None):
+        """A bootstrap node at a fixed address; it and its token. `identity` is the name of the one whose key it has."""
         listen = [f"/ip4/0.0.0.0/tcp/{port}", f"/ip4/0.0.0.0/udp/{port}/quic-v1"]
         announce = [f"/ip4/{host.address}/tcp/{port}", f"/ip4/{host.address}/udp/{port}/quic-v1"]
         running = self.start(
             name, host, self.potluck, "node", "--run", "hard", "--json", "--no-port-mapping",
-            "--identity", self.folder / f"{name}.key", *(["--relay"] if relay else []),
+            "--identity", self.folder / f"{identity or name}.key", *(["--relay"] if relay else []),
             *(word for address in listen for word in ("--listen", address)),
             *(word for address in announce for word in ("--announce", address)),
         )  # fmt: skip
@@ -217,12 +228,26 @@ class Crew:
         """Wait until these peers hold still at the last epoch; nobody has left yet."""
         self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
 
-    def until(self, peers, at_least):
+    def in_transfer(self, peer, kilobytes, seconds=PATIENCE):
+        """Wait until this peer's host is in the middle of a transfer: so much has moved since the last quiet moment.
+
+        Between rounds a peer sends and receives heartbeats only, some hundred bytes at a time.
+        """
+        before, moved, deadline = sum(peer.traffic()), 0, time.monotonic() + seconds
+        while moved < kilobytes * 1000:
+            if time.monotonic() > deadline:
+                raise HardDay(f"{peer.name}: no transfer in {seconds:.0f} s; see {peer.log_path}")
+            time.sleep(0.02)
+            now = sum(peer.traffic())
+            moved = moved + now - before if now - before >= QUIET else 0
+            before = now
+
+    def until(self, peers, at_least, ahead=15):
         """Let these peers, who were started with ENDLESS epochs, train to one epoch, a little ahead; which it is.
 
         A last epoch that was fixed at the start may come before a busy machine has started the last peer.
         """
-        last = max(at_least, *(peer.epoch + 15 for peer in peers))
+        last = max(at_least, *(peer.epoch + ahead for peer in peers))
         for peer in peers:
             peer.order(f"until {last}")
         return last

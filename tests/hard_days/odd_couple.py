@@ -24,8 +24,20 @@ def play(crew):
     crew.arrive([slow, fast])
     # Asked before anybody leaves: who has left is not in the status of the others.
     credit = fast.credit(slow.said("ready")[0]["peer"])
+    gave = slow.credit(fast.said("ready")[0]["peer"])
     ends = crew.finish([slow, fast])
-    crew.check("one overflow, one batch skipped", f"{ends[1]['skipped']}", ends[1]["skipped"] == 1)
+    overflows = [(line["before"], line["after"], line["samples"]) for line in fast.said("overflow")]
+    crew.check(
+        "one overflow, and it halved the scale",
+        ", ".join(f"{before:.0f} to {after:.0f}" for before, after, _ in overflows) or "none",
+        len(overflows) == 1 and overflows[0][1] == overflows[0][0] / 2,
+    )
+    left_out = sum(samples for *_, samples in overflows)
+    crew.check(
+        "its batch is in nobody's credit",
+        f"{gave} counted, {ends[1]['samples']} computed, {left_out} overflowed",
+        gave is not None and gave == ends[1]["samples"] - left_out,
+    )
     failed = [end["status"]["rounds_failed"] for end in ends]
     crew.check("no round failed by it", f"{failed}", failed == [0, 0])
     rounds = [tuple(map(int, found)) for found in ROUND.findall(fast.log())]
@@ -38,4 +50,4 @@ def play(crew):
         f"{credit} counted, {ends[0]['samples']} computed",
         0.9 * ends[0]["samples"] <= (credit or 0) <= ends[0]["samples"],
     )
-    rules.all_of_them(crew, ends, [fast], **TRAINING)
+    rules.all_of_them(crew, ends, [slow, fast], **TRAINING)

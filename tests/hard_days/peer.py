@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import zlib
 from contextlib import nullcontext
 
 import torch
@@ -238,10 +239,14 @@ class Peer:
             token=self.dht.token(options.run),
             version=potluck.__version__,
             gradients=[shape.numel() for shape in self.optimizer.grad_averager._flat.shapes],
+            ballast=self.ballast_crc(),
         )
         self.seen = -1
         self.samples = 0
-        self.skipped = 0
+
+    def ballast_crc(self):
+        """A checksum of the extra state, or None."""
+        return zlib.crc32(self.ballast.numpy()) if self.options.ballast else None
 
     def poisoned(self):
         """On the word `poison`, one contribution is spoilt behind the back of every check on this side."""
@@ -270,15 +275,18 @@ class Peer:
             if self.orders.overflow.is_set():
                 self.orders.overflow.clear()
                 loss = loss * 1e30
-                self.skipped += 1
             scaled = loss / options.accumulate
             (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
         optimizer.report_loss(loss.detach())
         if self.scaler is None:
             optimizer.step()
         else:
+            before = self.scaler.get_scale()
             self.scaler.step(optimizer)
             self.scaler.update()
+            # The scaler's own word for it: it lowers the scale when it has left out a step.
+            if (after := self.scaler.get_scale()) < before:
+                say("overflow", before=before, after=after, samples=options.batch * options.accumulate)
         self.samples += options.batch * options.accumulate
         time.sleep(options.pace)
 
@@ -331,8 +339,7 @@ class Peer:
             hash=digest(self.training.model),
             held_out=self.training.held_out(),
             samples=self.samples,
-            skipped=self.skipped,
-            ballast=None if not self.options.ballast else float(self.ballast.double().sum()),
+            ballast=self.ballast_crc(),
             status=self.optimizer.status(),
             **resources(),
         )
