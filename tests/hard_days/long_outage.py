@@ -1,4 +1,5 @@
-"""Day 5: one link is down, one peer suspended, the bootstrap node gone for the whole time; then all are back."""
+"""Day 5: one link is down for three minutes, one peer suspended, the bootstrap node gone for the whole time; then all are
+back, the node with its old identity, so that the old token still lets somebody in."""
 
 import signal
 import time
@@ -10,7 +11,7 @@ TITLE = "long outage"
 TRAINING = {"epochs": ENDLESS, "target": 512}
 LAST = 120
 # Long enough that the others have missed both many times over; 40 and 10 minutes in the original story.
-OUTAGE = 60.0
+OUTAGE = 180.0
 
 
 def play(crew):
@@ -41,14 +42,22 @@ def play(crew):
     for peer in peers:
         peer.wait("epoch", lambda line: line["peers"] == 4, since=before[peer])
     crew.check("both return unaided", f"{time.monotonic() - back:.1f} s, no node", True)
-    crew.node("node-again", where)
-    crew.until(peers, LAST)
-    ends = crew.finish(peers, 400)
+    again, renewed = crew.node("node-again", where, identity="node")
+    crew.check("the node returns as who it was", again.name, renewed == token)
+    # Whoever has only the old token can come in by the node alone, and only if the others have dialled it again.
+    newcomer = crew.peer(
+        "newcomer", crew.lab.public("newcomer"), join=token, seed=4, batch=32, pace=0.1, **TRAINING
+    )
+    seen = newcomer.wait("epoch", lambda line: line["peers"] == 5)
+    crew.check("a newcomer by the old token", f"{seen['peers']} peers at epoch {seen['epoch']}", True)
+    everybody = [*peers, newcomer]
+    crew.until(everybody, LAST)
+    ends = crew.finish(everybody, 400)
     for peer in (unplugged, suspended):
-        me = peer.said("ready")[0]["peer"][-6:]
-        rules.named_once(crew, f"{peer.name} gone", stay, rf"peer {me} is gone")
-        rules.named_once(crew, f"{peer.name} back", stay, rf"peer {me} is here", times=2)
+        rules.named_once(crew, f"{peer.name} gone", stay, rules.gone(peer))
+        # Once when it came, once when it returned.
+        rules.named_once(crew, f"{peer.name} back", stay, rf"peer {rules.short(peer)} is here", times=2)
     rules.named_once(crew, "being alone", [unplugged], "ALONE at epoch")
     histories = {end["status"]["lineage"]["samples"] for end in ends}
     crew.check("one lineage", f"{len(histories)}", len(histories) == 1)
-    rules.all_of_them(crew, ends, stay, **TRAINING)
+    rules.all_of_them(crew, ends, everybody, **TRAINING)
