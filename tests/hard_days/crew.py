@@ -121,8 +121,8 @@ class Running:
         self.killed = self.killed or number == signal.SIGKILL
         self.process.send_signal(number)
 
-    def end(self, seconds=60.0):
-        """Wait for the end; the exit code."""
+    def end(self, seconds=PATIENCE):
+        """Wait for the end; the exit code. A program with torch needs a second of processor time to exit."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -139,7 +139,11 @@ class Running:
 
     def traffic(self):
         """Bytes that its host's interface received and sent so far; asked of the kernel, without another process."""
-        for line in Path(f"/proc/{self.process.pid}/net/dev").read_text().splitlines():
+        try:
+            table = Path(f"/proc/{self.process.pid}/net/dev").read_text()
+        except OSError as error:
+            raise HardDay(f"{self.name} has ended; see {self.log_path}") from error
+        for line in table.splitlines():
             device, _, figures = line.partition(":")
             if device.strip() == self.host.device:
                 fields = figures.split()

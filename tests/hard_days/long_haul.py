@@ -1,19 +1,21 @@
-"""Day 10: six peers on thin pipes, somebody goes or comes every few seconds, rounds are cut off in mid-transfer, clocks are
-20 minutes apart; PowerSGD for the first half, then 8 bits. As long as `--minutes` says."""
+"""Day 10: six peers on thin pipes, somebody goes or comes every few seconds, three rounds in ten are cut off in mid-transfer,
+clocks are 20 minutes apart; PowerSGD for the first half, then 8 bits. As long as `--minutes` says."""
 
 import random
 import re
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import rules
 from crew import ENDLESS, HERE
 
 TITLE = "long haul"
-PEERS, TARGET, UP = 6, 512, 20.0
-FAILED = re.compile(r"no average of gradients, went on alone|missed the average of gradients")
-ROUNDS = re.compile(r"averaged gradients with (\d+) peers")
+# A round takes each peer most of a second of its line: some 80 kB each way.
+PEERS, TARGET, HIDDEN, UP, DOWN = 6, 1024, 256, 1.0, 4.0
+# How much of that has moved when a blow falls.
+MOVED = 30
 
 
 def clocks(crew):
@@ -33,9 +35,10 @@ class Haul:
         self.number = 0
         self.hosts = [crew.lab.public(f"{compression}{n}") for n in range(PEERS)]
         for host in self.hosts:
-            host.rate(up_mbit=UP)
-        self.peers = {}
-        self.killed = self.cut = self.politely = 0
+            host.rate(UP, DOWN)
+        self.peers, self.everybody = {}, []
+        # Who was killed, who left, and how often whose cable was pulled.
+        self.killed, self.left, self.cut = [], [], Counter()
 
     def come(self, place, token):
         """A peer on this host, with this host's clock."""
@@ -45,65 +48,104 @@ class Haul:
         self.crew.environment = {"LD_PRELOAD": str(self.library), "CLOCK_OFF": str(off)}
         self.peers[place] = self.crew.peer(
             f"{self.compression}-{self.number}", self.hosts[place], wait=False, run=self.run, join=token,
-            seed=self.number, batch=16, pace=0.15, target=TARGET, epochs=ENDLESS, compression=self.compression,
+            seed=self.number, batch=16, pace=0.15, target=TARGET, epochs=ENDLESS, hidden=HIDDEN,
+            compression=self.compression,
         )  # fmt: skip
         self.crew.environment = environment
+        self.everybody.append(self.peers[place])
         return self.peers[place]
 
     def trouble(self, token):
-        """One event: a kill, a polite leave, or a cable that is pulled for a moment."""
+        """One event in the middle of a transfer: a kill, a polite leave, or a cable that is pulled for some seconds."""
         # Places 0 and 1 stay: their memory is what is measured.
-        place = self.noise.randrange(2, PEERS)
-        peer, dice = self.peers[place], self.noise.random()
-        if not peer.alive() or not peer.said("epoch"):
+        here = [place for place in range(2, PEERS) if self.peers[place].said("epoch")]
+        if not here:
             return
-        if dice < 0.4:
+        place, dice = self.noise.choice(here), self.noise.random()
+        peer = self.peers[place]
+        self.crew.in_transfer(peer, kilobytes=MOVED)
+        if dice < 0.3:
             peer.signal(signal.SIGKILL)
             peer.end()
-            self.killed += 1
+            self.killed.append(peer)
             self.come(place, token)
-        elif dice < 0.6:
+        elif dice < 0.4:
             peer.order("leave")
             peer.end()
-            self.politely += 1
+            self.left.append(peer)
             self.come(place, token)
         else:
             self.hosts[place].link(False)
-            until = time.monotonic() + self.noise.uniform(0.5, 3.0)
+            until = time.monotonic() + self.noise.uniform(3.0, 7.0)
             self.crew.wait("the cable", lambda: time.monotonic() > until)
             self.hosts[place].link(True)
-            self.cut += 1
+            self.cut[peer.name] += 1
 
     def go(self, seconds, token):
         """Churn for so long, then a calm end."""
         stay = [self.come(place, token) for place in range(PEERS)][:2]
-        stay[0].wait("epoch", lambda line: line["peers"] >= PEERS)
+        began = stay[0].wait("epoch", lambda line: line["peers"] >= PEERS)["epoch"]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            pause = time.monotonic() + self.noise.uniform(2.0, 6.0)
-            self.crew.wait("the next event", lambda pause=pause: time.monotonic() > pause)
+            # In rounds, not in seconds: how many of them are hit must not follow from how busy this machine is.
+            following = stay[0].epoch + self.noise.choice((1, 1, 2))
+            self.crew.wait("the next event", lambda at=following: stay[0].epoch >= at)
             self.trouble(token)
+        churn = range(began, stay[0].epoch)
         peers = list(self.peers.values())
         self.crew.wait("everybody is here", lambda: all(p.said("epoch") or p.said("arrived") for p in peers))
         last = self.crew.until(peers, 0)
         ends = self.crew.finish(peers, 400)
-        self.report(stay, ends, last)
-        return ends
+        self.report(stay, ends, last, churn)
 
-    def report(self, stay, ends, last):
-        """The rules for this half."""
+    def report(self, stay, ends, last, churn):
+        """The rules for this half; `churn` are the epochs in which blows fell."""
         crew, what = self.crew, self.compression
-        injected = f"{self.killed} kills, {self.politely} leaves, {self.cut} cuts"
-        lost, done = len(FAILED.findall(stay[0].log())), len(ROUNDS.findall(stay[0].log()))
-        # A kill or a cut costs at most the round that it hit.
-        allowed = self.killed + self.cut + 0.02 * done
+        cuts = sum(self.cut.values())
+        injected = f"{len(self.killed)} kills, {len(self.left)} leaves, {cuts} cuts"
+        lost, rounds = rules.failed_rounds(stay[0]), rules.rounds(stay[0])
+        done = len(rounds)
+        # A kill or a cut costs at most the round that it hit, and most rounds that are hit end without whom they lost.
+        allowed = min(len(self.killed) + cuts + 0.02 * done, 2 + 0.1 * (done + len(lost)))
         crew.check(
-            f"{what}: lost rounds", f"{lost} of {done + lost}; {injected}", done > 0 and lost <= allowed
+            f"{what}: lost rounds, at most {allowed:.0f}",
+            f"{len(lost)} of {done + len(lost)}; {injected}",
+            done > 0 and len(lost) <= allowed,
         )
+        # By what either of those who stayed says: who had all of the average already names nobody.
+        hit = lost.union(*({epoch for epoch, (_, who) in rules.rounds(p).items() if who} for p in stay))
+        hit &= set(churn)
+        share = len(hit) / max(1, len(churn))
+        crew.check(
+            f"{what}: 30 % of rounds cut off in mid-transfer",
+            f"{len(hit)} of {len(churn)}: {share:.0%}",
+            share >= 0.3,
+        )
+        self.names(stay)
         rules.same_weights(crew, ends)
-        rules.loss_as_alone(crew, ends, epochs=max(last, ends[0]["epoch"]), target=TARGET)
+        rules.loss_as_alone(crew, ends, epochs=max(last, ends[0]["epoch"]), target=TARGET, hidden=HIDDEN)
         rules.flat(crew, stay, rss_mb=max(8.0, crew.minutes / 60), fds=12)
         rules.no_leak(crew, what, stay)
+
+    def names(self, stay):
+        """Each kill is one line of each who stayed; a cable that was out for long may be one more, and nothing else is."""
+        shown, ok = [], True
+        for peer in stay:
+            story = peer.story()
+            gone = Counter(re.findall(r"peer (\w+) is gone", story))
+            here = Counter(re.findall(r"peer (\w+) is here", story))
+            left = Counter(re.findall(r"peer (\w+) has left", story))
+            killed = [(rules.short(p), self.cut[p.name]) for p in self.killed]
+            missed = [name for name, cuts in killed if not 1 <= gone[name] == here[name] <= 1 + cuts]
+            others = {rules.short(p): self.cut[p.name] for p in self.everybody if p not in self.killed}
+            blamed = [name for name, cuts in others.items() if gone[name] > cuts]
+            impolite = [rules.short(p) for p in self.left if left[rules.short(p)] != 1]
+            shown.append(
+                f"{peer.name}: {len(killed) - len(missed)} of {len(killed)} killed, {sum(gone.values())} lines"
+                + (f", wrong: {missed} {blamed} {impolite}" if missed or blamed or impolite else "")
+            )
+            ok = ok and not (missed or blamed or impolite)
+        self.crew.check(f"{self.compression}: each kill named once, 'is gone'", "; ".join(shown), ok)
 
 
 def play(crew):
