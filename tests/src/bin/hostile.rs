@@ -77,11 +77,11 @@ async fn records(transport: &dyn Transport, node: PeerId, count: usize) {
 }
 
 /// What it is told, a word a line.
-fn orders() -> mpsc::UnboundedReceiver<String> {
-    let (said, orders) = mpsc::unbounded_channel();
+fn orders() -> mpsc::Receiver<String> {
+    let (said, orders) = mpsc::channel(8);
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
-            let _nobody_waits = said.send(line.trim().to_owned());
+            let _nobody_waits = said.blocking_send(line.trim().to_owned());
         }
     });
     orders
