@@ -277,6 +277,7 @@ impl Dialect for LocalDialect {
             .max_by_key(|snapshot| (snapshot.lineage == lineage, snapshot.epoch));
         let found = newest.map(Outcome::clean).ok_or_else(|| DownloadFailed {
             epoch_min,
+            offered: false,
             reason: "nobody offers it".to_owned(),
             faults: Vec::new(),
         });
