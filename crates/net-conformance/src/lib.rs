@@ -5,9 +5,13 @@
 //!
 //! Every wait has a limit of [`LIMIT`], by tokio's clock; run simulated networks with paused time.
 
+mod reused;
+
+pub use reused::*;
+
 use bytes::Bytes;
-use futures::stream::FuturesUnordered;
-use futures::{StreamExt, join};
+use futures::future::join_all;
+use futures::join;
 use potluck_net::{
     AcceptError, FRAME_BYTES_MAX, Identity, Incoming, OpenError, PeerId, Protocol, Stream, StreamError,
     Transport, rpc,
@@ -33,9 +37,15 @@ pub trait Network {
     /// End this peer without a goodbye, as a killed process does. Its transport need not work afterwards.
     fn kill(&self, peer: PeerId) -> impl Future<Output = ()>;
 
-    /// Somebody who keeps to no limit opens a stream of this protocol to this peer and sends a frame longer than
-    /// [`FRAME_BYTES_MAX`], or its header. The stream stays open until this is dropped; if it ends, that is the reason.
+    /// Somebody who keeps to no limit opens two streams of this protocol to this peer, one after the other, and sends a frame
+    /// longer than [`FRAME_BYTES_MAX`], or its header, on the second. A frame that comes on the first one it sends back. The
+    /// streams stay open until this is dropped; if one ends, that is the reason.
     fn send_oversize(&self, to: Arc<dyn Transport>, protocol: Protocol) -> impl Future<Output = String>;
+
+    /// How long it may take until a connection to a peer that was killed counts as broken, where nothing else ends it.
+    fn noticed_within(&self) -> Duration {
+        LIMIT
+    }
 
     /// Most bytes that a sender may be ahead of a reader that does not read: all windows and buffers between them.
     fn ahead_bytes_max(&self) -> usize {
@@ -63,6 +73,9 @@ pub async fn run_all<N: Network>(network: &N) {
     a_dead_peer_fails_within_the_deadline(network).await;
     close_is_final_and_idempotent(network).await;
     connections_are_reported(network).await;
+    an_unknown_protocol_is_refused_on_a_used_stream(network).await;
+    a_full_backlog_is_told_on_a_used_stream(network).await;
+    a_dead_peer_fails_within_the_deadline_on_a_used_stream(network).await;
 }
 
 /// Frames of 0, 1, 65,536 and [`FRAME_BYTES_MAX`] bytes arrive whole and in order, both ways at once.
@@ -269,11 +282,19 @@ pub async fn an_oversize_frame_is_refused_by_its_sender<N: Network>(network: &N)
     .await;
 }
 
-/// A frame that is too large, from a peer that does not check, is refused by who receives it.
+/// A frame that is too large, from a peer that does not check, is refused by who receives it. It costs that peer this stream
+/// and no other.
 pub async fn an_oversize_frame_is_refused_by_its_receiver<N: Network>(network: &N) {
     let (_, receiver) = network.two_peers().await;
-    let mut incoming = accept(&*receiver, &protocol(), 1);
-    let receive = async { incoming.next().await.expect("the transport is open").recv().await };
+    let mut incoming = accept(&*receiver, &protocol(), 2);
+    let receive = async {
+        let mut sound = incoming.next().await.expect("the transport is open");
+        let seen = incoming.next().await.expect("the transport is open").recv().await;
+        let frame = Bytes::from_static(b"still here");
+        sound.send(frame.clone()).await.expect("the other stream is open");
+        assert_eq!(sound.recv().await, Ok(Some(frame)), "the other stream goes on");
+        seen
+    };
     let seen = within("oversize frame from outside", async {
         tokio::select! {
             seen = receive => seen,
@@ -339,7 +360,7 @@ pub async fn a_protocol_has_one_owner_at_a_time<N: Network>(network: &N) {
     within("a stream for the new owner", incoming.next()).await.expect("not closed");
 }
 
-/// 1,500 exchanges that start at once are all answered.
+/// 1,500 exchanges that start at once are all answered, although all streams are open before the first answer.
 pub async fn many_streams_at_once_are_all_served<N: Network>(network: &N) {
     let (a, b) = network.two_peers().await;
     let mut incoming = accept(&*b, &protocol(), STREAMS);
@@ -350,37 +371,20 @@ pub async fn many_streams_at_once_are_all_served<N: Network>(network: &N) {
         let echo = stream.recv().await.expect("no reset").expect("an answer");
         assert!(echo == pattern(index, 200, 8), "stream {index} got the answer of another");
     };
-    let answer = async |mut stream: Stream| {
-        let frame = stream.recv().await.expect("no reset").expect("a question");
-        stream.send(frame).await.expect("open");
+    let answer = async |(mut stream, question): (Stream, Bytes)| {
+        stream.send(question).await.expect("open");
         stream.finish().await.expect("open");
     };
-    let mut calls: FuturesUnordered<_> = (0..STREAMS).map(exchange).collect();
     let serve = async {
-        let mut answers = FuturesUnordered::new();
-        loop {
-            tokio::select! {
-                biased;
-                stream = incoming.next() => answers.push(answer(stream.expect("not closed"))),
-                Some(()) = answers.next() => {}
-            }
+        let mut asked = Vec::new();
+        while asked.len() < STREAMS {
+            let mut stream = incoming.next().await.expect("not closed");
+            let question = stream.recv().await.expect("no reset").expect("a question");
+            asked.push((stream, question));
         }
+        join_all(asked.into_iter().map(answer)).await;
     };
-    let drive = async {
-        let mut done = 0;
-        while let Some(()) = calls.next().await {
-            done += 1;
-        }
-        assert_eq!(done, STREAMS);
-    };
-    within("1,500 streams", async {
-        tokio::select! {
-            biased;
-            () = drive => {}
-            () = serve => {}
-        }
-    })
-    .await;
+    within("1,500 streams", async { join!(join_all((0..STREAMS).map(exchange)), serve) }).await;
 }
 
 /// Nothing that concerns a dead peer outlasts its deadline: a call, an open, a stream that was open.
@@ -396,7 +400,7 @@ pub async fn a_dead_peer_fails_within_the_deadline<N: Network>(network: &N) {
     assert!(start.elapsed() < patience + STILL, "a call outlasted its deadline: {:?}", start.elapsed());
     let opened = timeout(Duration::from_secs(20), a.open(peer, protocol())).await;
     assert!(opened.expect("an open ends by itself within 15 s").is_err(), "opened a stream to a dead peer");
-    let seen = within("the stream that was open", ours.recv()).await;
+    let seen = timeout(network.noticed_within(), ours.recv()).await.expect("the stream that was open breaks");
     assert!(matches!(seen, Err(StreamError::Reset { .. })), "a dead peer was seen as {seen:?}");
 }
 

@@ -168,6 +168,7 @@ impl Driver {
         }
         self.reserve_relays(now);
         self.punch_again(now);
+        self.shared.peers.forget_ended();
         let sought = |peer: &PeerId| {
             let id = convert::to_libp2p(*peer);
             self.bootstrap.contains(&id) || self.relays.is_reserved(&id)
@@ -220,8 +221,8 @@ impl Driver {
     }
 
     fn dial(&mut self, peer: PeerId, reply: oneshot::Sender<Result<(), Vec<String>>>) {
-        let id = convert::to_libp2p(peer);
-        if self.swarm.is_connected(&id) {
+        // Not what the swarm says: it still counts a connection whose task has panicked.
+        if self.shared.peers.path(peer).is_some() {
             // An error means that the caller has given up.
             let _gone = reply.send(Ok(()));
             return;
@@ -254,7 +255,7 @@ impl Driver {
     fn on_dial_failed(&mut self, id: libp2p::PeerId, error: &DialError) {
         let Some(peer) = convert::from_libp2p(&id) else { return };
         let lines = stage::attempts(error).into_iter().map(|attempt| attempt.to_string());
-        if self.swarm.is_connected(&id) || !self.dials.failed(peer, lines) {
+        if self.shared.peers.path(peer).is_some() || !self.dials.failed(peer, lines) {
             return;
         }
         if self.dials.may_look_up(peer) && self.swarm.connected_peers().next().is_some() {

@@ -3,15 +3,16 @@
 //!
 //! When a stream has ended on both sides, whoever had accepted it writes [`READY`]; whoever had opened it keeps it, and
 //! opens its next stream of the same protocol by writing [`BEGIN`], without waiting for an answer. Without READY, or
-//! after a better connection has come, it is not used again. A refusal is a reset.
+//! after a better connection has come, it is not used again. Whoever cannot take the next stream writes [`BUSY`] or
+//! [`UNKNOWN`] in the place of its first frame, which ends that stream as if it had been dropped.
 
-use crate::shared::{Shared, lock};
+use crate::shared::{NoPlace, Shared, lock};
 use crate::traffic::StreamMeter;
 use crate::usage::{InUse, Usage};
 use crate::wire::{self, DROPPED, FINISHED, HEAD_BYTES, Left, Owner, Place};
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::swarm::ConnectionId;
-use potluck_net::{Path, PeerId, Protocol, Stream, Tasks};
+use potluck_net::{OpenError, Path, PeerId, Protocol, Stream, StreamError, Tasks};
 use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
@@ -25,6 +26,9 @@ use tokio::time::{Instant, timeout};
 const BEGIN: u32 = u32::MAX - 2;
 /// The mark of whoever accepts one: the last stream has ended here.
 const READY: u32 = u32::MAX - 3;
+/// The marks of whoever does not take a stream that was begun again: its backlog is full, or nobody there speaks that.
+const BUSY: u32 = u32::MAX - 4;
+const UNKNOWN: u32 = u32::MAX - 5;
 /// Byte streams kept for one peer and protocol. Requests to one peer are seldom more at a time.
 const KEPT_PER_PROTOCOL_MAX: usize = 4;
 /// Byte streams kept for all peers.
@@ -81,6 +85,18 @@ impl Owner<libp2p::Stream> for Lease {
 
     fn received(&self, bytes: usize) {
         self.meter.received(bytes);
+    }
+
+    fn refusal(&self, mark: u32) -> Option<StreamError> {
+        let With { peer, protocol, opened_on, .. } = &self.with;
+        let (peer, protocol) = (*peer, protocol.clone());
+        let refusal = match mark {
+            BUSY => OpenError::Busy { peer, protocol },
+            UNKNOWN => OpenError::UnknownProtocol { peer, protocol },
+            _ => return None,
+        };
+        // Only what we have opened can be refused.
+        opened_on.map(|_| StreamError::Refused(refusal))
     }
 
     fn retire(&self, left: Left<libp2p::Stream>) {
@@ -219,19 +235,30 @@ async fn look_after(shared: Arc<Shared>, with: With, left: Left<libp2p::Stream>)
         return;
     }
     let Some(place) = shared.peers.place_to_wait(with.peer) else { return };
-    let next = async {
-        let mut bytes = settle(left).await?;
-        tell(&mut bytes, READY).await.ok()?;
-        let mut mark = [0; HEAD_BYTES];
-        bytes.read_exact(&mut mark).await.ok()?;
-        (u32::from_be_bytes(mark) == BEGIN).then_some(bytes)
-    };
-    let Ok(Some(bytes)) = timeout(ACCEPTED_KEPT_FOR, next).await else { return };
-    drop(place);
-    if let Some(queue) = shared.registry.reserve(&with.protocol) {
-        let meter = shared.traffic.meter(with.peer, with.path, None);
-        queue.send(Lease::new(shared, meter, with).stream(bytes));
+    let mut left = left;
+    loop {
+        let Ok(Some(bytes)) = timeout(ACCEPTED_KEPT_FOR, begun(left)).await else { return };
+        let mark = match shared.registry.reserve(&with.protocol) {
+            Ok(queue) => {
+                drop(place);
+                let meter = shared.traffic.meter(with.peer, with.path, None);
+                queue.send(Lease::new(shared, meter, with).stream(bytes));
+                return;
+            }
+            Err(NoPlace::Busy) => BUSY,
+            Err(NoPlace::Unknown) => UNKNOWN,
+        };
+        left = Left { bytes, untold: Some(mark), unread: Some(Place::default()) };
     }
+}
+
+/// Say that another stream may begin, and wait until one does.
+async fn begun<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
+    let mut bytes = settle(left).await?;
+    tell(&mut bytes, READY).await.ok()?;
+    let mut mark = [0; HEAD_BYTES];
+    bytes.read_exact(&mut mark).await.ok()?;
+    (u32::from_be_bytes(mark) == BEGIN).then_some(bytes)
 }
 
 /// Let pass what still must. The byte stream, if another stream may begin on it.
@@ -243,7 +270,12 @@ async fn settle<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
 pub(crate) async fn let_pass<S: AsyncRead + AsyncWrite + Unpin>(left: Left<S>) -> Option<S> {
     let Left { bytes, untold, unread } = left;
     let (mut reader, mut writer) = bytes.split();
-    let told = async { if untold { tell(&mut writer, DROPPED).await } else { Ok(()) } };
+    let told = async {
+        match untold {
+            Some(mark) => tell(&mut writer, mark).await,
+            None => Ok(()),
+        }
+    };
     let read = async {
         match unread {
             Some(place) => read_on(&mut reader, place).await,
@@ -276,7 +308,7 @@ async fn read_on<S: AsyncRead + Unpin>(reader: &mut S, place: Place) -> io::Resu
         }
         reader.read_exact(missing).await?;
         match u32::from_be_bytes(head) {
-            FINISHED | DROPPED => return Ok(()),
+            FINISHED | DROPPED | BUSY | UNKNOWN => return Ok(()),
             length => rest = usize::try_from(length).unwrap_or(usize::MAX),
         }
         missing = &mut head;

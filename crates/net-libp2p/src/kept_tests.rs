@@ -20,6 +20,9 @@ struct Heir(Arc<Mutex<Option<Left<Pipe>>>>);
 impl Owner<Pipe> for Heir {
     fn sent(&self, _: usize) {}
     fn received(&self, _: usize) {}
+    fn refusal(&self, _: u32) -> Option<StreamError> {
+        None
+    }
     fn retire(&self, left: Left<Pipe>) {
         *lock(&self.0) = Some(left);
     }
@@ -50,7 +53,7 @@ async fn what_was_not_read_passes_and_the_next_stream_begins_behind_it() {
     let bytes = [frame(&[1; 10]), frame(&[]), frame(&[2; 3000]), FINISHED.to_be_bytes().to_vec(), vec![7]];
     for reads in 0..=3 {
         let (left, mut far) = left_after(&bytes.concat(), reads).await;
-        assert!(left.untold && left.unread.is_some());
+        assert!(left.untold == Some(DROPPED) && left.unread.is_some());
         let mut settled = settle(left).await.expect("it can be used again");
         let mut next = [0];
         settled.read_exact(&mut next).await.unwrap();
@@ -95,7 +98,7 @@ proptest! {
             far.write_all(&bytes).await.unwrap();
             drop(far);
             let place = Place { head: [0; HEAD_BYTES], head_len: at, rest: 0 };
-            let left = Left { bytes: Pipe(near), untold: false, unread: Some(place) };
+            let left = Left { bytes: Pipe(near), untold: None, unread: Some(place) };
             let _either = settle(left).await;
         });
     }
@@ -220,18 +223,65 @@ async fn a_side_that_holds_on_to_its_ended_stream_holds_up_nobody() {
     pair.keeps(2).await;
 }
 
+impl Pair {
+    /// A byte stream is kept, and the acceptor takes no other: nobody accepts there any more, or somebody is busy.
+    async fn refusing(listen: &str, busy: bool) -> (Self, OpenError) {
+        let mut pair = Self::new(listen).await;
+        pair.exchange().await;
+        pair.keeps(1).await;
+        let (peer, protocol) = (pair.acceptor.local_peer(), Protocol::new(NAME));
+        let elsewhere = pair.acceptor.accept(Protocol::new("/test/other/1"), 1).unwrap();
+        drop(std::mem::replace(&mut pair.incoming, elsewhere));
+        if !busy {
+            return (pair, OpenError::UnknownProtocol { peer, protocol });
+        }
+        pair.incoming = pair.acceptor.accept(protocol.clone(), 1).unwrap();
+        // What is kept stays aside while the only place is taken, and comes back.
+        let aside = std::mem::take(&mut *lock(&pair.opener.shared().kept.idle));
+        drop(pair.open().await.unwrap());
+        *lock(&pair.opener.shared().kept.idle) = aside;
+        (pair, OpenError::Busy { peer, protocol })
+    }
+}
+
 #[tokio::test]
-async fn a_refusal_on_a_byte_stream_that_was_kept_is_a_reset_and_the_next_open_knows_why() {
-    let mut pair = Pair::new(BOTH[0]).await;
-    pair.exchange().await;
-    pair.keeps(1).await;
-    drop(std::mem::replace(
-        &mut pair.incoming,
-        pair.acceptor.accept(Protocol::new("/test/other/1"), 1).unwrap(),
-    ));
-    let mut ours = pair.open().await.unwrap();
-    assert!(matches!(ours.recv().await, Err(StreamError::Reset { .. })));
-    assert!(matches!(pair.open().await, Err(OpenError::UnknownProtocol { .. })));
+async fn a_refusal_on_a_byte_stream_that_was_kept_is_told_and_the_byte_stream_is_used_again() {
+    for (listen, busy) in BOTH.into_iter().flat_map(|listen| [(listen, false), (listen, true)]) {
+        let (mut pair, refusal) = Pair::refusing(listen, busy).await;
+        for _ in 0..3 {
+            let mut ours = pair.open().await.expect("it is begun again");
+            ours.send(Bytes::from_static(b"ping")).await.unwrap();
+            assert_eq!(ours.recv().await, Err(StreamError::Refused(refusal.clone())));
+            assert_eq!(ours.recv().await, Err(StreamError::Refused(refusal.clone())));
+            assert_eq!(ours.send(Bytes::new()).await, Err(StreamError::Refused(refusal.clone())));
+            drop(ours);
+            pair.keeps(1).await;
+        }
+        if busy {
+            let waiting = pair.incoming.next().await.unwrap();
+            drop(waiting);
+        } else {
+            pair.incoming = pair.acceptor.accept(Protocol::new(NAME), 1).unwrap();
+        }
+        timeout(PATIENCE, pair.exchange()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn whoever_only_sends_is_told_of_a_refusal_as_well() {
+    for listen in BOTH {
+        let (pair, refusal) = Pair::refusing(listen, true).await;
+        let mut ours = pair.open().await.expect("it is begun again");
+        // More than is skipped behind a refusal.
+        let sent = async {
+            loop {
+                if let Err(error) = ours.send(Bytes::from(vec![0; UNREAD_BYTES_MAX])).await {
+                    return error;
+                }
+            }
+        };
+        assert_eq!(timeout(PATIENCE, sent).await.unwrap(), StreamError::Refused(refusal));
+    }
 }
 
 #[tokio::test]

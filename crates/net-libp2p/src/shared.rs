@@ -16,8 +16,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
-/// Streams that we open on one peer and that live at the same time.
-const OUTBOUND_PER_PEER_MAX: usize = 1024;
+/// Streams that we open on one peer and that live at the same time; see [`crate::swarm`] for what a connection carries.
+pub(crate) const OUTBOUND_PER_PEER_MAX: usize = 1536;
 /// Streams that one peer has opened and ended, and on which it may begin another.
 const WAITING_PER_PEER_MAX: usize = 64;
 /// A connection that lives answers within this: pings go out every 10 s.
@@ -140,12 +140,24 @@ impl Registry {
         self.inner.read().unwrap_or_else(PoisonError::into_inner).names.clone()
     }
 
-    /// A place in the acceptor's backlog, or `None` if it is full or has just gone.
-    pub(crate) fn reserve(&self, protocol: &Protocol) -> Option<mpsc::OwnedPermit<Stream>> {
-        let queue =
-            self.inner.read().unwrap_or_else(PoisonError::into_inner).queues.get(protocol).cloned()?;
-        queue.try_reserve_owned().ok()
+    /// A place in the acceptor's backlog.
+    pub(crate) fn reserve(&self, protocol: &Protocol) -> Result<mpsc::OwnedPermit<Stream>, NoPlace> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let queue = inner.queues.get(protocol).cloned().ok_or(NoPlace::Unknown)?;
+        queue.try_reserve_owned().map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => NoPlace::Busy,
+            mpsc::error::TrySendError::Closed(_) => NoPlace::Unknown,
+        })
     }
+}
+
+/// Why a stream cannot be accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NoPlace {
+    /// The backlog is full.
+    Busy,
+    /// Nobody accepts the protocol.
+    Unknown,
 }
 
 /// One connection.
@@ -188,6 +200,14 @@ impl Peers {
             link.path = Path::HolePunched;
         }
         connected.links.push(link);
+    }
+
+    /// Forget connections whose tasks have ended without a word, as those do that panic.
+    pub(crate) fn forget_ended(&self) {
+        lock(&self.inner).retain(|_, connected| {
+            connected.links.retain(|link| !link.opens.is_closed());
+            !connected.links.is_empty()
+        });
     }
 
     pub(crate) fn remove(&self, peer: PeerId, id: ConnectionId) {
@@ -270,7 +290,39 @@ impl Peers {
 /// Addresses of peers, as told by others.
 #[derive(Default)]
 pub(crate) struct AddressBook {
-    inner: Mutex<BTreeMap<PeerId, Vec<Multiaddr>>>,
+    inner: Mutex<Book>,
+}
+
+#[derive(Default)]
+struct Book {
+    /// With the time of the last word about each peer, which is a count of words.
+    peers: BTreeMap<PeerId, (u64, Vec<Multiaddr>)>,
+    by_age: BTreeMap<u64, PeerId>,
+    words: u64,
+}
+
+impl Book {
+    /// What is known of a peer that somebody tells of now. Too many, and whoever was not told of for the longest time goes.
+    fn entry(&mut self, peer: PeerId) -> &mut Vec<Multiaddr> {
+        self.words += 1;
+        if let Some((before, _)) = self.peers.get(&peer) {
+            self.by_age.remove(before);
+        } else if self.peers.len() >= PEERS_IN_BOOK_MAX
+            && let Some((_, oldest)) = self.by_age.pop_first()
+        {
+            self.peers.remove(&oldest);
+        }
+        self.by_age.insert(self.words, peer);
+        let (word, addresses) = self.peers.entry(peer).or_default();
+        *word = self.words;
+        addresses
+    }
+
+    fn remove(&mut self, peer: &PeerId) {
+        if let Some((word, _)) = self.peers.remove(peer) {
+            self.by_age.remove(&word);
+        }
+    }
 }
 
 impl AddressBook {
@@ -278,10 +330,7 @@ impl AddressBook {
     pub(crate) fn add(&self, peer: PeerId, addresses: impl IntoIterator<Item = Multiaddr>) {
         let id = convert::to_libp2p(peer);
         let mut book = lock(&self.inner);
-        if !book.contains_key(&peer) && book.len() >= PEERS_IN_BOOK_MAX {
-            book.pop_first();
-        }
-        let known = book.entry(peer).or_default();
+        let known = book.entry(peer);
         for address in addresses.into_iter().take(ADDRESSES_PER_PEER_MAX) {
             let Some(address) = convert::with_target(address, id) else { continue };
             if convert::is_usable(&address) && !known.contains(&address) {
@@ -296,7 +345,8 @@ impl AddressBook {
 
     /// Direct addresses first.
     pub(crate) fn get(&self, peer: PeerId) -> Vec<Multiaddr> {
-        let mut addresses = lock(&self.inner).get(&peer).cloned().unwrap_or_default();
+        let mut addresses =
+            lock(&self.inner).peers.get(&peer).map(|(_, known)| known.clone()).unwrap_or_default();
         addresses.sort_by_key(convert::is_relayed);
         addresses
     }
@@ -325,8 +375,33 @@ mod tests {
         assert!(kept[0].to_string().contains("/tcp/99/p2p/"));
         for n in 0..5000 {
             book.add(peer(n), [address(1)]);
+            // Somebody tells of this one again and again.
+            book.add(peer(7), [address(1)]);
         }
-        assert!(lock(&book.inner).len() <= PEERS_IN_BOOK_MAX);
+        let known = |n: u32| !book.get(peer(n)).is_empty();
+        assert!(known(7) && known(4999) && !known(0));
+        let (inner, oldest) = (lock(&book.inner), 5000 - PEERS_IN_BOOK_MAX as u32 + 1);
+        assert_eq!((inner.peers.len(), inner.by_age.len()), (PEERS_IN_BOOK_MAX, PEERS_IN_BOOK_MAX));
+        drop(inner);
+        assert!(known(oldest) && !known(oldest - 1));
+    }
+
+    #[tokio::test]
+    async fn a_connection_whose_task_has_panicked_is_forgotten() {
+        let peers = Peers::default();
+        let mut tasks = Vec::new();
+        for n in [1, 2, 2] {
+            let (opens, requests) = mpsc::channel(1);
+            let id = ConnectionId::new_unchecked(tasks.len());
+            let (path, quic, heard, usage) = (Path::Direct, false, Instant::now(), Usage::new());
+            peers.add(peer(n), Link { id, path, quic, heard, opens, usage }, false);
+            tasks.push(requests);
+        }
+        tasks.truncate(2);
+        tasks.remove(0);
+        peers.forget_ended();
+        assert_eq!((peers.links(peer(1)), peers.links(peer(2))), (0, 1));
+        assert_eq!(peers.connected(), [peer(2)]);
     }
 
     #[tokio::test(start_paused = true)]

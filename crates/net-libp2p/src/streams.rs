@@ -106,7 +106,8 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
                 // Without an answer, the opener takes another connection.
                 return Err(io::Error::other("this connection is a probe and closes"));
             }
-            let Some(place) = self.shared.registry.reserve(&protocol) else {
+            let Ok(place) = self.shared.registry.reserve(&protocol) else {
+                // Between its negotiation and here the protocol can only have lost its owner: whoever tries again learns that.
                 stream.write_all(&[BUSY]).await?;
                 return stream.close().await;
             };

@@ -9,13 +9,14 @@ use crate::secure::Secure;
 use crate::shared::Shared;
 use crate::stage::{Stage, StageError};
 use crate::streams;
+use futures::FutureExt;
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::transport::{Boxed, OrTransport, timeout::TransportTimeout};
 use libp2p::core::upgrade::Version;
 use libp2p::identity::Keypair;
 use libp2p::kad::store::MemoryStore;
-use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::swarm::{Executor, NetworkBehaviour};
 use libp2p::{
     PeerId, StreamProtocol, Swarm, Transport, autonat, connection_limits, dcutr, dns, identify, kad, ping,
     quic, relay, tcp, upnp,
@@ -23,17 +24,19 @@ use libp2p::{
 use potluck_net::Tasks;
 use std::io;
 use std::num::NonZeroU32;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Streams of both sides on one connection. Above it the muxer gives up the whole connection, hence the margin over
-/// what [`crate::shared`] lets one side open.
+/// twice what [`crate::shared`] lets one side open.
 const STREAMS_PER_CONNECTION_MAX: usize = 4096;
 /// Inbound streams of one QUIC connection; more wait to be opened, so that the margin over what one side opens may be
 /// small. It has to be: QUIC reserves room for each of them when it dials, whether somebody answers or not.
-const QUIC_STREAMS_MAX: u32 = 1536;
-/// Inbound streams of one connection under negotiation.
-const NEGOTIATING_MAX: usize = 1024;
+const QUIC_STREAMS_MAX: u32 = 1600;
+/// Inbound streams of one connection under negotiation. Above it they are lost, so a side may negotiate all that it may open.
+const NEGOTIATING_MAX: usize = 1600;
 /// A TCP connection has this long to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection has this long for everything: TCP, encryption, multiplexing, through a relay if need be.
@@ -80,12 +83,27 @@ pub(crate) fn build(config: &Config, shared: &Arc<Shared>) -> io::Result<Swarm<B
     let transport = transport(&keypair, config, relay_transport)?;
     let behaviour = behaviour(&keypair, config, shared, relay_client);
     // The swarm owns its connections' tasks: they end with it.
-    let tasks = Tasks::new();
-    let executor = move |task| tasks.spawn(task);
-    let settings = libp2p::swarm::Config::with_executor(executor)
+    let settings = libp2p::swarm::Config::with_executor(Connections(Tasks::new()))
         .with_idle_connection_timeout(IDLE_TIMEOUT)
         .with_max_negotiating_inbound_streams(NEGOTIATING_MAX);
     Ok(Swarm::new(transport, behaviour, local, settings))
+}
+
+/// The tasks of connections. One that panics closes its connection, because it drops it, and no other; without the catch
+/// the panic would go on in the driver, and end all of them.
+struct Connections(Tasks);
+
+impl Executor for Connections {
+    fn exec(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        let task = AssertUnwindSafe(task).catch_unwind();
+        self.0.spawn(async move {
+            if let Err(panic) = task.await {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let reason = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason");
+                tracing::error!(target: "potluck::net", reason, "a connection's task has panicked");
+            }
+        });
+    }
 }
 
 fn transport(
@@ -253,4 +271,32 @@ fn relay_config() -> relay::Config {
         .reservation_rate_per_ip(rate(600), Duration::from_secs(60))
         .circuit_src_per_peer(rate(120), Duration::from_secs(60))
         .circuit_src_per_ip(rate(1200), Duration::from_secs(60))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_of_one_connection_ends_no_other() {
+        let connections = Connections(Tasks::new());
+        let (alive, mut ended) = tokio::sync::mpsc::channel::<()>(1);
+        connections.exec(Box::pin(async move {
+            let _dropped_with_the_connection = alive;
+            panic!("of one connection");
+        }));
+        let (go, gone) = tokio::sync::oneshot::channel();
+        let (tell, told) = tokio::sync::oneshot::channel();
+        connections.exec(Box::pin(async move {
+            gone.await.unwrap();
+            tell.send(()).unwrap();
+        }));
+        assert_eq!(ended.recv().await, None);
+        while connections.0.len() > 1 {
+            connections.exec(Box::pin(async {}));
+            tokio::task::yield_now().await;
+        }
+        go.send(()).unwrap();
+        told.await.unwrap();
+    }
 }

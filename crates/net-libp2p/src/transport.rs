@@ -6,7 +6,7 @@ use crate::convert;
 use crate::driver::{Command, Driver};
 use crate::kept::{self, Lease, With};
 use crate::router;
-use crate::shared::{Link, Shared, lock};
+use crate::shared::{Link, OUTBOUND_PER_PEER_MAX, Shared, lock};
 use crate::streams::{OpenFailure, OpenRequest};
 use crate::traffic::Traffic;
 use futures::FutureExt;
@@ -81,7 +81,11 @@ impl Libp2pTransport {
         let identity = config.identity.clone();
         let driver = Driver::start(config, env, shared.clone(), waiting).await?;
         let tasks = Tasks::new();
-        tasks.spawn(driver.run());
+        let ends = Ends(shared.clone());
+        tasks.spawn(async move {
+            let _ends = ends;
+            driver.run().await;
+        });
         tasks.spawn(kept::care(shared.clone()));
         Ok(Arc::new(Self { identity, shared, commands, tasks }))
     }
@@ -128,6 +132,12 @@ impl Libp2pTransport {
         router::answered(&self.shared).await;
     }
 
+    /// Wait until this transport does nothing any more: after [`Transport::close`], or because of an error of ours. In the
+    /// second case the process lives on and hears nobody; whoever runs it ends it with an error.
+    pub async fn ended(&self) {
+        self.commands.closed().await;
+    }
+
     /// Bytes sent and received so far.
     pub fn traffic(&self) -> Traffic {
         self.shared.traffic.snapshot()
@@ -159,7 +169,9 @@ impl Libp2pTransport {
             if link.quic && link.path == Path::Direct && self.shared.traffic.with(peer) >= BULK_BYTES_MIN {
                 self.upgrade(peer);
             }
-            let Ok(place) = places.acquire_owned().await else { return Err(OpenError::Closed) };
+            let Ok(place) = places.try_acquire_owned() else {
+                return Err(OpenError::TooMany { peer, max: OUTBOUND_PER_PEER_MAX });
+            };
             let bytes = match kept::begin_again(&self.shared.kept, peer, &protocol, link.id).await {
                 Some(bytes) => Ok(bytes),
                 None => ask(&link, &protocol).await,
@@ -207,6 +219,15 @@ impl Libp2pTransport {
             Ok(Err(attempts)) => Err(OpenError::Unreachable { peer, attempts }),
             Err(_) => Err(OpenError::Closed),
         }
+    }
+}
+
+/// When the driver has ended, for whatever reason, acceptors must not wait for ever.
+struct Ends(Arc<Shared>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.registry.close();
     }
 }
 
@@ -308,5 +329,48 @@ impl Transport for Libp2pTransport {
 impl std::fmt::Debug for Libp2pTransport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Libp2pTransport({:?})", self.identity.peer_id())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn start(seed: u8) -> Arc<Libp2pTransport> {
+        let mut config = Config::loopback(Identity::from_seed(&[seed; 32]));
+        config.listen = vec!["/ip4/127.0.0.1/tcp/0".to_owned()];
+        Libp2pTransport::start(config, Env::real()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_driver_is_seen_by_whoever_waits() {
+        let peer = start(1).await;
+        let mut incoming = peer.accept(Protocol::new("/test/1"), 1).unwrap();
+        assert!(peer.ended().now_or_never().is_none());
+        // As after a panic: nobody has closed anything.
+        peer.tasks.abort_all();
+        peer.ended().await;
+        assert!(incoming.next().await.is_none());
+        let somebody = Identity::from_seed(&[2; 32]).peer_id();
+        assert_eq!(peer.open(somebody, Protocol::new("/test/1")).await.unwrap_err(), OpenError::Closed);
+    }
+
+    #[tokio::test]
+    async fn too_many_streams_of_our_own_are_nobodys_fault() {
+        let (one, other) = (start(1).await, start(2).await);
+        let (peer, protocol) = (other.local_peer(), Protocol::new("/test/1"));
+        let mut incoming = other.accept(protocol.clone(), 4).unwrap();
+        one.add_addresses(peer, &other.addresses());
+        let ours = one.open(peer, protocol.clone()).await.unwrap();
+        let _theirs = incoming.next().await.unwrap();
+        let (_, places) = one.shared.peers.best(peer).unwrap();
+        let rest = places.try_acquire_many(OUTBOUND_PER_PEER_MAX as u32 - 1).expect("one is taken");
+        let refused = one.open(peer, protocol.clone()).await.unwrap_err();
+        assert_eq!(refused, OpenError::TooMany { peer, max: OUTBOUND_PER_PEER_MAX });
+        let fault = potluck_net::rpc::open_fault(peer, refused);
+        assert_eq!(fault.kind, potluck_net::FaultKind::Refused, "as that of a busy peer, it gives nobody up");
+        drop(rest);
+        one.open(peer, protocol).await.expect("there is room again");
+        drop(ours);
     }
 }

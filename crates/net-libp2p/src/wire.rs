@@ -34,6 +34,8 @@ pub(crate) trait Owner<S> {
     fn sent(&self, bytes: usize);
     /// Bytes taken from the muxer.
     fn received(&self, bytes: usize);
+    /// What the first length of a stream says if it is the mark of a refusal.
+    fn refusal(&self, mark: u32) -> Option<StreamError>;
     /// The stream has ended on this side. Dropping what is left of it resets it.
     fn retire(&self, left: Left<S>);
 }
@@ -41,8 +43,8 @@ pub(crate) trait Owner<S> {
 /// What an ended stream leaves behind: the byte stream, and what must pass before another may begin on it.
 pub(crate) struct Left<S> {
     pub(crate) bytes: S,
-    /// The other side must be told that this one was dropped.
-    pub(crate) untold: bool,
+    /// The mark that the other side must still get: how this one ended.
+    pub(crate) untold: Option<u32>,
     /// How far the other side's frames were read, if its end has not been.
     pub(crate) unread: Option<Place>,
 }
@@ -68,6 +70,9 @@ struct State<S> {
     /// A frame was handed to the muxer in part.
     amid_frame: bool,
     place: Place,
+    /// A length has been read.
+    heard: bool,
+    refused: Option<StreamError>,
     send_finished: bool,
     receive_ended: bool,
     reader: Option<Waker>,
@@ -94,8 +99,14 @@ impl<S> State<S> {
         let Some(bytes) = self.reset() else { return };
         if !self.amid_frame {
             let unread = (!self.receive_ended).then_some(self.place);
-            owner.retire(Left { bytes, untold: !self.send_finished, unread });
+            owner.retire(Left { bytes, untold: (!self.send_finished).then_some(DROPPED), unread });
         }
+    }
+
+    /// Why there is no byte stream.
+    fn gone(&self) -> StreamError {
+        let here = || StreamError::Reset { reason: "the stream was dropped on this side".into() };
+        self.refused.clone().unwrap_or_else(here)
     }
 
     /// Nothing is left to do here once both directions have ended.
@@ -103,6 +114,61 @@ impl<S> State<S> {
         if self.send_finished && self.receive_ended {
             self.leave(owner);
         }
+    }
+}
+
+impl<S: AsyncRead + Unpin> State<S> {
+    /// Read into `buffer`; the end of the byte stream is a reset.
+    fn poll_read(
+        &mut self,
+        owner: &impl Owner<S>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<Result<usize, StreamError>> {
+        let Some(bytes) = self.bytes.as_mut() else { return Poll::Ready(Err(self.gone())) };
+        match Pin::new(bytes).poll_read(cx, buffer) {
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(dropped())),
+            Poll::Ready(Ok(count)) => {
+                owner.received(count);
+                Poll::Ready(Ok(count))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(broken(&error))),
+            Poll::Pending => {
+                self.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// The next length, whose place stays as it is.
+    fn poll_length(&mut self, owner: &impl Owner<S>, cx: &mut Context<'_>) -> Poll<Result<u32, StreamError>> {
+        let mut head = self.place.head;
+        while let Some(rest) = head.get_mut(self.place.head_len..).filter(|rest| !rest.is_empty()) {
+            let count = ready!(self.poll_read(owner, cx, rest))?;
+            self.place.head = head;
+            self.place.head_len = self.place.head_len.saturating_add(count);
+        }
+        Poll::Ready(Ok(u32::from_be_bytes(head)))
+    }
+
+    /// Whether this length, if it is the first one, refuses the stream.
+    fn refusal(&mut self, owner: &impl Owner<S>, length: u32) -> Option<StreamError> {
+        self.refused = owner.refusal(length).filter(|_| !self.heard);
+        self.refused.clone()
+    }
+
+    /// Why the other side takes nothing more. Whoever refuses says so before, and a sender need not be a reader.
+    fn stopped(&mut self, owner: &impl Owner<S>, error: &io::Error) -> StreamError {
+        if !self.heard {
+            // The reader may be waiting in another task: its waker must not be replaced.
+            let waker = self.reader.clone().unwrap_or_else(|| Waker::noop().clone());
+            if let Poll::Ready(Ok(length)) = self.poll_length(owner, &mut Context::from_waker(&waker))
+                && let Some(refusal) = self.refusal(owner, length)
+            {
+                return refusal;
+            }
+        }
+        broken(error)
     }
 }
 
@@ -122,6 +188,8 @@ pub(crate) fn frames<S, O: Owner<S>>(
         bytes: Some(bytes),
         amid_frame: false,
         place: Place::default(),
+        heard: false,
+        refused: None,
         send_finished: false,
         receive_ended: false,
         reader: None,
@@ -131,10 +199,6 @@ pub(crate) fn frames<S, O: Owner<S>>(
     let sink =
         FrameSink { shared: shared.clone(), gathered: BytesMut::new(), body: Bytes::new(), marked: false };
     (sink, FrameStream { shared, buffers: buffers.clone(), body: None, proven: 0, failed: None })
-}
-
-fn gone() -> StreamError {
-    StreamError::Reset { reason: "the stream was dropped on this side".into() }
 }
 
 fn dropped() -> StreamError {
@@ -164,7 +228,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameSink<S, O> {
             if next.is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(gone())) };
+            let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(state.gone())) };
             match Pin::new(bytes).poll_write(cx, next) {
                 Poll::Ready(Ok(0)) => {
                     return Poll::Ready(Err(broken(&io::ErrorKind::WriteZero.into())));
@@ -179,7 +243,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameSink<S, O> {
                     // The end of a frame amid what was gathered is not looked for.
                     state.amid_frame = !(self.gathered.is_empty() && self.body.is_empty());
                 }
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(broken(&error))),
+                Poll::Ready(Err(error)) => {
+                    return Poll::Ready(Err(state.stopped(&self.shared.owner, &error)));
+                }
                 Poll::Pending => {
                     state.writer = Some(cx.waker().clone());
                     return Poll::Pending;
@@ -194,12 +260,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameSink<S, O> {
         poll: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<()>>,
     ) -> Poll<Result<(), StreamError>> {
         let mut state = self.shared.lock();
-        let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(gone())) };
+        let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(state.gone())) };
         let polled = poll(Pin::new(bytes), cx);
         if polled.is_pending() {
             state.writer = Some(cx.waker().clone());
         }
-        polled.map_err(|error| broken(&error))
+        polled.map_err(|error| state.stopped(&self.shared.owner, &error))
     }
 }
 
@@ -302,39 +368,17 @@ impl Body {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameStream<S, O> {
-    /// Read into `buffer`; the end of the byte stream is a reset.
-    fn poll_read(
-        state: &mut State<S>,
-        owner: &impl Owner<S>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<Result<usize, StreamError>> {
-        let Some(bytes) = state.bytes.as_mut() else { return Poll::Ready(Err(gone())) };
-        match Pin::new(bytes).poll_read(cx, buffer) {
-            Poll::Ready(Ok(0)) => Poll::Ready(Err(dropped())),
-            Poll::Ready(Ok(count)) => {
-                owner.received(count);
-                Poll::Ready(Ok(count))
-            }
-            Poll::Ready(Err(error)) => Poll::Ready(Err(broken(&error))),
-            Poll::Pending => {
-                state.reader = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-
     /// The length of the next frame, or the mark in its place.
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<u32, StreamError>> {
         let mut state = self.shared.lock();
-        let mut head = state.place.head;
-        while let Some(rest) = head.get_mut(state.place.head_len..).filter(|rest| !rest.is_empty()) {
-            let count = ready!(Self::poll_read(&mut state, &self.shared.owner, cx, rest))?;
-            state.place.head = head;
-            state.place.head_len = state.place.head_len.saturating_add(count);
-        }
-        let length = u32::from_be_bytes(head);
+        let length = ready!(state.poll_length(&self.shared.owner, cx))?;
         state.place = Place::default();
+        if let Some(refusal) = state.refusal(&self.shared.owner, length) {
+            state.receive_ended = true;
+            state.leave(&self.shared.owner);
+            return Poll::Ready(Err(refusal));
+        }
+        state.heard = true;
         match length {
             FINISHED => {
                 state.receive_ended = true;
@@ -355,7 +399,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, O: Owner<S>> FrameStream<S, O> {
                 let rest = body.rest();
                 if !rest.is_empty() {
                     let mut state = self.shared.lock();
-                    let count = ready!(Self::poll_read(&mut state, &self.shared.owner, cx, rest))?;
+                    let count = ready!(state.poll_read(&self.shared.owner, cx, rest))?;
                     state.place.rest = state.place.rest.saturating_sub(count);
                     body.filled = body.filled.saturating_add(count);
                     continue;

@@ -11,7 +11,18 @@ struct Ignore;
 impl<S> Owner<S> for Ignore {
     fn sent(&self, _: usize) {}
     fn received(&self, _: usize) {}
+    fn refusal(&self, mark: u32) -> Option<StreamError> {
+        (mark == REFUSED).then(refusal)
+    }
     fn retire(&self, _: Left<S>) {}
+}
+
+/// The mark of a refusal, and what it means.
+const REFUSED: u32 = 0x8000_0000;
+
+fn refusal() -> StreamError {
+    let peer = potluck_net::Identity::from_seed(&[1; 32]).peer_id();
+    StreamError::Refused(potluck_net::OpenError::TimedOut { peer })
 }
 
 /// What reading `bytes` as frames gives, and how it ends.
@@ -67,6 +78,15 @@ fn an_oversize_frame_is_refused_before_anything_is_allocated() {
     let (read, end) = read_all(len.to_be_bytes().to_vec());
     assert!(read.is_empty());
     assert_eq!(end, Some(StreamError::FrameTooLarge { len: FRAME_BYTES_MAX + 1, max: FRAME_BYTES_MAX }));
+}
+
+#[test]
+fn a_refusal_is_one_in_the_place_of_the_first_frame_only() {
+    let mark = REFUSED.to_be_bytes();
+    assert_eq!(read_all(mark.to_vec()), (vec![], Some(refusal())));
+    let (read, end) = read_all([&1_u32.to_be_bytes()[..], &[7], &mark].concat());
+    assert_eq!(read, [Bytes::from_static(&[7])]);
+    assert!(matches!(end, Some(StreamError::FrameTooLarge { .. })));
 }
 
 #[test]

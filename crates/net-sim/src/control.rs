@@ -126,11 +126,12 @@ impl World {
     fn break_conn(&mut self, a: Node, b: Node, reason: &'static str) {
         self.disconnect(a, b);
         let shared: Vec<u64> = self.peer(a).streams.intersection(&self.peer(b).streams).copied().collect();
-        for stream in shared {
+        for &stream in &shared {
             for end in [0, 1] {
                 self.reset_arrives(stream, end, true, reason);
             }
         }
+        self.forget_begun(&shared);
         self.note(a, b, None, 0, What::TimedOut);
     }
 

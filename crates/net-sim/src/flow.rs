@@ -2,7 +2,7 @@
 
 use crate::world::Node;
 use bytes::Bytes;
-use potluck_net::Protocol;
+use potluck_net::{Protocol, StreamError};
 use std::collections::VecDeque;
 use std::task::Waker;
 use std::time::Duration;
@@ -12,6 +12,10 @@ use tokio::time::Instant;
 pub(crate) const FRAME_OVERHEAD: u64 = 32;
 /// Bounds of the window (bytes sent and not yet read) of one direction of a stream.
 pub(crate) const WINDOW_BYTES: (f64, f64) = (256.0 * 1024.0, 4.0 * 1024.0 * 1024.0);
+
+pub(crate) fn reset(reason: &str) -> StreamError {
+    StreamError::Reset { reason: reason.to_owned() }
+}
 
 /// A frame, or a piece of one, on its way.
 #[derive(Debug, Clone)]
@@ -66,8 +70,8 @@ pub(crate) struct Flow {
     pub(crate) finish_sent: bool,
     pub(crate) finish_arrived: bool,
     pub(crate) stalled_by: Option<u64>,
-    pub(crate) send_error: Option<&'static str>,
-    pub(crate) recv_error: Option<&'static str>,
+    pub(crate) send_error: Option<StreamError>,
+    pub(crate) recv_error: Option<StreamError>,
     pub(crate) send_waker: Option<Waker>,
     pub(crate) recv_waker: Option<Waker>,
 }
@@ -113,6 +117,11 @@ impl Flow {
         self.stalled_by.is_none() && self.hops.iter().all(|hop| hop.queue.is_empty() && hop.held.is_empty())
     }
 
+    /// Whatever broke the sender's end.
+    pub(crate) fn may_send(&self) -> Result<(), StreamError> {
+        self.send_error.clone().map_or(Ok(()), Err)
+    }
+
     pub(crate) fn wake_sender(&mut self) {
         if let Some(waker) = self.send_waker.take() {
             waker.wake();
@@ -127,16 +136,24 @@ impl Flow {
 
     /// The sender's end is gone: what has not left is lost, what travels still arrives.
     pub(crate) fn break_sender(&mut self, reason: &'static str) {
-        self.send_error.get_or_insert(reason);
+        self.stop_sender(reset(reason));
+    }
+
+    /// The receiver's end is gone, with what was not read.
+    pub(crate) fn break_receiver(&mut self, reason: &'static str) {
+        self.stop_receiver(reset(reason));
+    }
+
+    pub(crate) fn stop_sender(&mut self, error: StreamError) {
+        self.send_error.get_or_insert(error);
         if let Some(first) = self.hops.first_mut() {
             first.queue.clear();
         }
         self.wake_sender();
     }
 
-    /// The receiver's end is gone, with what was not read.
-    pub(crate) fn break_receiver(&mut self, reason: &'static str) {
-        self.recv_error.get_or_insert(reason);
+    pub(crate) fn stop_receiver(&mut self, error: StreamError) {
+        self.recv_error.get_or_insert(error);
         self.inbox.clear();
         self.wake_receiver();
     }

@@ -3,9 +3,10 @@
 use crate::flow::StreamState;
 use crate::trace::What;
 use crate::world::{Event, Life, Node, World};
-use potluck_net::Protocol;
+use potluck_net::{OpenError, Protocol, StreamError};
 use std::collections::BTreeMap;
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::Instant;
 
 /// For how long, and how many for one opener, acceptor and protocol.
@@ -75,19 +76,69 @@ impl World {
             self.parked.push(Event::BeginArrive(stream));
             return;
         }
-        let refused = self.peer(to).life != Life::Up || self.strikes(self.peer(to).spec.faults.refuse_open);
-        let queue = self.peer(to).accepts.get(&protocol).map(|(_, queue)| queue.clone());
-        let place = queue.as_ref().filter(|_| !refused).and_then(|queue| queue.try_reserve().ok());
-        let (Some(place), Some(inner)) = (place, self.inner.upgrade()) else {
+        let broken = self.peer(to).life != Life::Up || self.strikes(self.peer(to).spec.faults.refuse_open);
+        let Some(inner) = self.inner.upgrade().filter(|_| !broken) else {
             self.note(from, to, Some(&protocol), 0, What::Refused);
             self.spoil(stream);
             self.drop_sender(stream, 1);
             self.drop_receiver(stream, 1);
             return;
         };
-        let opener = self.peer_id(from);
-        place.send(crate::stream::assemble(inner, stream, 1, opener, protocol.clone()));
-        self.note(from, to, Some(&protocol), 0, What::Opened);
+        let queue = self.peer(to).accepts.get(&protocol).map(|(_, queue)| queue.clone());
+        let place = queue.as_ref().ok_or(TrySendError::Closed(())).and_then(|queue| queue.try_reserve());
+        let peer = self.peer_id(to);
+        match place {
+            Ok(place) => {
+                let opener = self.peer_id(from);
+                place.send(crate::stream::assemble(inner, stream, 1, opener, protocol.clone()));
+                self.note(from, to, Some(&protocol), 0, What::Opened);
+            }
+            Err(TrySendError::Full(())) => {
+                self.note(from, to, Some(&protocol), 0, What::Busy);
+                self.refuse(stream, OpenError::Busy { peer, protocol });
+            }
+            Err(TrySendError::Closed(())) => {
+                self.note(from, to, Some(&protocol), 0, What::Unknown);
+                self.refuse(stream, OpenError::UnknownProtocol { peer, protocol });
+            }
+        }
+    }
+
+    /// These streams are broken. Those of them that have not arrived never will, so nobody holds their other end.
+    pub(crate) fn forget_begun(&mut self, streams: &[u64]) {
+        let begun =
+            |event: &mut Event| matches!(event, Event::BeginArrive(stream) if streams.contains(stream));
+        let lost: Vec<Event> = self.parked.extract_if(.., begun).collect();
+        for event in lost {
+            let Event::BeginArrive(stream) = event else { continue };
+            self.drop_sender(stream, 1);
+            self.drop_receiver(stream, 1);
+        }
+    }
+
+    /// The acceptor does not take a stream that was begun again. The opener learns why after the latency.
+    fn refuse(&mut self, stream: u64, refusal: OpenError) {
+        self.spoil(stream);
+        let Some(state) = self.streams.get_mut(stream) else { return };
+        state.flows[1].break_sender("this side refused it");
+        state.flows[0].break_receiver("this side refused it");
+        let at = self.now + state.flows[1].latency();
+        self.schedule(at, Event::BeginRefused(stream, Box::new(refusal)));
+        self.drop_sender(stream, 1);
+        self.drop_receiver(stream, 1);
+    }
+
+    pub(crate) fn refusal_arrives(&mut self, stream: u64, refusal: OpenError) {
+        let Some(state) = self.streams.get(stream) else { return };
+        let ([from, to], relay) = (state.ends, state.relay);
+        if self.route_cut(to, from, relay) || self.peer(from).frozen {
+            self.parked.push(Event::BeginRefused(stream, Box::new(refusal)));
+            return;
+        }
+        let Some(state) = self.streams.get_mut(stream) else { return };
+        let [own, other] = &mut state.flows;
+        own.stop_sender(StreamError::Refused(refusal.clone()));
+        other.stop_receiver(StreamError::Refused(refusal));
     }
 
     /// Nothing may begin on this stream when it has ended.

@@ -1,6 +1,6 @@
 //! The two halves of a simulated stream, as the seam wants them: a sink and a stream of frames.
 
-use crate::flow::{Chunk, FRAME_OVERHEAD, Payload};
+use crate::flow::{Chunk, FRAME_OVERHEAD, Payload, reset};
 use crate::pipe::FlowRef;
 use crate::rule::{FrameInfo, Verdict};
 use crate::sim::Inner;
@@ -19,10 +19,6 @@ pub(crate) fn assemble(inner: Arc<Inner>, stream: u64, end: u8, peer: PeerId, pr
     let sender = Sender { inner: inner.clone(), stream, end };
     let receiver = Receiver { inner, stream, end, refused: None };
     Stream::new(peer, protocol, sender, receiver)
-}
-
-fn reset(reason: &str) -> StreamError {
-    StreamError::Reset { reason: reason.to_owned() }
 }
 
 struct Sender {
@@ -53,8 +49,8 @@ impl Sink<Bytes> for Sender {
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
         // What was handed over is on its way already, as in a socket's buffer.
         let world = self.inner.lock();
-        let error = world.streams.get(self.stream).and_then(|s| s.flows[usize::from(self.end)].send_error);
-        Poll::Ready(error.map_or(Ok(()), |reason| Err(reset(reason))))
+        let state = world.streams.get(self.stream);
+        Poll::Ready(state.map_or(Ok(()), |state| state.flows[usize::from(self.end)].may_send()))
     }
 
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
@@ -119,8 +115,8 @@ impl World {
         };
         let node = state.ends[usize::from(end)];
         let flow = &mut state.flows[usize::from(end)];
-        if let Some(reason) = flow.send_error {
-            return Poll::Ready(Err(reset(reason)));
+        if let Err(error) = flow.may_send() {
+            return Poll::Ready(Err(error));
         }
         if flow.finish_sent {
             return Poll::Ready(Err(StreamError::Finished));
@@ -149,8 +145,8 @@ impl World {
         let node = state.ends[usize::from(end)];
         let dir = 1 - end;
         let flow = &mut state.flows[usize::from(dir)];
-        if let Some(reason) = flow.recv_error {
-            return Poll::Ready(Some(Err(reset(reason))));
+        if let Some(error) = &flow.recv_error {
+            return Poll::Ready(Some(Err(error.clone())));
         }
         if self.peers[node as usize].frozen {
             flow.recv_waker = Some(cx.waker().clone());
@@ -197,9 +193,7 @@ impl World {
         let Some(state) = self.streams.get(stream) else { return Err(reset("the network is gone")) };
         let [from, to] = [state.ends[usize::from(end)], state.ends[usize::from(1 - end)]];
         let flow = &state.flows[usize::from(end)];
-        if let Some(reason) = flow.send_error {
-            return Err(reset(reason));
-        }
+        flow.may_send()?;
         if flow.finish_sent {
             return Err(StreamError::Finished);
         }
@@ -240,9 +234,7 @@ impl World {
     fn finish(&mut self, stream: u64, end: u8) -> Result<(), StreamError> {
         let Some(state) = self.streams.get_mut(stream) else { return Err(reset("the network is gone")) };
         let flow = &mut state.flows[usize::from(end)];
-        if let Some(reason) = flow.send_error {
-            return Err(reset(reason));
-        }
+        flow.may_send()?;
         if std::mem::replace(&mut flow.finish_sent, true) {
             return Ok(());
         }

@@ -64,6 +64,7 @@ pub(crate) enum Event {
     OpenArrive(u64),
     /// A stream on one that was kept.
     BeginArrive(u64),
+    BeginRefused(u64, Box<potluck_net::OpenError>),
     OpenAnswer(u64, Box<Result<u64, potluck_net::OpenError>>),
     /// Nothing came through this connection since then.
     Silence((Node, Node), Instant),
@@ -245,6 +246,7 @@ impl World {
             Event::Reset { stream, end, whole, reason } => self.reset_arrives(stream, end, whole, reason),
             Event::OpenArrive(open) => self.open_arrives(open),
             Event::BeginArrive(stream) => self.begin_arrives(stream),
+            Event::BeginRefused(stream, refusal) => self.refusal_arrives(stream, *refusal),
             Event::OpenAnswer(open, result) => self.open_answered(open, *result),
             Event::Silence(key, since) => self.silence(key, since),
             Event::Trim(node) => self.trim(node),

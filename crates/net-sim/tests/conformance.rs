@@ -23,13 +23,23 @@ impl Network for Simulated {
 
     async fn send_oversize(&self, to: Arc<dyn Transport>, protocol: Protocol) -> String {
         let from = self.net.add_peer(self.spec.clone());
-        let _stream = match from.open(to.local_peer(), protocol.clone()).await {
-            Ok(stream) => stream,
-            Err(error) => return error.to_string(),
+        let open = async || from.open(to.local_peer(), protocol.clone()).await;
+        let (mut sound, _broken) = match (open().await, open().await) {
+            (Ok(sound), Ok(broken)) => (sound, broken),
+            (Err(error), _) | (_, Err(error)) => return error.to_string(),
         };
         let frame = Bytes::from(vec![0; FRAME_BYTES_MAX + 1]);
         assert!(self.net.inject_frame(from.local_peer(), to.local_peer(), &protocol, frame));
-        std::future::pending().await
+        loop {
+            let echoed = match sound.recv().await {
+                Ok(Some(frame)) => sound.send(frame).await,
+                Ok(None) => return "the sound stream has ended".to_owned(),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = echoed {
+                return error.to_string();
+            }
+        }
     }
 
     fn ahead_bytes_max(&self) -> usize {

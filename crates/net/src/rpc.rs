@@ -62,7 +62,10 @@ pub async fn call(
 pub fn open_fault(peer: PeerId, error: OpenError) -> PeerFault {
     let kind = match &error {
         OpenError::Unreachable { .. } | OpenError::Closed => FaultKind::Unreachable,
-        OpenError::UnknownProtocol { .. } | OpenError::Busy { .. } => FaultKind::Refused,
+        // Too many of our own is no failure of the peer either: whoever is refused tries again later and gives up nobody.
+        OpenError::UnknownProtocol { .. } | OpenError::Busy { .. } | OpenError::TooMany { .. } => {
+            FaultKind::Refused
+        }
         OpenError::TimedOut { .. } => FaultKind::Silent,
     };
     PeerFault::new(peer, kind, error.to_string())
@@ -73,6 +76,7 @@ pub fn stream_fault(peer: PeerId, error: &StreamError) -> PeerFault {
     let kind = match error {
         StreamError::FrameTooLarge { .. } => FaultKind::Malformed,
         StreamError::Reset { .. } | StreamError::Finished => FaultKind::Reset,
+        StreamError::Refused(refusal) => return open_fault(peer, refusal.clone()),
     };
     PeerFault::new(peer, kind, error.to_string())
 }

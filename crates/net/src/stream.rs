@@ -1,6 +1,6 @@
 //! One reliable, ordered, bidirectional stream of frames. Dropped unfinished, it is reset on both sides.
 
-use crate::{PeerId, Protocol};
+use crate::{OpenError, PeerId, Protocol};
 use bytes::Bytes;
 use futures::{Sink, SinkExt, StreamExt};
 use std::pin::Pin;
@@ -28,6 +28,9 @@ pub enum StreamError {
         /// The limit.
         max: usize,
     },
+    /// The other side has not taken the stream: see [`Transport::open`](crate::Transport::open). It has read nothing of it.
+    #[error(transparent)]
+    Refused(OpenError),
     /// This side has already finished sending.
     #[error("frame sent after finish")]
     Finished,

@@ -71,6 +71,14 @@ pub enum OpenError {
         /// What was asked for.
         protocol: Protocol,
     },
+    /// This side has opened as many streams to the peer as it may. Close some first. Nobody is to blame.
+    #[error("{max} streams to peer {} are open already", peer.short())]
+    TooMany {
+        /// To whom.
+        peer: PeerId,
+        /// The most that may be open at a time.
+        max: usize,
+    },
     /// The peer was reached but did not agree in time.
     #[error("peer {} did not answer in time", peer.short())]
     TimedOut {
@@ -98,7 +106,7 @@ pub enum AcceptError {
 }
 
 /// Streams that peers opened under one protocol. The queue is bounded; when it is full the opener gets
-/// [`OpenError::Busy`]. Dropping it un-registers the protocol.
+/// [`OpenError::Busy`], see [`Transport::open`]. Dropping it un-registers the protocol.
 pub struct Incoming {
     streams: mpsc::Receiver<Stream>,
     _registration: Box<dyn Send + Sync>,
@@ -159,8 +167,13 @@ pub trait Transport: Send + Sync + 'static {
     /// Our key pair, to sign records and invites with.
     fn identity(&self) -> &Identity;
 
-    /// Open a stream: dials if needed (own deadline of at most 15 s, so that it ends even if the caller has none),
-    /// resolves once the remote agreed to speak `protocol`. Dropping the future gives up.
+    /// Open a stream: dials if needed (own deadline of at most 15 s, so that it ends even if the caller has none).
+    /// Dropping the future gives up.
+    ///
+    /// A new stream resolves once the remote agreed to speak `protocol`. Where an ended one of the same protocol is used
+    /// again, that costs a round trip too many: it resolves at once, and a remote that is busy or no longer speaks `protocol`
+    /// says so as [`StreamError::Refused`](crate::StreamError::Refused), which the first call gets that learns of it. Either
+    /// way nothing of a refused stream was read, so that it can be opened again.
     fn open(&self, peer: PeerId, protocol: Protocol) -> BoxFuture<'_, Result<Stream, OpenError>>;
 
     /// Accept streams under `protocol`, at most `backlog` of them waiting. One owner per protocol.

@@ -14,7 +14,8 @@ use std::future::poll_fn;
 use std::io;
 use std::task::{Poll, ready};
 
-/// Open a stream of this protocol and send the header of a frame that is one byte too long. Only an error ends it.
+/// Open two streams of this protocol, send the header of a frame that is one byte too long on the second, and send back what
+/// comes on the first. Only an error ends it.
 pub(crate) async fn send_oversize(address: &Multiaddr, protocol: &str, security: Security) -> io::Error {
     let mut transport = transport(address, security);
     let options = DialOpts { role: Endpoint::Dialer, port_use: PortUse::New };
@@ -26,16 +27,19 @@ pub(crate) async fn send_oversize(address: &Multiaddr, protocol: &str, security:
         Ok((_, connection)) => connection,
         Err(error) => return error,
     };
-    let opened = poll_fn(|cx| {
-        if let Poll::Ready(Err(error)) = connection.poll_unpin(cx) {
-            return Poll::Ready(Err(error));
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let opened = poll_fn(|cx| {
+            if let Poll::Ready(Err(error)) = connection.poll_unpin(cx) {
+                return Poll::Ready(Err(error));
+            }
+            connection.poll_outbound_unpin(cx)
+        });
+        match opened.await {
+            Ok(stream) => streams.push(stream),
+            Err(error) => return error,
         }
-        connection.poll_outbound_unpin(cx)
-    });
-    let stream = match opened.await {
-        Ok(stream) => stream,
-        Err(error) => return error,
-    };
+    }
     let broken = poll_fn(|cx| {
         loop {
             if let Err(error) = ready!(connection.poll_unpin(cx)) {
@@ -44,7 +48,7 @@ pub(crate) async fn send_oversize(address: &Multiaddr, protocol: &str, security:
         }
     });
     let misbehaves = async {
-        match misbehave(stream, protocol).await {
+        match misbehave(streams, protocol).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -70,17 +74,27 @@ fn transport(address: &Multiaddr, security: Security) -> Boxed<(libp2p::PeerId, 
 }
 
 /// The names are agreed on (multistream-select), the other side says that it has taken the stream, and then this.
-async fn misbehave(mut stream: SubstreamBox, protocol: &str) -> io::Result<std::convert::Infallible> {
-    let names = [line("/multistream/1.0.0"), line(protocol)].concat();
-    stream.write_all(&names).await?;
-    stream.flush().await?;
-    let mut answer = vec![0; names.len() + 1];
-    stream.read_exact(&mut answer).await?;
-    assert_eq!(answer, [&names[..], &[1]].concat(), "agreed on, and taken");
+async fn misbehave(mut streams: Vec<SubstreamBox>, protocol: &str) -> io::Result<std::convert::Infallible> {
+    for stream in &mut streams {
+        let names = [line("/multistream/1.0.0"), line(protocol)].concat();
+        stream.write_all(&names).await?;
+        stream.flush().await?;
+        let mut answer = vec![0; names.len() + 1];
+        stream.read_exact(&mut answer).await?;
+        assert_eq!(answer, [&names[..], &[1]].concat(), "agreed on, and taken");
+    }
+    let [sound, broken] = &mut streams[..] else { return Err(io::Error::other("two streams were opened")) };
     let header = u32::try_from(FRAME_BYTES_MAX + 1).expect("four bytes").to_be_bytes();
-    stream.write_all(&header).await?;
-    stream.flush().await?;
-    std::future::pending().await
+    broken.write_all(&header).await?;
+    broken.flush().await?;
+    let mut bytes = vec![0; 1024];
+    loop {
+        match sound.read(&mut bytes).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => sound.write_all(&bytes[..count]).await?,
+        }
+        sound.flush().await?;
+    }
 }
 
 /// One message of multistream-select: its length, its text, and the end of its line.
