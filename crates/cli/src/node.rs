@@ -1,5 +1,6 @@
 //! `potluck node`: a peer that newcomers ask first, and that carries the connections of those behind NAT.
 
+use crate::failure::Failure;
 use crate::stop::Stop;
 use anyhow::{Context, Result};
 use clap::Args as ClapArgs;
@@ -130,6 +131,12 @@ async fn run_until(args: &Args, stop: impl Future<Output = ()>) -> Result<()> {
     let result = tokio::select! {
         biased;
         () = &mut stop => Ok(()),
+        // Whoever goes on without its network looks alive and answers nobody.
+        () = transport.ended() => Err(Failure::new(
+            "the network of this node has ended",
+            "this is an error of potluck: start it again, and report what POTLUCK_LOG=info shows",
+        )
+        .into()),
         result = serve(args, &transport, env, &mut dht) => result,
     };
     let leave = async {

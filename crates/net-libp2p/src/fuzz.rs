@@ -1,7 +1,7 @@
 //! The decoders of this crate for fuzz targets and property tests: each takes any bytes and asserts what must hold. What
 //! libp2p and UPnP decode themselves is tested by their authors.
 
-use crate::kept::let_pass;
+use crate::kept::{BUSY, UNKNOWN, let_pass};
 use crate::wire::{self, DROPPED, FINISHED, HEAD_BYTES, Left, Owner};
 use bytes::Bytes;
 use futures::{AsyncRead, AsyncWrite, FutureExt, SinkExt, StreamExt};
@@ -71,6 +71,10 @@ impl Heir {
 impl Owner<Line> for Heir {
     fn sent(&self, _: usize) {}
     fn received(&self, _: usize) {}
+    fn refusal(&self, _: u32) -> Option<StreamError> {
+        // As with a stream that the other side has opened.
+        None
+    }
     fn retire(&self, left: Left<Line>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(left);
     }
@@ -124,8 +128,14 @@ pub fn kept(input: &[u8]) {
     while let Some(Some(Ok(_))) = stream.next().now_or_never() {}
     drop((sink, stream));
     let (_, behind) = split(bytes);
-    let end =
-        behind.first_chunk().is_some_and(|head| [FINISHED, DROPPED].contains(&u32::from_be_bytes(*head)));
+    let is =
+        |marks: [u32; 2]| behind.first_chunk().is_some_and(|head| marks.contains(&u32::from_be_bytes(*head)));
+    let end = is([FINISHED, DROPPED]);
+    if is([BUSY, UNKNOWN]) {
+        // An end where frames are only skipped, and none for whoever has read so far: that peer has opened the stream.
+        let _given_up = heir.take().map(|left| let_pass(left).now_or_never());
+        return;
+    }
     let Some(mut left) = heir.take() else {
         assert!(!end, "a stream whose end can be read was given up");
         return;

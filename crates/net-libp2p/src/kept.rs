@@ -27,8 +27,8 @@ const BEGIN: u32 = u32::MAX - 2;
 /// The mark of whoever accepts one: the last stream has ended here.
 const READY: u32 = u32::MAX - 3;
 /// The marks of whoever does not take a stream that was begun again: its backlog is full, or nobody there speaks that.
-const BUSY: u32 = u32::MAX - 4;
-const UNKNOWN: u32 = u32::MAX - 5;
+pub(crate) const BUSY: u32 = u32::MAX - 4;
+pub(crate) const UNKNOWN: u32 = u32::MAX - 5;
 /// Byte streams kept for one peer and protocol. Requests to one peer are seldom more at a time.
 const KEPT_PER_PROTOCOL_MAX: usize = 4;
 /// Byte streams kept for all peers.

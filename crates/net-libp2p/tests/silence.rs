@@ -129,7 +129,8 @@ async fn a_silent_peer_is_named_as_silent() {
     let network = Vanishing::default();
     let (a, b) = network.two_peers().await;
     let (protocol, serving) = (Protocol::new("/silence/1"), Tasks::new());
-    rpc::serve(b.accept(protocol.clone(), 4).unwrap(), &serving, 4, async |_, request| Some(request));
+    let places = rpc::Places { total: 4, per_peer: 4 };
+    rpc::serve(b.accept(protocol.clone(), 4).unwrap(), &serving, places, async |_, request| Some(request));
     let call = || {
         let deadline = Instant::now() + Duration::from_secs(3);
         rpc::call(&*a, b.local_peer(), &protocol, "hello".into(), deadline)
