@@ -18,6 +18,8 @@ ROOT = HERE.parents[1]
 PATIENCE = 180.0
 # Fewer bytes than this on an interface in 20 ms are no transfer.
 QUIET = 500
+# So many quiet looks in a row are a quiet moment: a third of a second.
+CALM = 15
 # For peers that train until `Crew.until` names their last epoch.
 ENDLESS = 1 << 30
 
@@ -138,7 +140,10 @@ class Running:
         self.process.stdout.close()
 
     def traffic(self):
-        """Bytes that its host's interface received and sent so far; asked of the kernel, without another process."""
+        """Bytes that its host's interface received and sent so far; asked of the kernel, without another process.
+
+        Not before it has said something: until `ip netns exec` has done its work it is on no host yet.
+        """
         try:
             table = Path(f"/proc/{self.process.pid}/net/dev").read_text()
         except OSError as error:
@@ -233,17 +238,24 @@ class Crew:
         self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
 
     def in_transfer(self, peer, kilobytes, seconds=PATIENCE):
-        """Wait until this peer's host is in the middle of a transfer: so much has moved since the last quiet moment.
+        """Wait until this peer's host is in the middle of a transfer that began after a quiet moment: so much has moved.
 
-        Between rounds a peer sends and receives heartbeats only, some hundred bytes at a time.
+        Between rounds a peer sends and receives heartbeats only, some hundred bytes at a time. A transfer that is under
+        way already may be the end of a round which others have finished.
         """
-        before, moved, deadline = sum(peer.traffic()), 0, time.monotonic() + seconds
+        before, calm, moved, deadline = sum(peer.traffic()), 0, 0, time.monotonic() + seconds
         while moved < kilobytes * 1000:
             if time.monotonic() > deadline:
                 raise HardDay(f"{peer.name}: no transfer in {seconds:.0f} s; see {peer.log_path}")
             time.sleep(0.02)
             now = sum(peer.traffic())
-            moved = moved + now - before if now - before >= QUIET else 0
+            quiet = now - before < QUIET
+            if quiet and calm < CALM:
+                calm, moved = calm + 1, 0
+            elif calm < CALM:
+                calm = 0
+            else:
+                moved = 0 if quiet else moved + now - before
             before = now
 
     def until(self, peers, at_least, ahead=15):

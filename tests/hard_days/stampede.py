@@ -18,9 +18,9 @@ def done(joiners):
     return sum("loaded the state of epoch" in joiner.log() for joiner in joiners)
 
 
-def share(joiner, size):
-    """How much of a state of so many MiB has come to this joiner's host."""
-    return joiner.traffic()[0] / (size << 20)
+def share(received, size):
+    """How much of a state of so many MiB has come."""
+    return received / (size << 20)
 
 
 def download(crew):
@@ -36,9 +36,9 @@ def download(crew):
     host.rate(down_mbit=400)
     sent = {donor: donor.traffic()[1] for donor in (first, second)}
     joiner = crew.peer("joiner", host, join=token, seed=2, wait=False, **common)
-    crew.wait("half of it", lambda: share(joiner, LARGE) > 0.5)
+    crew.wait("half of it", lambda: share(host.bytes()[0], LARGE) > 0.5)
     killed = max((first, second), key=lambda donor: donor.traffic()[1] - sent[donor])
-    had = share(joiner, LARGE)
+    had = share(host.bytes()[0], LARGE)
     killed.signal(signal.SIGKILL)
     at, early = time.monotonic(), done([joiner])
     killed.end()
@@ -46,7 +46,7 @@ def download(crew):
         "400 MB: its donor dies half-way", f"{had:.0%} received, {early} done", not early and had < 0.9
     )
     joiner.wait("epoch", seconds=300)
-    seconds, received = time.monotonic() - at, share(joiner, LARGE)
+    seconds, received = time.monotonic() - at, share(host.bytes()[0], LARGE)
     left = first if killed is second else second
     crew.check("what had come was kept", f"{received:.2f} times the state received", received < 1.5)
     both = [left, joiner]
@@ -78,13 +78,20 @@ def play(crew):
         joiners.append(crew.peer(f"joiner{n}", home, join=token, seed=n, wait=False, hold=True, **options))
     for joiner in joiners:
         joiner.wait("held", seconds=400)
+    # At epoch 0 the state of a newcomer is as good as the seed's.
+    seed.wait("epoch", lambda line: line["epoch"] >= 1, seconds=400)
     began = time.monotonic()
     for joiner in joiners:
         joiner.order("go")
     crew.wait(
-        "half of the state", lambda: sorted(share(j, BALLAST) for j in joiners)[JOINERS // 2] > 0.5, 300
+        "half of the state",
+        lambda: sorted(share(j.traffic()[0], BALLAST) for j in joiners)[JOINERS // 2] > 0.5,
+        300,
     )
-    copies, most = (seed.traffic()[1] - before) / (BALLAST << 20), max(share(j, BALLAST) for j in joiners)
+    copies, most = (
+        (seed.traffic()[1] - before) / (BALLAST << 20),
+        max(share(j.traffic()[0], BALLAST) for j in joiners),
+    )
     seed.signal(signal.SIGKILL)
     early = done(joiners)
     seed.end()
