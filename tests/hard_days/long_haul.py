@@ -88,8 +88,8 @@ class Haul:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             # In rounds, not in seconds: how many of them are hit must not follow from how busy this machine is.
-            following = stay[0].epoch + self.noise.choice((1, 1, 2))
-            self.crew.wait("the next event", lambda at=following: stay[0].epoch >= at)
+            last = stay[0].epoch
+            self.crew.wait("the next round", lambda last=last: stay[0].epoch > last)
             self.trouble(token)
         churn = range(began, stay[0].epoch)
         peers = list(self.peers.values())
