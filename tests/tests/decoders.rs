@@ -16,9 +16,10 @@ use tokio::time::Instant;
 
 /// Inputs for each decoder unless `FUZZ_SECONDS` says how long; fewer without optimisation. Together about 20 s of processor time.
 const INPUTS: usize = if cfg!(debug_assertions) { 50_000 } else { 1_000_000 };
-/// Twenty times fewer for these, which check a signature, read base 58 or factor a matrix.
+/// Twenty times fewer for these, which check a signature, read base 58, factor a matrix, or make a session or a file.
 const SLOW: &[&str] = &[
     "averaging_invite",
+    "cli_checkpoint",
     "collab_invite",
     "collab_question",
     "collab_state",
