@@ -184,6 +184,9 @@ impl Download {
                 if work.donors.iter().all(|donor| donor.failures >= FAILURES_MAX) {
                     break "every donor was lost";
                 }
+                if work.is_lost(now) {
+                    break "nobody has the rest any more";
+                }
                 let wake = (now + REFRESH).min(this.deadline);
                 tokio::select! {
                     biased;

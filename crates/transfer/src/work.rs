@@ -24,6 +24,9 @@ const LATE: Duration = Duration::from_secs(5);
 const LATE_TIMES: u32 = 4;
 /// The same, when none has come yet.
 const LATE_START: Duration = Duration::from_secs(30);
+/// The rest of a state is given up when nobody has had any of it for so long: its last donor is gone, and those who are left
+/// may have another one to offer.
+const LOST_AFTER: Duration = Duration::from_secs(10);
 
 /// What a donor has and how it does.
 pub(crate) struct Donor {
@@ -54,13 +57,23 @@ pub(crate) struct Work {
     flights: Vec<Flight>,
     /// How long a chunk takes, over all donors; `None` before the first.
     usual: Option<Duration>,
+    /// Since when nobody has what is missing.
+    lost_since: Option<Instant>,
     faults: Vec<PeerFault>,
 }
 
 impl Work {
     pub(crate) fn new(missing: Vec<usize>, donors: Vec<Donor>) -> Self {
         let wanted = missing.iter().copied().collect();
-        Self { donors, missing, wanted, flights: Vec::new(), usual: None, faults: Vec::new() }
+        Self {
+            donors,
+            missing,
+            wanted,
+            flights: Vec::new(),
+            usual: None,
+            lost_since: None,
+            faults: Vec::new(),
+        }
     }
 
     fn donor(&mut self, peer: PeerId) -> Option<&mut Donor> {
@@ -110,6 +123,18 @@ impl Work {
                 }
             }
         }
+    }
+
+    /// Whether the rest is lost: nothing is under way, and of those who answer nobody has had any of it for a while.
+    pub(crate) fn is_lost(&mut self, now: Instant) -> bool {
+        let mut alive = self.donors.iter().filter(|donor| donor.failures < FAILURES_MAX);
+        let comes =
+            !self.flights.is_empty() || alive.any(|donor| self.missing.iter().any(|chunk| donor.has(*chunk)));
+        if comes {
+            self.lost_since = None;
+            return false;
+        }
+        now >= *self.lost_since.get_or_insert(now) + LOST_AFTER
     }
 
     /// A donor said what it has.

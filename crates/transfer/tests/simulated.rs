@@ -170,6 +170,30 @@ fn an_interrupted_download_resumes_and_a_liar_is_found_out() {
 }
 
 #[test]
+fn what_went_with_its_only_donor_is_given_up_although_others_answer() {
+    run(10, |net| async move {
+        let (only, newest) = peer(&net, 2.0);
+        let (other, older) = peer(&net, 2.0);
+        newest.publish(snapshot(5, 20));
+        older.publish(snapshot(4, 3));
+        let (_, newcomer) = peer(&net, 10.0);
+        let ids = [only.local_peer(), other.local_peer()];
+        let begun = tokio::time::Instant::now();
+        let download = newcomer.download(&ids, 4, TIMEOUT);
+        let kill = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            net.crash(only.local_peer());
+        };
+        let (failed, ()) = tokio::join!(download, kill);
+        let failed = failed.unwrap_err();
+        let is_half = matches!(failed, DownloadError::Interrupted { epoch: 5, done: 1..20, .. });
+        assert!(is_half && failed.to_string().contains("nobody has the rest"), "{failed}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?} of {TIMEOUT:?}", begun.elapsed());
+        assert_eq!(newcomer.download(&ids, 4, TIMEOUT).await.unwrap().value, *snapshot(4, 3));
+    });
+}
+
+#[test]
 fn a_dead_peer_is_a_fault_not_an_error() {
     run(5, |net| async move {
         let (donor, seed) = peer(&net, 20.0);
