@@ -347,6 +347,8 @@ mod tests {
         let peer = start(1).await;
         let mut incoming = peer.accept(Protocol::new("/test/1"), 1).unwrap();
         assert!(peer.ended().now_or_never().is_none());
+        // The driver runs now.
+        tokio::task::yield_now().await;
         // As after a panic: nobody has closed anything.
         peer.tasks.abort_all();
         peer.ended().await;
