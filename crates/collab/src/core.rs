@@ -189,9 +189,11 @@ impl Core {
         self.twice = twice;
     }
 
-    /// Whether somebody else works on our epoch or is ahead: whoever is behind cannot take part in our round.
-    pub(crate) fn in_company(&self) -> bool {
-        self.peers.values().any(|view| view.epoch >= self.lineage.epoch && !view.auxiliary)
+    /// Whether somebody else works on our epoch or is ahead: whoever is behind cannot take part in our round, and whoever is
+    /// not believed will not.
+    pub(crate) fn in_company(&self, now: Instant) -> bool {
+        let comes = |view: &PeerView| view.epoch >= self.lineage.epoch && !view.auxiliary;
+        self.peers.values().any(|view| comes(view) && self.behind.believes(now, &view.peer))
     }
 
     /// Whether a member of the last round is alive and has not yet said that it has its result.

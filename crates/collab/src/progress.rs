@@ -162,7 +162,8 @@ impl Behind {
         }
     }
 
-    fn believes(&self, now: Instant, peer: &PeerId) -> bool {
+    /// Whether what this peer says of its history counts.
+    pub(crate) fn believes(&self, now: Instant, peer: &PeerId) -> bool {
         self.doubted.get(peer).is_none_or(|(until, _)| now >= *until)
     }
 

@@ -468,8 +468,8 @@ impl Inner {
         let movement = std::mem::take(&mut outcome.value.vector);
         // Alone, DiLoCo's outer step still applies; a failed round in company leaves the agreed state as it was.
         let mut core = self.core();
-        let keeps =
-            outcome.value.missed || outcome.value.alone && (core.in_company() || !core.agrees_alone());
+        let in_company = core.in_company(self.env.now());
+        let keeps = outcome.value.missed || outcome.value.alone && (in_company || !core.agrees_alone());
         outcome.value.vector = if keeps { vector } else { core.agree(movement) };
         drop(core);
         outcome
@@ -572,8 +572,8 @@ impl Inner {
     ) -> Outcome<Averaged> {
         let mut core = self.core();
         self.look(&mut core);
-        let in_company = core.in_company();
         let now = self.env.now();
+        let in_company = core.in_company(now);
         let ends_epoch = channel == Channel::Gradients || self.config.policy.ends_epochs_with_state();
         let missed = ends_epoch && core.winner(now).is_some();
         core.not_averaged(now, channel, in_company, &faults);
