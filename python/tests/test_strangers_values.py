@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_optimizer import backward, batches, equal, make_model
+from test_optimizer import backward, batches, equal, make_model, see_each_other
 
 import potluck
 from potluck._state import StateCodec
@@ -511,6 +511,44 @@ def test_training_goes_on_beside_a_state_that_does_not_fit(
     assert said[0].startswith(
         "r: the state of epoch 3 that others have does not fit, and this peer keeps its own: "
     )
+
+
+def test_another_program_keeps_its_own_and_trains_on(
+    loopback_dht: Callable[..., DHT], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer whose optimizer has other groups, over real sockets: it is told why, and reaches epochs of its own."""
+    caplog.set_level(logging.WARNING, "potluck")
+
+    def peer(model: torch.nn.Module, groups: list[Any]) -> potluck.Optimizer:
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        return potluck.Optimizer(
+            dht=loopback_dht(), run_id="r", target_batch_size=16, batch_size_per_step=8, optimizer=optimizer
+        )
+
+    def train(opt: potluck.Optimizer, model: torch.nn.Module, epochs: int) -> None:
+        end = opt.local_epoch + epochs
+        while opt.local_epoch < end:
+            for x, y in batches(2, 8):
+                backward(model, x, y)
+                opt.step()
+                opt.zero_grad()
+
+    models = [make_model(0), make_model(1)]
+    donor = peer(models[0], [*models[0].parameters()])
+    train(donor, models[0], 3)
+    first, *others = models[1].parameters()
+    newcomer = peer(models[1], [{"params": [first]}, {"params": others}])
+    before = [parameter.detach().clone() for parameter in models[1].parameters()]
+    see_each_other([newcomer, donor])
+    newcomer.load_state_from_peers()
+    assert newcomer.local_epoch == 0
+    assert all(torch.equal(a, b) for a, b in zip(models[1].parameters(), before, strict=True))
+    said = [record.getMessage() for record in caplog.records if "keeps its own" in record.getMessage()]
+    assert len(said) == 1 and "the state has 1 parameter groups, this optimizer 2" in said[0], caplog.text
+    train(newcomer, models[1], 2)
+    assert donor.local_epoch == 3
+    for opt in (newcomer, donor):
+        opt.shutdown()
 
 
 AVERAGERS: dict[str, Callable[[torch.nn.Module, DHT], DecentralizedAverager]] = {

@@ -89,8 +89,9 @@ pub async fn a_dead_peer_fails_within_the_deadline_on_a_used_stream<N: Network>(
     assert_eq!(fault.expect_err("the peer is dead").peer, peer);
     assert!(start.elapsed() < patience + STILL, "a call outlasted its deadline: {:?}", start.elapsed());
     let opened = timeout(Duration::from_secs(20), a.open(peer, protocol())).await;
-    if let Ok(mut stream) = opened.expect("an open ends by itself within 15 s") {
-        let seen = timeout(network.noticed_within(), stream.recv()).await.expect("a used stream breaks");
+    let opened = opened.expect("an open ends by itself within 15 s");
+    if let (Ok(mut stream), Some(limit)) = (opened, network.noticed_within()) {
+        let seen = timeout(limit, stream.recv()).await.expect("a used stream breaks");
         assert!(matches!(seen, Err(StreamError::Reset { .. })), "a dead peer was seen as {seen:?}");
     }
 }
