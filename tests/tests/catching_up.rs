@@ -125,3 +125,24 @@ fn a_missed_round_is_made_up_for_without_loading_a_state() {
         assert!(made_up >= 1 && loaded == 0, "{policy:?}: made up for {made_up}, loaded {loaded} states");
     }
 }
+
+/// One peer has the state, and a thin line: eight that come at once give one another what they have of it, although none of
+/// them has the epoch.
+#[test]
+fn newcomers_feed_one_another() {
+    run(5, async |net| {
+        let spec = RunSpec { model: Model::Broad, target: 24, epochs: 3, ..spec(5) };
+        let mut world = World::new(net, spec.clone());
+        let seed = world.start(large_steps(PeerSpec { up_bytes_per_second: 1e6, ..PeerSpec::default() }));
+        world.until_agreed(spec.epochs, Duration::from_secs(60)).await.expect("it trains alone");
+        let (before, began) = (world.net.traffic(seed).up_bytes, Instant::now());
+        for _ in 0..8 {
+            world.start(large_steps(PeerSpec::default()));
+        }
+        world.until_agreed(spec.epochs, Duration::from_secs(60)).await.expect("they load its state");
+        // Parameters and momentum.
+        let copies = (world.net.traffic(seed).up_bytes - before) as f64 / 4.8e6;
+        assert!(copies < 6.5, "{copies:.1} copies in {:?} for eight newcomers", began.elapsed());
+        conclude(world, &spec).await;
+    });
+}

@@ -291,12 +291,16 @@ impl Dialect for Native {
         epoch_min: u64,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Outcome<Snapshot>, DownloadFailed>> {
-        let (helpers, ahead): (Vec<PeerView>, Vec<PeerView>) =
-            self.peers().into_iter().filter(|view| view.epoch >= epoch_min).partition(|view| view.auxiliary);
+        let (helpers, members): (Vec<PeerView>, Vec<PeerView>) =
+            self.peers().into_iter().partition(|view| view.auxiliary);
+        // Whoever is behind as well may have chunks of what we load.
+        let others: Vec<PeerId> = members.iter().map(|view| view.peer).collect();
+        let is_ahead = |view: &PeerView| view.epoch >= epoch_min;
+        let ahead: Vec<PeerView> = members.into_iter().filter(is_ahead).collect();
         let mut donors = donors(&ahead, &lineage);
         if donors.is_empty() {
             // Of those who compute nothing, keepers have the state.
-            donors = helpers.iter().map(|view| view.peer).collect();
+            donors = helpers.iter().filter(|view| is_ahead(view)).map(|view| view.peer).collect();
         }
         Box::pin(async move {
             let failed = |error: DownloadError| {
@@ -309,7 +313,8 @@ impl Dialect for Native {
                 };
                 DownloadFailed { epoch_min, offered, reason, faults }
             };
-            let outcome = self.exchange.download(&donors, epoch_min, timeout).await.map_err(failed)?;
+            let downloaded = self.exchange.download_beside(&donors, &others, epoch_min, timeout).await;
+            let outcome = downloaded.map_err(failed)?;
             Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))
         })
     }

@@ -30,6 +30,8 @@ pub(crate) const FAILURES_MAX: u32 = 3;
 pub(crate) struct Download {
     inner: Arc<Inner>,
     peers: Vec<PeerId>,
+    /// Who may be downloading the same, and is asked for nothing but what it has of it.
+    others: Vec<PeerId>,
     bytes_max: u64,
     start: Instant,
     deadline: Instant,
@@ -46,7 +48,15 @@ impl Download {
         let me = inner.transport.local_peer();
         let start = inner.env.now();
         let peers = peers.iter().copied().filter(|peer| *peer != me).collect();
-        Self { inner, peers, bytes_max, start, deadline: start + timeout, faults: Vec::new() }
+        let (others, deadline) = (Vec::new(), start + timeout);
+        Self { inner, peers, others, bytes_max, start, deadline, faults: Vec::new() }
+    }
+
+    pub(crate) fn beside(mut self, others: &[PeerId]) -> Self {
+        let me = self.inner.transport.local_peer();
+        let new = others.iter().filter(|peer| **peer != me && !self.peers.contains(peer));
+        self.others = new.copied().collect();
+        self
     }
 
     /// Ask everybody for what is wanted, then fetch what most of them offer.
@@ -154,7 +164,8 @@ impl Download {
             (0..held.len()).filter(|chunk| !held.get(*chunk).copied().unwrap_or(false)).collect();
         // Everybody starts elsewhere, so that joiners soon have chunks that other joiners lack.
         missing.shuffle(&mut self.inner.env.fork_rng());
-        let mut work = Work::new(missing, self.peers.iter().map(|peer| Donor::new(*peer, now)).collect());
+        let asked = self.peers.iter().chain(&self.others);
+        let mut work = Work::new(missing, asked.map(|peer| Donor::new(*peer, now)).collect());
         let why = {
             let this = &*self;
             let mut running = FuturesUnordered::new();

@@ -181,8 +181,7 @@ impl Exchange {
         self.inner.store().bytes()
     }
 
-    /// Download the newest snapshot of at least `epoch_min` that any of `peers` offers, from as many of them as have
-    /// it. `others` are peers that may be downloading too: they are asked for chunks as well.
+    /// Download the newest snapshot of at least `epoch_min` that any of `peers` offers, from as many of them as have it.
     ///
     /// # Errors
     /// [`DownloadError`]; what has arrived is kept, and the next call resumes.
@@ -192,7 +191,21 @@ impl Exchange {
         epoch_min: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout);
+        self.download_beside(peers, &[], epoch_min, timeout).await
+    }
+
+    /// The same beside `others`, who offer no such snapshot but may be downloading it too: they are asked for chunks as well.
+    ///
+    /// # Errors
+    /// As [`Self::download`].
+    pub async fn download_beside(
+        &self,
+        peers: &[PeerId],
+        others: &[PeerId],
+        epoch_min: u64,
+        timeout: Duration,
+    ) -> Result<Outcome<Snapshot>, DownloadError> {
+        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout).beside(others);
         download.run(Request::Offer { epoch_min }, Kind::State).await
     }
 
