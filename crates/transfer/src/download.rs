@@ -11,6 +11,7 @@ use futures::stream::FuturesUnordered;
 use potluck_net::{FaultKind, Outcome, PeerFault, PeerId, rpc};
 use rand::seq::SliceRandom;
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -162,10 +163,15 @@ impl Download {
         let held = self.inner.store().have(&root, now).unwrap_or_default();
         let mut missing: Vec<usize> =
             (0..held.len()).filter(|chunk| !held.get(*chunk).copied().unwrap_or(false)).collect();
-        // Everybody starts elsewhere, so that joiners soon have chunks that other joiners lack.
         missing.shuffle(&mut self.inner.env.fork_rng());
         let asked = self.peers.iter().chain(&self.others);
-        let mut work = Work::new(missing, asked.map(|peer| Donor::new(*peer, now)).collect());
+        let me = self.inner.transport.local_peer();
+        // The last ones are asked for first.
+        missing.sort_by_cached_key(|chunk| {
+            asked.clone().all(|peer| comes_to(me, *chunk) < comes_to(*peer, *chunk))
+        });
+        let donors = asked.map(|peer| Donor::new(*peer, now)).collect();
+        let mut work = Work::new(index.hashes.len(), missing, donors);
         let why = {
             let this = &*self;
             let mut running = FuturesUnordered::new();
@@ -250,6 +256,14 @@ impl Download {
         let context = format!("state chunk {chunk}: {} bytes do not match the agreed hash", bytes.len());
         Err(PeerFault::new(peer, FaultKind::Mismatch, context))
     }
+}
+
+/// A chunk is for the joiner with the lowest number to ask for first (rendezvous hashing, Thaler and Ravishankar 1998), so that
+/// each of those who join at the same time soon has what the others lack, although no two of them may know the same peers.
+fn comes_to(peer: PeerId, chunk: usize) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (peer.as_bytes(), chunk).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Put the chunks together again. A buffer of one chunk is not copied.

@@ -1,5 +1,5 @@
 //! Sans-I/O. Which chunk is asked of whom: a window for each donor that follows what it has to give, other newcomers before
-//! donors, and a second donor for a chunk whose first one has fallen silent.
+//! donors, the rarest chunk first, and a second donor for a chunk whose first one has fallen silent.
 
 use crate::download::FAILURES_MAX;
 use crate::wire::{CHUNK_BYTES, Index, decode_bits};
@@ -52,6 +52,8 @@ pub(crate) struct Work {
     pub(crate) donors: Vec<Donor>,
     /// To be asked; the last one is the next.
     missing: Vec<usize>,
+    /// How many donors have each chunk.
+    copies: Vec<usize>,
     /// Not here yet.
     pub(crate) wanted: BTreeSet<usize>,
     flights: Vec<Flight>,
@@ -63,11 +65,13 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    pub(crate) fn new(missing: Vec<usize>, donors: Vec<Donor>) -> Self {
+    /// The download of a snapshot of so many `chunks`, of which these are missing here.
+    pub(crate) fn new(chunks: usize, missing: Vec<usize>, donors: Vec<Donor>) -> Self {
         let wanted = missing.iter().copied().collect();
         Self {
             donors,
             missing,
+            copies: vec![0; chunks],
             wanted,
             flights: Vec::new(),
             usual: None,
@@ -80,7 +84,8 @@ impl Work {
         self.donors.iter_mut().find(|donor| donor.peer == peer)
     }
 
-    /// Give each donor with room the next missing chunk that it has: other newcomers first, then the least busy donor.
+    /// Give each donor with room a missing chunk that it has, the one that fewest have: all that a donor sends before it dies is
+    /// then somewhere. Other newcomers first, then the least busy donor.
     pub(crate) fn assign(&mut self, now: Instant) -> Vec<(PeerId, usize)> {
         let mut given = Vec::new();
         loop {
@@ -93,9 +98,10 @@ impl Work {
                 .collect();
             order.sort_by_key(|(is_complete, busy, donor)| (*is_complete, *busy, donor.peer));
             let found = order.into_iter().find_map(|(_, _, donor)| {
-                let place =
-                    self.missing.iter().rposition(|chunk| donor.has(*chunk) && !self.flies(donor, *chunk))?;
-                Some((donor.peer, place))
+                let can = |chunk: usize| donor.has(chunk) && !self.flies(donor, chunk);
+                let places = self.missing.iter().enumerate().rev().filter(|(_, chunk)| can(**chunk));
+                let rarest = places.min_by_key(|(_, chunk)| self.copies.get(**chunk))?;
+                Some((donor.peer, rarest.0))
             });
             let Some((peer, place)) = found else { return given };
             let chunk = self.missing.remove(place);
@@ -137,6 +143,18 @@ impl Work {
         now >= *self.lost_since.get_or_insert(now) + LOST_AFTER
     }
 
+    /// What is known of what a donor has changes.
+    fn set_has(&mut self, peer: PeerId, has: Vec<bool>) {
+        let Some(donor) = self.donors.iter_mut().find(|donor| donor.peer == peer) else { return };
+        let before = std::mem::replace(&mut donor.has, has);
+        for (copies, had) in self.copies.iter_mut().zip(before) {
+            *copies -= usize::from(had);
+        }
+        for (copies, has) in self.copies.iter_mut().zip(&donor.has) {
+            *copies += usize::from(*has);
+        }
+    }
+
     /// A donor said what it has.
     pub(crate) fn listed(&mut self, peer: PeerId, index: &Index, result: Result<Bytes, PeerFault>) {
         let Some(donor) = self.donor(peer) else { return };
@@ -144,8 +162,8 @@ impl Work {
         match result {
             Ok(bits) => {
                 if let Some(has) = decode_bits(&bits, index.hashes.len()) {
-                    donor.has = has;
                     donor.failures = 0;
+                    self.set_has(peer, has);
                 }
             }
             // "I do not have that snapshot": no fault, it may get it later.
@@ -184,10 +202,11 @@ impl Work {
         match fault.kind {
             FaultKind::Mismatch => {
                 donor.failures = FAILURES_MAX;
+                self.set_has(fault.peer, Vec::new());
                 self.faults.push(fault);
             }
             // Busy, or it has let the snapshot go: ask what it has before asking for more.
-            FaultKind::Refused => donor.has.clear(),
+            FaultKind::Refused => self.set_has(fault.peer, Vec::new()),
             _ => self.count(fault),
         }
     }
@@ -197,6 +216,7 @@ impl Work {
         let Some(donor) = self.donor(fault.peer) else { return };
         donor.failures += 1;
         if donor.failures == FAILURES_MAX {
+            self.set_has(fault.peer, Vec::new());
             self.faults.push(fault);
         }
     }

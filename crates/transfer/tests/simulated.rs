@@ -141,6 +141,31 @@ fn joiners_feed_one_another_and_survive_the_donor() {
     });
 }
 
+/// Two copies left the donor: chunks in random order would have missed one of eight.
+#[test]
+fn joiners_have_all_of_it_when_the_donor_dies_after_two_copies() {
+    run(12, |net| async move {
+        let (donor, seed) = peer(&net, 4.0);
+        let state = snapshot(2, 60);
+        seed.publish(state.clone());
+        let joiners: Vec<_> = (0..20).map(|_| peer(&net, 2.0)).collect();
+        let mut ids: Vec<PeerId> = joiners.iter().map(|(transport, _)| transport.local_peer()).collect();
+        ids.push(donor.local_peer());
+        let downloads = joiners.iter().map(|(_, joiner)| joiner.download(&ids, 2, TIMEOUT));
+        let kill = async {
+            while net.traffic(donor.local_peer()).up_bytes < 2 * state.bytes() {
+                // Virtual time: a step of the simulator, no wait.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            net.crash(donor.local_peer());
+        };
+        let (outcomes, ()) = tokio::join!(futures::future::join_all(downloads), kill);
+        for outcome in outcomes {
+            assert_eq!(outcome.unwrap().value, *state);
+        }
+    });
+}
+
 #[test]
 fn an_interrupted_download_resumes_and_a_liar_is_found_out() {
     run(4, |net| async move {
