@@ -190,9 +190,14 @@ impl Core {
     }
 
     /// Whether somebody else works on our epoch or is ahead: whoever is behind cannot take part in our round, and whoever is
-    /// not believed will not.
+    /// not believed will not. Nobody can be ahead without a history that says so.
     pub(crate) fn in_company(&self, now: Instant) -> bool {
-        let comes = |view: &PeerView| view.epoch >= self.lineage.epoch && !view.auxiliary;
+        let ours = self.lineage.epoch;
+        let is_level = |view: &PeerView| match Note::decode(&view.note) {
+            Some(note) => note.lineage.epoch >= ours,
+            None => view.epoch == ours,
+        };
+        let comes = |view: &PeerView| !view.auxiliary && is_level(view);
         self.peers.values().any(|view| comes(view) && self.behind.believes(now, &view.peer))
     }
 

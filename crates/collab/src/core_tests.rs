@@ -4,6 +4,7 @@ use super::*;
 use crate::dialect::MissedRound;
 use crate::status::Status;
 use crate::{Rates, Snapshot};
+use bytes::Bytes;
 
 const TARGET: u64 = 64;
 
@@ -30,6 +31,22 @@ fn view(seed: u8, lineage: Lineage) -> PeerView {
         client: false,
         note: note.encode(),
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_epoch_without_a_history_is_no_company() {
+    let mut core = in_company();
+    let ours = core.lineage.epoch;
+    for (epoch, note, comes) in
+        [(ours, Bytes::new(), true), (ours + 9, Bytes::new(), false), (ours + 9, vec![9; 3].into(), false)]
+    {
+        let other = PeerView { epoch, note, ..view(2, core.lineage) };
+        core.see(vec![other], BTreeSet::new(), |_| false, &mut Vec::new());
+        assert_eq!(core.in_company(Instant::now()), comes, "epoch {epoch}");
+    }
+    let ahead = view(2, core.lineage.next_epoch(&[2; 32], TARGET));
+    core.see(vec![ahead], BTreeSet::new(), |_| false, &mut Vec::new());
+    assert!(core.in_company(Instant::now()));
 }
 
 #[tokio::test(start_paused = true)]

@@ -51,7 +51,6 @@ impl Inner {
         let mut faults = Vec::new();
         let mut pause = LOAD_PAUSE_MIN;
         let mut patience = Patience::default();
-        let mut given_up = None;
         loop {
             let winner = {
                 let mut core = self.core();
@@ -59,9 +58,6 @@ impl Inner {
                 core.winner(self.env.now())
             };
             let Some(winner) = winner else {
-                if let Some(reason) = given_up {
-                    self.emit(Event::StateFailed { reason });
-                }
                 return Outcome { value: Loaded::Nothing, faults };
             };
             let ours = self.core().lineage;
@@ -88,11 +84,12 @@ impl Inner {
             if patience.is_over(self.env.now(), &failed) {
                 self.core().distrust(self.env.now(), &winner);
                 patience = Patience::default();
-                given_up = Some(format!(
-                    "{}; peer {} says that it is there, and is not asked again for a while",
-                    failed.reason,
-                    winner.peer.short()
-                ));
+                let (why, whose) = (failed.reason, winner.peer.short());
+                self.emit(Event::StateFailed {
+                    reason: format!(
+                        "{why}; peer {whose} says that it is there, and is not asked again for a while"
+                    ),
+                });
                 continue;
             }
             // The winner may only be about to offer its state; try again when news come, or after a growing pause.
