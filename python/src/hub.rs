@@ -5,8 +5,8 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed, RoundResult,
-    RoundStats, Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, Offered, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed,
+    RoundResult, RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
 use pyo3::prelude::*;
@@ -277,7 +277,7 @@ impl Dialect for LocalDialect {
             .max_by_key(|snapshot| (snapshot.lineage == lineage, snapshot.epoch));
         let found = newest.map(Outcome::clean).ok_or_else(|| DownloadFailed {
             epoch_min,
-            offered: false,
+            offered: Offered::No,
             reason: "nobody offers it".to_owned(),
             faults: Vec::new(),
         });

@@ -339,12 +339,12 @@ impl Session {
         })
     }
 
-    /// The state that was given last does not fit, and the program has kept its own: go on with that. Whether there was one.
-    fn refuse_state(&self, py: Python<'_>, reason: &str) -> Result<bool, Error> {
+    /// The state that was given last is not taken over; whether the program has `kept` its own whole. Whether there was one.
+    fn refuse_state(&self, py: Python<'_>, reason: &str, kept: bool) -> Result<bool, Error> {
         let handle = runtime::handle()?;
         Ok(py.detach(|| {
             let _guard = handle.enter();
-            self.core.refuse_state(reason)
+            self.core.refuse_state(reason, kept)
         }))
     }
 

@@ -470,7 +470,7 @@ class Offering:
     def load_state(self, seconds: float | None = None) -> Any:
         return self._state
 
-    def refuse_state(self, reason: str) -> None:
+    def refuse_state(self, reason: str, kept: bool) -> None:
         self.refused.append(reason)
 
 

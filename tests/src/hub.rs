@@ -4,8 +4,8 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use potluck_collab::{
-    Channel, Dialect, DownloadFailed, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed, RoundResult,
-    RoundStats, Snapshot, Traffic,
+    Channel, Dialect, DownloadFailed, Offered, PeerView, Purpose, Rates, Report, RoundCall, RoundFailed,
+    RoundResult, RoundStats, Snapshot, Traffic,
 };
 use potluck_net::{Outcome, PeerId};
 use std::collections::BTreeMap;
@@ -240,7 +240,7 @@ impl Dialect for HubPeer {
                 Some(snapshot) => Ok(Outcome::clean(snapshot.clone())),
                 None => Err(DownloadFailed {
                     epoch_min,
-                    offered: false,
+                    offered: Offered::No,
                     reason: "nobody has it".to_owned(),
                     faults: Vec::new(),
                 }),

@@ -306,9 +306,6 @@ impl Trainer {
         let from = self.session.epoch();
         let loaded =
             self.timed("load_state", async |trainer: &mut Self| trainer.session.load_state().await).await;
-        self.sum.iter_mut().for_each(|value| *value = 0.0);
-        self.count = 0;
-        self.next_params = None;
         let ends_epochs =
             matches!(self.training.policy, PolicyKind::LocalUpdates | PolicyKind::DiLoCo { .. });
         match loaded.value {
@@ -318,13 +315,14 @@ impl Trainer {
                 let read = |name: &str| snapshot.blobs.get(name).map(|blob| floats(blob)).unwrap_or_default();
                 let (params, velocity) = (read("params"), read("velocity"));
                 if params.len() != self.params.len() || velocity.len() != self.optimizer.velocity.len() {
-                    assert!(self.session.refuse_state("it is of another model"), "it was loaded");
-                    self.session.publish(self.snapshot());
-                    return self.note_epoch();
+                    assert!(self.session.refuse_state("it is of another model", true), "it was loaded");
+                    return self.session.publish(self.snapshot());
                 }
+                self.forget_samples();
                 (self.params, self.optimizer.velocity) = (params, velocity);
             }
             Loaded::Gradients(average) => {
+                self.forget_samples();
                 if self.fumbles(|it| it.optimizer.step(&mut it.params, &average)) {
                     return;
                 }
@@ -332,6 +330,7 @@ impl Trainer {
                 self.session.epoch_done(Some(self.snapshot()));
             }
             Loaded::Parameters(average) => {
+                self.forget_samples();
                 self.params = average;
                 match ends_epochs {
                     true => self.session.epoch_done(Some(self.snapshot())),
@@ -341,6 +340,13 @@ impl Trainer {
         }
         self.record.push(Entry::Loaded { peer: self.me(), from, to: self.session.epoch() });
         self.note_epoch();
+    }
+
+    /// They were computed at parameters that are gone.
+    fn forget_samples(&mut self) {
+        self.sum.iter_mut().for_each(|value| *value = 0.0);
+        self.count = 0;
+        self.next_params = None;
     }
 
     fn snapshot(&self) -> Snapshot {

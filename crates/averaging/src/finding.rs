@@ -2,7 +2,7 @@
 
 use crate::link;
 use crate::swarm::Inner;
-use potluck_net::{AcceptError, PeerId};
+use potluck_net::{AcceptError, FaultKind, PeerId};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +68,7 @@ pub(crate) async fn contact(inner: &Arc<Inner>) -> Result<(), JoinError> {
             Err(link::LinkError::Refused(reason)) => return Err(JoinError::Refused { peer, reason }),
             Err(link::LinkError::Failed(fault)) => {
                 // It is there but not in this run: a bootstrap node, through which others will find us.
-                reached |= fault.kind == potluck_net::FaultKind::Refused;
+                reached |= matches!(fault.kind, FaultKind::Refused | FaultKind::Busy);
                 lines.push(fault.to_string());
             }
         }

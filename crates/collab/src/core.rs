@@ -4,7 +4,7 @@ mod sequels;
 mod shown;
 pub(crate) mod snapshots;
 
-use crate::dialect::{PeerView, Report, RoundResult};
+use crate::dialect::{Offered, PeerView, Report, RoundResult};
 use crate::factors::Factors;
 use crate::gone::{self, Gone};
 use crate::nearing::Nearing;
@@ -218,7 +218,13 @@ impl Core {
         self.behind.check(now, &self.lineage, &views)
     }
 
-    /// The state of a winner could not be had or not be used.
+    /// The state of a winner did not come. Whether it is given up, and whoever says that it has it not believed for a while.
+    pub(crate) fn not_loaded(&mut self, now: Instant, winner: &Winner, offered: Offered) -> bool {
+        let views = self.views();
+        self.behind.failed(now, winner, offered, &views)
+    }
+
+    /// The state of a winner cannot be used.
     pub(crate) fn distrust(&mut self, now: Instant, winner: &Winner) {
         let views = self.views();
         self.behind.doubt(now, winner, &views);
@@ -297,8 +303,10 @@ impl Core {
     }
 
     pub(crate) fn report(&self, urgent: bool) -> Report {
+        // Of a state that the program may refuse yet, the others hear nothing.
+        let lineage = self.replaced.as_ref().map_or(self.lineage, |before| before.lineage);
         let note = Note {
-            lineage: self.lineage,
+            lineage,
             contributed: self.contributed,
             loss: self.loss,
             state_due: self.state_due_from,
@@ -306,7 +314,7 @@ impl Core {
             waiting: self.waiting,
         };
         Report {
-            epoch: self.lineage.epoch,
+            epoch: lineage.epoch,
             samples: self.own.samples,
             samples_per_second: self.own.samples_per_second,
             urgent,

@@ -49,6 +49,69 @@ async fn an_epoch_without_a_history_is_no_company() {
     assert!(core.in_company(Instant::now()));
 }
 
+/// A state of epoch 9 that another peer offers.
+fn offered(core: &Core) -> Snapshot {
+    let ahead = Lineage { epoch: 8, ..core.lineage }.next_epoch(&[9; 32], TARGET);
+    let mut donor = Core::new(PeerId::from_ed25519(&[2; 32]), core.config.clone(), core.lineage, 1);
+    donor.lineage = ahead;
+    donor.seal(Snapshot::default())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_that_is_refused_changes_nothing_and_nobody_hears_of_it() {
+    let mut core = in_company();
+    core.own.add(Instant::now(), 24);
+    core.agreed = Some(vec![1.0; 3]);
+    let (before, told) = (core.lineage, core.report(false));
+    let mut snapshot = offered(&core);
+    core.adopt(&mut snapshot, PeerId::from_ed25519(&[2; 32]), Instant::now()).unwrap();
+    assert_eq!(core.lineage.epoch, 9);
+    assert_eq!((core.report(false).epoch, core.report(false).note), (told.epoch, told.note.clone()));
+    assert!(core.refuse(Instant::now(), true) && !core.refuse(Instant::now(), true));
+    assert_eq!((core.lineage, core.own.samples, core.agreed.as_deref()), (before, 24, Some(&[1.0; 3][..])));
+    assert_eq!(core.report(false), told);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_failed_over_a_state_has_a_history_of_its_own_that_gives_way() {
+    let mut core = in_company();
+    let before = core.lineage;
+    core.adopt(&mut offered(&core), PeerId::from_ed25519(&[2; 32]), Instant::now()).unwrap();
+    assert!(core.refuse(Instant::now(), false));
+    assert!(before.beats(&core.lineage) && core.lineage.epoch == before.epoch);
+    assert!(core.behind.believes(Instant::now(), &PeerId::from_ed25519(&[2; 32])), "it is not to blame");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_is_told_and_offered_when_the_program_goes_on_with_it() {
+    let mut core = in_company();
+    let given = offered(&core);
+    core.adopt(&mut given.clone(), PeerId::from_ed25519(&[2; 32]), Instant::now()).unwrap();
+    assert_eq!(core.accept(), Some(given));
+    assert_eq!((core.report(false).epoch, core.accept()), (9, None));
+    assert!(!core.refuse(Instant::now(), true), "too late");
+}
+
+#[tokio::test(start_paused = true)]
+async fn patience_ends_over_several_calls_and_not_with_those_who_are_busy() {
+    let winner = |core: &Core| Winner { peer: PeerId::from_ed25519(&[2; 32]), lineage: core.lineage };
+    let tries = |offered: &[Offered], seconds: u64| {
+        let mut core = in_company();
+        let mut now = Instant::now();
+        let mut given_up = Vec::new();
+        for offered in offered {
+            now += Duration::from_secs(seconds);
+            given_up.push(core.not_loaded(now, &winner(&core), *offered));
+        }
+        given_up
+    };
+    assert_eq!(tries(&[Offered::No; 4], 7), [false, false, false, true]);
+    assert_eq!(tries(&[Offered::No; 4], 30), [false; 4], "each time it is asked anew");
+    assert_eq!(tries(&[Offered::Part(0.5); 4], 150), [false, false, true, false]);
+    assert_eq!(tries(&[0.2, 0.2, 0.4, 0.4, 0.6, 0.6].map(Offered::Part), 150), [false; 6], "it comes on");
+    assert_eq!(tries(&[Offered::Busy; 9], 30), [false; 9]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn whoever_missed_a_round_computes_on_instead_of_trying_all_the_time() {
     let mut core = in_company();

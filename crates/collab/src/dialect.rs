@@ -202,12 +202,23 @@ pub struct RoundFailed {
 pub struct DownloadFailed {
     /// The oldest epoch that would have done.
     pub epoch_min: u64,
-    /// Whether somebody had begun to send one.
-    pub offered: bool,
+    /// Whether anybody has one.
+    pub offered: Offered,
     /// Why, for people.
     pub reason: String,
     /// Who failed us.
     pub faults: Vec<PeerFault>,
+}
+
+/// Whether a state that could not be downloaded was offered.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Offered {
+    /// By nobody.
+    No,
+    /// Not now: whoever may have it has too much to do.
+    Busy,
+    /// Somebody had begun to send it; this part of it (0 to 1) is here.
+    Part(f32),
 }
 
 /// A complete copy of the training state at the start of an epoch.

@@ -3,11 +3,12 @@
 //! It is a member that is never ready for a round: nobody plans it in or waits for it, and its history, which is always
 //! a little old, is evidence of nothing unless it is ahead.
 
+use crate::native::download_failed;
 use crate::wire::Note;
 use crate::{DownloadFailed, Invite, JoinError, Lineage, Snapshot};
 use potluck_averaging::{Directory, Member, Progress, Roll, Swarm, SwarmConfig};
 use potluck_net::{Env, Outcome, PeerId, Transport};
-use potluck_transfer::{DownloadError, Exchange, Snapshot as Stored};
+use potluck_transfer::{Exchange, Snapshot as Stored};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -96,16 +97,8 @@ impl Keeper {
     ) -> Result<Outcome<Snapshot>, DownloadFailed> {
         let ahead = self.trainers().into_iter().filter(|(_, epoch)| *epoch >= epoch_min);
         let donors: Vec<PeerId> = ahead.map(|(peer, _)| peer).collect();
-        let outcome = self.exchange.download(&donors, epoch_min, timeout).await.map_err(|error| {
-            let (reason, offered) = (error.to_string(), matches!(error, DownloadError::Interrupted { .. }));
-            let faults = match error {
-                DownloadError::NobodyOffers { faults, .. } | DownloadError::Interrupted { faults, .. } => {
-                    faults
-                }
-                _ => Vec::new(),
-            };
-            DownloadFailed { epoch_min, offered, reason, faults }
-        })?;
+        let downloaded = self.exchange.download(&donors, epoch_min, timeout).await;
+        let outcome = downloaded.map_err(|error| download_failed(epoch_min, error))?;
         Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))
     }
 

@@ -65,8 +65,8 @@ mod wire;
 
 pub use config::{ConfigError, JoinError, PolicyKind, PowerSgd, SessionConfig, StateEvery};
 pub use dialect::{
-    Channel, Dialect, DownloadFailed, MissedRound, PeerView, Rates, Record, Report, RoundCall, RoundFailed,
-    RoundResult, RoundStats, Sequel, Snapshot, Terms, Traffic,
+    Channel, Dialect, DownloadFailed, MissedRound, Offered, PeerView, Rates, Record, Report, RoundCall,
+    RoundFailed, RoundResult, RoundStats, Sequel, Snapshot, Terms, Traffic,
 };
 pub use events::Event;
 pub use invite::{Invite, InviteError};

@@ -3,7 +3,7 @@
 pub(crate) mod sequels;
 
 use crate::dialect::{
-    Channel, Dialect, DownloadFailed, MissedRound, PeerView, Rates, Report, RoundCall, RoundFailed,
+    Channel, Dialect, DownloadFailed, MissedRound, Offered, PeerView, Rates, Report, RoundCall, RoundFailed,
     RoundResult, RoundStats, Sequel, Snapshot, Traffic,
 };
 use crate::factors::Factors;
@@ -303,18 +303,8 @@ impl Dialect for Native {
             donors = helpers.iter().filter(|view| is_ahead(view)).map(|view| view.peer).collect();
         }
         Box::pin(async move {
-            let failed = |error: DownloadError| {
-                let (reason, offered) =
-                    (error.to_string(), matches!(error, DownloadError::Interrupted { .. }));
-                let faults = match error {
-                    DownloadError::NobodyOffers { faults, .. }
-                    | DownloadError::Interrupted { faults, .. } => faults,
-                    _ => Vec::new(),
-                };
-                DownloadFailed { epoch_min, offered, reason, faults }
-            };
-            let downloaded = self.exchange.download_beside(&donors, &others, epoch_min, timeout).await;
-            let outcome = downloaded.map_err(failed)?;
+            let downloaded = self.exchange.download_of(lineage, &donors, &others, epoch_min, timeout).await;
+            let outcome = downloaded.map_err(|error| download_failed(epoch_min, error))?;
             Ok(outcome.map(|Stored { epoch, lineage, meta, blobs }| Snapshot { epoch, lineage, meta, blobs }))
         })
     }
@@ -377,6 +367,22 @@ impl Dialect for Native {
             self.exchange.withdraw();
         })
     }
+}
+
+/// What a download that failed is to a session.
+pub(crate) fn download_failed(epoch_min: u64, error: DownloadError) -> DownloadFailed {
+    let reason = error.to_string();
+    let (offered, faults) = match error {
+        DownloadError::Interrupted { done, chunks, faults, .. } => {
+            (Offered::Part(done as f32 / chunks.max(1) as f32), faults)
+        }
+        DownloadError::NobodyOffers { faults, .. } => {
+            let busy = faults.iter().any(|fault| fault.kind == FaultKind::Busy);
+            (if busy { Offered::Busy } else { Offered::No }, faults)
+        }
+        _ => (Offered::No, Vec::new()),
+    };
+    DownloadFailed { epoch_min, offered, reason, faults }
 }
 
 fn rates(member: &Member) -> Rates {

@@ -3,7 +3,7 @@
 //! Nothing is extrapolated here: a peer that is gone counts nothing, and a live one what it last said.
 
 use crate::Lineage;
-use crate::dialect::PeerView;
+use crate::dialect::{Offered, PeerView};
 use crate::wire::Note;
 use potluck_net::PeerId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ const DOUBT_MAX: Duration = Duration::from_secs(600);
 const RATE_GAIN: f32 = 0.3;
 
 /// This peer's own samples.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Own {
     /// Samples for the current epoch.
     pub(crate) samples: u64,
@@ -122,6 +122,48 @@ pub(crate) struct Behind {
     suspects_itself: bool,
     /// Until when nobody believes these peers, and the pause that it was.
     doubted: BTreeMap<PeerId, (Instant, Duration)>,
+    /// What is expected of those whose state did not come when it was asked for.
+    patience: BTreeMap<PeerId, Patience>,
+}
+
+/// A state that nobody offers is given up after so long, although somebody says that it is there ...
+const UNSERVED_MAX: Duration = Duration::from_secs(20);
+/// ... and one that breaks off, or is not what it was said to be, after so many attempts in a row ...
+const BROKEN_MAX: u32 = 3;
+/// ... that each had no more than this part of it more than the one before.
+const PROGRESS_MIN: f32 = 0.05;
+/// An attempt that is longer ago counts no more.
+const PATIENCE_FOR: Duration = Duration::from_secs(600);
+
+/// How often and for how long it was tried to load what one peer says that it has; whether in one call or in several.
+#[derive(Debug)]
+struct Patience {
+    unserved_since: Option<Instant>,
+    broken: u32,
+    part: f32,
+    last: Instant,
+}
+
+impl Patience {
+    /// One more attempt has failed. Whether it was the last.
+    fn is_over(&mut self, now: Instant, offered: Offered) -> bool {
+        let since_last = now.duration_since(std::mem::replace(&mut self.last, now));
+        match offered {
+            Offered::Busy => false,
+            Offered::No => {
+                self.unserved_since.take_if(|_| since_last > UNSERVED_MAX);
+                now.duration_since(*self.unserved_since.get_or_insert(now)) >= UNSERVED_MAX
+            }
+            Offered::Part(part) => {
+                self.unserved_since = None;
+                if part > self.part + PROGRESS_MIN {
+                    (self.part, self.broken) = (part, 0);
+                }
+                self.broken += 1;
+                self.broken >= BROKEN_MAX
+            }
+        }
+    }
 }
 
 /// Why this peer must load the state of others.
@@ -160,6 +202,29 @@ impl Behind {
             let pause = before.map_or(DOUBT_MIN, |(_, pause)| (*pause * 2).min(DOUBT_MAX));
             self.doubted.insert(peer, (now + pause, pause));
         }
+    }
+
+    /// The state of a winner did not come. Whether it is given up.
+    pub(crate) fn failed(
+        &mut self,
+        now: Instant,
+        winner: &Winner,
+        offered: Offered,
+        peers: &[PeerView],
+    ) -> bool {
+        self.patience.retain(|_, patience| now < patience.last + PATIENCE_FOR);
+        let fresh = Patience { unserved_since: None, broken: 0, part: 0.0, last: now };
+        let is_over = self.patience.entry(winner.peer).or_insert(fresh).is_over(now, offered);
+        if is_over {
+            self.patience.remove(&winner.peer);
+            self.doubt(now, winner, peers);
+        }
+        is_over
+    }
+
+    /// A state has come.
+    pub(crate) fn served(&mut self) {
+        self.patience.clear();
     }
 
     /// Whether what this peer says of its history counts.

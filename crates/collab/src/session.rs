@@ -153,7 +153,8 @@ impl Session {
         self.inner.core().lineage
     }
 
-    /// Add samples that were computed since the last call; answers what to do next. Never waits.
+    /// Add samples that were computed since the last call; answers what to do next. Never waits. A state that was loaded before
+    /// is taken over for good: until then others neither hear of it nor are offered it.
     pub fn step(&self, samples: u64) -> Step {
         self.inner.step(samples)
     }
@@ -272,7 +273,12 @@ impl Session {
     /// Offer the present state to newcomers: once before the first epoch, and again whenever the parameters changed
     /// other than by an epoch (state averaging). Its epoch and lineage are filled in.
     pub fn publish(&self, snapshot: Snapshot) {
-        let sealed = self.inner.core().seal(snapshot);
+        let sealed = {
+            let mut core = self.inner.core();
+            // What was loaded is in it.
+            core.accept();
+            core.seal(snapshot)
+        };
         self.inner.dialect.publish(sealed);
         self.inner.tell(true);
     }
@@ -296,11 +302,11 @@ impl Session {
         Outcome { value: if let Loaded::State(snapshot) = value { Some(snapshot) } else { None }, faults }
     }
 
-    /// The program cannot use the state that it was given last and has kept its own: this peer is on its own history again, and
-    /// whoever said that it had that state is not believed for a while. Whether there was such a state; then `publish` the own
-    /// one, which is what is offered to others again.
-    pub fn refuse_state(&self, reason: &str) -> bool {
-        let refused = self.inner.core().refuse(self.inner.env.now());
+    /// The program does not go on with the state that it was given last: this peer is on the history of before again, or, if it
+    /// has not `kept` all of its own state, on one of its own, which gives way to that. Whoever said that it had the state is not
+    /// believed for a while if the own one was kept. Whether there was such a state; then `publish` the own one.
+    pub fn refuse_state(&self, reason: &str, kept: bool) -> bool {
+        let refused = self.inner.core().refuse(self.inner.env.now(), kept);
         if refused {
             self.inner
                 .emit(Event::StateFailed { reason: format!("the state of others cannot be used: {reason}") });
@@ -386,7 +392,14 @@ impl Inner {
         let _listeners = self.events.send(event);
     }
 
+    /// The program goes on with the state that it loaded last.
+    fn accept(&self) {
+        let loaded = self.core().accept();
+        loaded.into_iter().for_each(|snapshot| self.dialect.publish(snapshot));
+    }
+
     fn step(&self, samples: u64) -> Step {
+        self.accept();
         let now = self.env.now();
         let mut core = self.core();
         core.own.add(now, samples);
@@ -483,6 +496,7 @@ impl Inner {
         weight: f64,
         terms: Terms,
     ) -> Outcome<Averaged> {
+        self.accept();
         let until = terms.limit.map(|limit| self.env.now() + limit);
         let _held = self.ledger.hold(Purpose::Rounds, bytes_of(&vector));
         let (epoch, lineage) = {

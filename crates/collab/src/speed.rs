@@ -105,7 +105,7 @@ where
                 moved += PIECE_BYTES.max(answer.len());
                 ended = Instant::now();
             }
-            Err(fault) if fault.kind == FaultKind::Refused && moved > 0 => break,
+            Err(fault) if matches!(fault.kind, FaultKind::Refused | FaultKind::Busy) && moved > 0 => break,
             Err(fault) => return Err(fault),
         }
         if moved >= BYTES_MAX {

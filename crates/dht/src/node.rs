@@ -203,7 +203,7 @@ impl Node {
     fn failed(&self, contact: &Contact, kind: FaultKind) {
         let now = self.now();
         let mut state = self.state();
-        if kind == FaultKind::Refused {
+        if matches!(kind, FaultKind::Refused | FaultKind::Busy) {
             // Somebody is there. It is no longer the one who was silent for longest, or nobody else would be asked.
             if state.table.contains(&contact.id) {
                 state.table.insert(contact.clone(), now);

@@ -67,7 +67,7 @@ pub async fn a_full_backlog_is_told_on_a_used_stream<N: Network>(network: &N) {
                 }
             };
             let fault = rpc::call(&*a, peer, &protocol(), Bytes::new(), Instant::now() + LIMIT).await;
-            assert_eq!(fault.expect_err("the backlog is full").kind, FaultKind::Refused);
+            assert_eq!(fault.expect_err("the backlog is full").kind, FaultKind::Busy);
             let mut theirs = incoming.next().await.expect("not closed");
             echo(if first_refused { &mut second } else { &mut first }, &mut theirs).await;
             return;

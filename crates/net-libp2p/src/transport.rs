@@ -370,7 +370,7 @@ mod tests {
         let refused = one.open(peer, protocol.clone()).await.unwrap_err();
         assert_eq!(refused, OpenError::TooMany { peer, max: OUTBOUND_PER_PEER_MAX });
         let fault = potluck_net::rpc::open_fault(peer, refused);
-        assert_eq!(fault.kind, potluck_net::FaultKind::Refused, "as that of a busy peer, it gives nobody up");
+        assert_eq!(fault.kind, potluck_net::FaultKind::Busy, "as that of a busy peer, it gives nobody up");
         drop(rest);
         one.open(peer, protocol).await.expect("there is room again");
         drop(ours);

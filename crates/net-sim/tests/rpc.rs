@@ -96,7 +96,7 @@ fn no_more_handlers_run_than_allowed_and_the_rest_is_told_to_wait() {
         let answers = futures::future::join_all((0..20).map(|_| call(&a, &b, Duration::from_secs(30)))).await;
         assert_eq!(most.load(Ordering::Relaxed), 3, "handlers at a time");
         let busy = answers.iter().filter(|answer| match answer {
-            Err(fault) => fault.kind == FaultKind::Refused && fault.context.contains("busy"),
+            Err(fault) => fault.kind == FaultKind::Busy && fault.context.contains("busy"),
             Ok(_) => false,
         });
         let (busy, good) = (busy.count(), answers.iter().filter(|answer| answer.is_ok()).count());

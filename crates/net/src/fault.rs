@@ -31,8 +31,10 @@ pub enum FaultKind {
     NotFinite,
     /// Its contribution is finite but out of all proportion to the group's.
     Implausible,
-    /// It refused on purpose (busy, wrong run, no invite).
+    /// It refused on purpose (wrong run, no invite, not here).
     Refused,
+    /// It has too much to do, or we have asked for too much: later.
+    Busy,
     /// Its bytes do not match the hash that was agreed on.
     Mismatch,
     /// It announced that it leaves.
@@ -58,6 +60,7 @@ impl fmt::Display for FaultKind {
             Self::NotFinite => "not finite",
             Self::Implausible => "implausible",
             Self::Refused => "refused",
+            Self::Busy => "busy",
             Self::Mismatch => "mismatch",
             Self::Left => "left",
             Self::Missing => "missing",

@@ -13,8 +13,10 @@ use tokio::time::Instant;
 
 /// How long a caller may take to deliver its request once its stream is open; guards against slow-loris callers.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the answer may take to leave.
+/// How long a short answer may take to leave ...
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// ... and each of so many bytes of it a second more: a home's uplink of 1 Mbit/s that twelve share.
+const ANSWER_RATE_MIN: f64 = 10_000.0;
 
 /// How many requests a service reads and answers at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,10 +64,9 @@ pub async fn call(
 pub fn open_fault(peer: PeerId, error: OpenError) -> PeerFault {
     let kind = match &error {
         OpenError::Unreachable { .. } | OpenError::Closed => FaultKind::Unreachable,
-        // Too many of our own is no failure of the peer either: whoever is refused tries again later and gives up nobody.
-        OpenError::UnknownProtocol { .. } | OpenError::Busy { .. } | OpenError::TooMany { .. } => {
-            FaultKind::Refused
-        }
+        OpenError::UnknownProtocol { .. } => FaultKind::Refused,
+        // Too many of our own is no failure of the peer either: try again later and give up nobody.
+        OpenError::Busy { .. } | OpenError::TooMany { .. } => FaultKind::Busy,
         OpenError::TimedOut { .. } => FaultKind::Silent,
     };
     PeerFault::new(peer, kind, error.to_string())
@@ -187,7 +188,8 @@ where
         }
         return;
     };
-    let sent = tokio::time::timeout(ANSWER_TIMEOUT, async {
+    let limit = ANSWER_TIMEOUT + Duration::from_secs_f64(reply.len() as f64 / ANSWER_RATE_MIN);
+    let sent = tokio::time::timeout(limit, async {
         stream.send(reply).await?;
         stream.finish().await
     });

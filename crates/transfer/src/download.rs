@@ -23,16 +23,18 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 const OFFERS_PAUSE: Duration = Duration::from_millis(300);
 /// The same once somebody has said that it does not know a sequel: those who do may still have to put it together.
 const UNKNOWN_PAUSE: Duration = Duration::from_secs(1);
+/// Others, besides those who have the whole state, that are asked whether they have some of it.
+const OTHERS_MAX: usize = 64;
 /// Slowest donor that is still worth waiting for, in bytes per second.
 const RATE_MIN: f64 = 50_000.0;
-/// A donor that failed this often in a row is given up for this download.
-pub(crate) const FAILURES_MAX: u32 = 3;
 
 pub(crate) struct Download {
     inner: Arc<Inner>,
     peers: Vec<PeerId>,
     /// Who may be downloading the same, and is asked for nothing but what it has of it.
     others: Vec<PeerId>,
+    /// The history that is loaded, where the caller knows it.
+    lineage: Option<[u8; 32]>,
     bytes_max: u64,
     start: Instant,
     deadline: Instant,
@@ -50,13 +52,19 @@ impl Download {
         let start = inner.env.now();
         let peers = peers.iter().copied().filter(|peer| *peer != me).collect();
         let (others, deadline) = (Vec::new(), start + timeout);
-        Self { inner, peers, others, bytes_max, start, deadline, faults: Vec::new() }
+        Self { inner, peers, others, lineage: None, bytes_max, start, deadline, faults: Vec::new() }
+    }
+
+    /// Load this history rather than another.
+    pub(crate) fn of(mut self, lineage: [u8; 32]) -> Self {
+        self.lineage = Some(lineage);
+        self
     }
 
     pub(crate) fn beside(mut self, others: &[PeerId]) -> Self {
         let me = self.inner.transport.local_peer();
         let new = others.iter().filter(|peer| **peer != me && !self.peers.contains(peer));
-        self.others = new.copied().collect();
+        self.others = new.copied().take(OTHERS_MAX).collect();
         self
     }
 
@@ -126,7 +134,8 @@ impl Download {
         answers
     }
 
-    /// The newest epoch that is offered; where donors disagree about it, what most of them say (then: smallest root).
+    /// Of what is offered the history that is wanted; else, as whoever had it may have gone on, the newest epoch. Where donors
+    /// disagree about it, what most of them say (then: smallest root).
     async fn agree(&mut self, wanted: &Request, epoch_min: u64) -> Option<Index> {
         let answers = self.offers(wanted).await;
         let mut offers: BTreeMap<(u64, [u8; 32]), (usize, Index)> = BTreeMap::new();
@@ -147,6 +156,9 @@ impl Download {
                 },
                 Err(fault) => self.faults.push(fault),
             }
+        }
+        if self.lineage.is_some_and(|wanted| offers.values().any(|(_, index)| index.lineage == wanted)) {
+            offers.retain(|_, (_, index)| Some(index.lineage) == self.lineage);
         }
         let newest = offers.keys().next_back()?.0;
         // There is one sequel of a history, whatever epoch somebody says that it leads to.
@@ -171,15 +183,13 @@ impl Download {
             asked.clone().all(|peer| comes_to(me, *chunk) < comes_to(*peer, *chunk))
         });
         let donors = asked.map(|peer| Donor::new(*peer, now)).collect();
-        let mut work = Work::new(index.hashes.len(), missing, donors);
+        let mut work = Work::new(index.hashes.len(), missing, donors, now);
         let why = {
             let this = &*self;
             let mut running = FuturesUnordered::new();
             loop {
                 let now = this.inner.env.now();
-                for donor in work.donors.iter_mut().filter(|donor| donor.is_due(now)) {
-                    (donor.asking, donor.asked) = (true, now);
-                    let peer = donor.peer();
+                for peer in work.due_questions(now) {
                     running.push(futures::future::Either::Left(async move {
                         Done::Have { peer, result: this.ask(peer, Request::Have { root }, ASK_TIMEOUT).await }
                     }));
@@ -195,14 +205,8 @@ impl Download {
                         Done::Chunk { peer, index: chunk, took: this.inner.env.now() - now, result }
                     }));
                 }
-                if work.wanted.is_empty() {
-                    break "finished";
-                }
-                if work.donors.iter().all(|donor| donor.failures >= FAILURES_MAX) {
-                    break "every donor was lost";
-                }
-                if work.is_lost(now) {
-                    break "nobody has the rest any more";
+                if let Some(why) = work.is_over(now) {
+                    break why;
                 }
                 let wake = (now + REFRESH).min(this.deadline);
                 tokio::select! {
@@ -227,16 +231,18 @@ impl Download {
         };
         work.landed(peer, chunk);
         // Somebody else was faster.
-        if result.is_ok() && !work.wanted.contains(&chunk) {
+        if result.is_ok() && !work.wants(chunk) {
             return;
         }
         let expected = index.hashes.get(chunk).copied().unwrap_or_default();
-        match self.checked(peer, chunk, expected, result).await {
+        let checked = self.checked(peer, chunk, expected, result).await;
+        let now = self.inner.env.now();
+        match checked {
             Ok(bytes) => {
-                work.got(peer, chunk, bytes.len(), took);
-                self.inner.store().insert(&root, chunk, bytes, self.inner.env.now());
+                work.got(now, peer, chunk, bytes.len(), took);
+                self.inner.store().insert(&root, chunk, bytes, now);
             }
-            Err(fault) => work.failed(chunk, took, fault),
+            Err(fault) => work.failed(now, chunk, took, fault),
         }
     }
 

@@ -191,22 +191,25 @@ impl Exchange {
         epoch_min: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        self.download_beside(peers, &[], epoch_min, timeout).await
+        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout);
+        download.run(Request::Offer { epoch_min }, Kind::State).await
     }
 
-    /// The same beside `others`, who offer no such snapshot but may be downloading it too: they are asked for chunks as well.
+    /// The same of this history, if anybody offers it, beside `others`, who offer no such snapshot but may be downloading it too:
+    /// some of them are asked for chunks as well.
     ///
     /// # Errors
     /// As [`Self::download`].
-    pub async fn download_beside(
+    pub async fn download_of(
         &self,
+        lineage: [u8; 32],
         peers: &[PeerId],
         others: &[PeerId],
         epoch_min: u64,
         timeout: Duration,
     ) -> Result<Outcome<Snapshot>, DownloadError> {
-        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout).beside(others);
-        download.run(Request::Offer { epoch_min }, Kind::State).await
+        let download = Download::new(self.inner.clone(), peers, STATE_BYTES_MAX, timeout);
+        download.of(lineage).beside(others).run(Request::Offer { epoch_min }, Kind::State).await
     }
 
     /// Download what led on from this history, from as many of `peers` as know it. Its lineage and epoch are those after

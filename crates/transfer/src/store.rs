@@ -169,16 +169,11 @@ impl Store {
         }
     }
 
-    /// All chunks of a finished download, in order; from now on it is offered like a published one if it is the newest.
+    /// All chunks of a finished download, in order. They are given to whoever asks for them by name; offered is only what is
+    /// published, as nobody has looked at this yet.
     pub(crate) fn complete(&mut self, root: &[u8; 32], now: Instant) -> Option<Vec<Bytes>> {
         let held = self.held.get(root)?;
         let chunks: Option<Vec<Bytes>> = held.chunks.iter().cloned().collect();
-        let (epoch, kind) = (held.index.epoch, held.kind);
-        let newest_epoch = self.newest.and_then(|newest| self.held.get(&newest)).map(|held| held.index.epoch);
-        let is_newer = kind == Kind::State && newest_epoch.is_none_or(|newest| newest < epoch);
-        if chunks.is_some() && is_newer {
-            self.newest = Some(*root);
-        }
         self.forget(now);
         chunks
     }

@@ -1,7 +1,6 @@
 //! Sans-I/O. Which chunk is asked of whom: a window for each donor that follows what it has to give, other newcomers before
 //! donors, the rarest chunk first, and a second donor for a chunk whose first one has fallen silent.
 
-use crate::download::FAILURES_MAX;
 use crate::wire::{CHUNK_BYTES, Index, decode_bits};
 use bytes::Bytes;
 use potluck_net::{FaultKind, PeerFault, PeerId};
@@ -27,15 +26,31 @@ const LATE_START: Duration = Duration::from_secs(30);
 /// The rest of a state is given up when nobody has had any of it for so long: its last donor is gone, and those who are left
 /// may have another one to offer.
 const LOST_AFTER: Duration = Duration::from_secs(10);
+/// It is given up as well when no chunk has come for so long, whatever is promised: a chunk of a home's uplink of 1 Mbit/s that
+/// twelve share takes 100 s.
+const STALLED_AFTER: Duration = Duration::from_secs(120);
+/// A donor that failed this often in a row is given up for this download.
+const FAILURES_MAX: u32 = 3;
+/// Whoever has nothing of this snapshot is asked less and less often whether it has.
+const REFRESH_MAX: Duration = Duration::from_secs(4);
 
 /// What a donor has and how it does.
 pub(crate) struct Donor {
     peer: PeerId,
     has: Vec<bool>,
     window: usize,
-    pub(crate) failures: u32,
-    pub(crate) asking: bool,
-    pub(crate) asked: Instant,
+    /// Questions in a row what it has that it did not answer.
+    silent: u32,
+    /// How often in a row it did not give a chunk that it said it has, and when the last time was: what is under way when a
+    /// connection breaks fails together.
+    broken: u32,
+    broke: Instant,
+    /// It is asked for nothing more.
+    is_out: bool,
+    asking: bool,
+    asked: Instant,
+    /// Until it is asked again what it has.
+    pause: Duration,
 }
 
 /// A chunk that was asked of a donor.
@@ -49,24 +64,26 @@ struct Flight {
 
 /// A download's state.
 pub(crate) struct Work {
-    pub(crate) donors: Vec<Donor>,
+    donors: Vec<Donor>,
     /// To be asked; the last one is the next.
     missing: Vec<usize>,
     /// How many donors have each chunk.
     copies: Vec<usize>,
     /// Not here yet.
-    pub(crate) wanted: BTreeSet<usize>,
+    wanted: BTreeSet<usize>,
     flights: Vec<Flight>,
     /// How long a chunk takes, over all donors; `None` before the first.
     usual: Option<Duration>,
     /// Since when nobody has what is missing.
     lost_since: Option<Instant>,
+    /// When the last chunk came.
+    came: Instant,
     faults: Vec<PeerFault>,
 }
 
 impl Work {
     /// The download of a snapshot of so many `chunks`, of which these are missing here.
-    pub(crate) fn new(chunks: usize, missing: Vec<usize>, donors: Vec<Donor>) -> Self {
+    pub(crate) fn new(chunks: usize, missing: Vec<usize>, donors: Vec<Donor>, now: Instant) -> Self {
         let wanted = missing.iter().copied().collect();
         Self {
             donors,
@@ -76,6 +93,7 @@ impl Work {
             flights: Vec::new(),
             usual: None,
             lost_since: None,
+            came: now,
             faults: Vec::new(),
         }
     }
@@ -88,17 +106,24 @@ impl Work {
     /// then somewhere. Other newcomers first, then the least busy donor.
     pub(crate) fn assign(&mut self, now: Instant) -> Vec<(PeerId, usize)> {
         let mut given = Vec::new();
+        // Only what is late is missing and under way.
+        let late: Vec<(PeerId, usize)> = self
+            .flights
+            .iter()
+            .filter(|flight| flight.is_late)
+            .map(|flight| (flight.peer, flight.chunk))
+            .collect();
         loop {
             let busy = |peer: PeerId| self.flights.iter().filter(|flight| flight.peer == peer).count();
             let mut order: Vec<(bool, usize, &Donor)> = self
                 .donors
                 .iter()
                 .map(|donor| (donor.is_complete(), busy(donor.peer), donor))
-                .filter(|(_, busy, donor)| *busy < donor.window && donor.failures < FAILURES_MAX)
+                .filter(|(_, busy, donor)| *busy < donor.window && !donor.is_out)
                 .collect();
             order.sort_by_key(|(is_complete, busy, donor)| (*is_complete, *busy, donor.peer));
             let found = order.into_iter().find_map(|(_, _, donor)| {
-                let can = |chunk: usize| donor.has(chunk) && !self.flies(donor, chunk);
+                let can = |chunk: usize| donor.has(chunk) && !late.contains(&(donor.peer, chunk));
                 let places = self.missing.iter().enumerate().rev().filter(|(_, chunk)| can(**chunk));
                 let rarest = places.min_by_key(|(_, chunk)| self.copies.get(**chunk))?;
                 Some((donor.peer, rarest.0))
@@ -110,8 +135,14 @@ impl Work {
         }
     }
 
-    fn flies(&self, donor: &Donor, chunk: usize) -> bool {
-        self.flights.iter().any(|flight| flight.chunk == chunk && flight.peer == donor.peer)
+    /// Whom to ask now what they have.
+    pub(crate) fn due_questions(&mut self, now: Instant) -> Vec<PeerId> {
+        let due = self.donors.iter_mut().filter(|donor| donor.is_due(now));
+        due.map(|donor| {
+            (donor.asking, donor.asked) = (true, now);
+            donor.peer
+        })
+        .collect()
     }
 
     /// What has been under way for too long is missing again, if somebody else has it. Its donor gets nothing more to do
@@ -121,7 +152,7 @@ impl Work {
         let (donors, missing) = (&mut self.donors, &mut self.missing);
         for flight in self.flights.iter_mut().filter(|flight| !flight.is_late && now > flight.since + limit) {
             let mut others = donors.iter().filter(|donor| donor.peer != flight.peer);
-            if others.any(|donor| donor.has(flight.chunk) && donor.failures < FAILURES_MAX) {
+            if others.any(|donor| donor.has(flight.chunk) && !donor.is_out) {
                 flight.is_late = true;
                 missing.push(flight.chunk);
                 if let Some(late) = donors.iter_mut().find(|donor| donor.peer == flight.peer) {
@@ -131,9 +162,23 @@ impl Work {
         }
     }
 
+    /// Why there is nothing more to wait for, if there is not.
+    pub(crate) fn is_over(&mut self, now: Instant) -> Option<&'static str> {
+        if self.wanted.is_empty() {
+            return Some("finished");
+        }
+        if self.donors.iter().all(|donor| donor.is_out) {
+            return Some("every donor was lost");
+        }
+        if now >= self.came + STALLED_AFTER {
+            return Some("nothing came any more");
+        }
+        self.is_lost(now).then_some("nobody has the rest any more")
+    }
+
     /// Whether the rest is lost: nothing is under way, and of those who answer nobody has had any of it for a while.
-    pub(crate) fn is_lost(&mut self, now: Instant) -> bool {
-        let mut alive = self.donors.iter().filter(|donor| donor.failures < FAILURES_MAX);
+    fn is_lost(&mut self, now: Instant) -> bool {
+        let mut alive = self.donors.iter().filter(|donor| !donor.is_out);
         let comes =
             !self.flights.is_empty() || alive.any(|donor| self.missing.iter().any(|chunk| donor.has(*chunk)));
         if comes {
@@ -161,14 +206,22 @@ impl Work {
         donor.asking = false;
         match result {
             Ok(bits) => {
+                (donor.silent, donor.pause) = (0, REFRESH);
                 if let Some(has) = decode_bits(&bits, index.hashes.len()) {
-                    donor.failures = 0;
                     self.set_has(peer, has);
                 }
             }
             // "I do not have that snapshot": no fault, it may get it later.
-            Err(fault) if fault.kind == FaultKind::Refused => {}
-            Err(fault) => self.count(fault),
+            Err(fault) if fault.kind == FaultKind::Refused => {
+                donor.pause = (donor.pause * 2).min(REFRESH_MAX)
+            }
+            // Whether it has anything is not known.
+            Err(fault) if fault.kind == FaultKind::Busy => self.lost_since = None,
+            Err(fault) => {
+                donor.silent += 1;
+                let is_last = donor.silent >= FAILURES_MAX;
+                self.give_up(fault, is_last);
+            }
         }
     }
 
@@ -177,8 +230,14 @@ impl Work {
         self.flights.retain(|flight| (flight.peer, flight.chunk) != (peer, chunk));
     }
 
+    /// Whether a chunk is still to come.
+    pub(crate) fn wants(&self, chunk: usize) -> bool {
+        self.wanted.contains(&chunk)
+    }
+
     /// A chunk came and is right.
-    pub(crate) fn got(&mut self, peer: PeerId, chunk: usize, bytes: usize, took: Duration) {
+    pub(crate) fn got(&mut self, now: Instant, peer: PeerId, chunk: usize, bytes: usize, took: Duration) {
+        self.came = now;
         // The short end of a blob says nothing about how long a whole chunk takes.
         if bytes > CHUNK_BYTES / 2 {
             self.usual = Some(self.usual.map_or(took, |usual| (usual * 7 + took) / 8));
@@ -187,43 +246,44 @@ impl Work {
         self.missing.retain(|other| *other != chunk);
         if let Some(donor) = self.donor(peer) {
             donor.pace(took);
-            donor.failures = 0;
+            donor.broken = 0;
         }
     }
 
     /// A chunk did not come, or was wrong.
-    pub(crate) fn failed(&mut self, chunk: usize, took: Duration, fault: PeerFault) {
+    pub(crate) fn failed(&mut self, now: Instant, chunk: usize, took: Duration, fault: PeerFault) {
         let is_asked = self.flights.iter().any(|flight| flight.chunk == chunk && !flight.is_late);
         if self.wanted.contains(&chunk) && !is_asked && !self.missing.contains(&chunk) {
             self.missing.push(chunk);
         }
         let Some(donor) = self.donor(fault.peer) else { return };
         donor.pace(took);
-        match fault.kind {
-            FaultKind::Mismatch => {
-                donor.failures = FAILURES_MAX;
-                self.set_has(fault.peer, Vec::new());
-                self.faults.push(fault);
-            }
-            // Busy, or it has let the snapshot go: ask what it has before asking for more.
-            FaultKind::Refused => self.set_has(fault.peer, Vec::new()),
-            _ => self.count(fault),
+        let kind = fault.kind;
+        if kind != FaultKind::Busy && now >= donor.broke + took {
+            (donor.broken, donor.broke) = (donor.broken + 1, now);
         }
+        let is_last = kind == FaultKind::Mismatch || donor.broken >= FAILURES_MAX;
+        // It has let the snapshot go, or has too much to do: ask what it has before asking for more.
+        if matches!(kind, FaultKind::Refused | FaultKind::Busy) {
+            self.set_has(fault.peer, Vec::new());
+        }
+        if kind == FaultKind::Busy {
+            self.lost_since = None;
+        }
+        self.give_up(fault, is_last);
     }
 
-    /// One fault is reported per donor and download: the first says what happened.
-    fn count(&mut self, fault: PeerFault) {
-        let Some(donor) = self.donor(fault.peer) else { return };
-        donor.failures += 1;
-        if donor.failures == FAILURES_MAX {
-            self.set_has(fault.peer, Vec::new());
-            self.faults.push(fault);
-        }
+    /// A donor that has failed is given up if that was the last time. One fault is reported per donor and download.
+    fn give_up(&mut self, fault: PeerFault, is_last: bool) {
+        let Some(donor) = self.donor(fault.peer).filter(|donor| is_last && !donor.is_out) else { return };
+        donor.is_out = true;
+        self.set_has(fault.peer, Vec::new());
+        self.faults.push(fault);
     }
 
     /// Who failed us, those included who never answered.
     pub(crate) fn end(mut self, now: Instant) -> Vec<PeerFault> {
-        for donor in self.donors.iter().filter(|donor| donor.failures < FAILURES_MAX) {
+        for donor in self.donors.iter().filter(|donor| !donor.is_out) {
             let mut late = self.flights.iter().filter(|flight| flight.peer == donor.peer && flight.is_late);
             if let Some(flight) = late.next() {
                 let (chunk, seconds) = (flight.chunk, (now - flight.since).as_secs_f64());
@@ -237,11 +297,18 @@ impl Work {
 
 impl Donor {
     pub(crate) fn new(peer: PeerId, now: Instant) -> Self {
-        Self { peer, has: Vec::new(), window: WINDOW_START, failures: 0, asking: false, asked: now - REFRESH }
-    }
-
-    pub(crate) fn peer(&self) -> PeerId {
-        self.peer
+        Self {
+            peer,
+            has: Vec::new(),
+            window: WINDOW_START,
+            silent: 0,
+            broken: 0,
+            broke: now,
+            is_out: false,
+            asking: false,
+            asked: now - REFRESH,
+            pause: REFRESH,
+        }
     }
 
     fn has(&self, chunk: usize) -> bool {
@@ -263,7 +330,132 @@ impl Donor {
     }
 
     /// Whether to ask what it has: not while everything is there anyway, and never twice at a time.
-    pub(crate) fn is_due(&self, now: Instant) -> bool {
-        !self.asking && !self.is_complete() && self.failures < FAILURES_MAX && now >= self.asked + REFRESH
+    fn is_due(&self, now: Instant) -> bool {
+        !self.asking && !self.is_complete() && !self.is_out && now >= self.asked + self.pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    const CHUNKS: usize = 40;
+
+    fn peer(number: u8) -> PeerId {
+        PeerId::from_ed25519(&[number; 32])
+    }
+
+    fn index() -> Index {
+        let blobs = BTreeMap::from([("w".to_owned(), (CHUNKS * CHUNK_BYTES) as u64)]);
+        Index { epoch: 1, lineage: [1; 32], meta: BTreeMap::new(), blobs, hashes: vec![[0; 32]; CHUNKS] }
+    }
+
+    /// A download from so many donors that say that they have everything.
+    fn promised(now: Instant, donors: u8) -> Work {
+        let all = (1..=donors).map(|number| Donor::new(peer(number), now)).collect();
+        let mut work = Work::new(CHUNKS, (0..CHUNKS).collect(), all, now);
+        (1..=donors).for_each(|number| promise(&mut work, number));
+        work
+    }
+
+    fn promise(work: &mut Work, number: u8) {
+        work.listed(peer(number), &index(), Ok(crate::wire::encode_bits(&[true; CHUNKS])));
+    }
+
+    fn fault(number: u8, kind: FaultKind) -> PeerFault {
+        PeerFault::new(peer(number), kind, "")
+    }
+
+    /// What is asked for now fails a second later.
+    fn fails(work: &mut Work, now: &mut Instant, kind: FaultKind) {
+        let took = Duration::from_secs(1);
+        let asked = work.assign(*now);
+        *now += took;
+        for (peer, chunk) in asked {
+            work.landed(peer, chunk);
+            work.failed(*now, chunk, took, PeerFault::new(peer, kind, ""));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_that_it_has_everything_and_gives_nothing_is_out_after_three_times() {
+        for kind in [FaultKind::Refused, FaultKind::Silent, FaultKind::Reset] {
+            let mut now = Instant::now();
+            let mut work = promised(now, 1);
+            for time in 1..=FAILURES_MAX {
+                assert_eq!(work.is_over(now), None, "{kind:?}, before the {time}th time");
+                promise(&mut work, 1);
+                fails(&mut work, &mut now, kind);
+            }
+            promise(&mut work, 1);
+            assert_eq!(work.is_over(now), Some("every donor was lost"));
+            assert_eq!(work.end(now).iter().map(|fault| fault.kind).collect::<Vec<_>>(), [kind]);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_breaks_together_breaks_once() {
+        let mut now = Instant::now();
+        let mut work = promised(now, 1);
+        for _ in 0..WINDOW_MAX {
+            work.donors[0].pace(Duration::ZERO);
+        }
+        fails(&mut work, &mut now, FaultKind::Reset);
+        promise(&mut work, 1);
+        assert_eq!((work.donors[0].broken, work.is_over(now)), (1, None));
+        let (from, chunk) = work.assign(now)[0];
+        work.landed(from, chunk);
+        work.got(now, from, chunk, CHUNK_BYTES, Duration::ZERO);
+        assert_eq!(work.donors[0].broken, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_liar_stays_out_whatever_it_says_later() {
+        let mut now = Instant::now();
+        let mut work = promised(now, 2);
+        let (from, chunk) = work.assign(now)[0];
+        work.landed(from, chunk);
+        work.failed(now, chunk, Duration::ZERO, PeerFault::new(from, FaultKind::Mismatch, ""));
+        for number in [1, 2] {
+            promise(&mut work, number);
+        }
+        now += REFRESH;
+        assert!(!work.due_questions(now).contains(&from));
+        assert!(work.assign(now).iter().all(|(peer, _)| *peer != from));
+        work.failed(now, chunk, Duration::ZERO, PeerFault::new(from, FaultKind::Mismatch, ""));
+        assert_eq!(work.end(now).len(), 1, "named once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_too_much_to_do_is_waited_for_but_not_for_ever() {
+        let mut now = Instant::now();
+        let mut work = promised(now, 1);
+        let begun = now;
+        while work.is_over(now).is_none() {
+            work.listed(peer(1), &index(), Err(fault(1, FaultKind::Busy)));
+            fails(&mut work, &mut now, FaultKind::Busy);
+            now += REFRESH;
+        }
+        assert_eq!(work.is_over(now), Some("nothing came any more"));
+        assert!((STALLED_AFTER..STALLED_AFTER + LOST_AFTER).contains(&(now - begun)));
+        assert!(work.end(now).is_empty(), "that is no fault");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_nothing_is_asked_less_and_less_often() {
+        let mut now = Instant::now();
+        let mut work = Work::new(CHUNKS, vec![0], vec![Donor::new(peer(1), now)], now);
+        let mut asked = 0;
+        for _ in 0..60 * 10 {
+            for peer in work.due_questions(now) {
+                asked += 1;
+                work.listed(peer, &index(), Err(PeerFault::new(peer, FaultKind::Refused, "")));
+            }
+            now += Duration::from_millis(100);
+        }
+        assert!((15..20).contains(&asked), "{asked} times in a minute");
+        promise(&mut work, 1);
+        assert_eq!(work.donors[0].pause, REFRESH);
     }
 }

@@ -141,6 +141,22 @@ fn joiners_feed_one_another_and_survive_the_donor() {
     });
 }
 
+#[test]
+fn the_history_that_is_wanted_comes_before_a_later_epoch_of_another() {
+    run(13, |net| async move {
+        let (honest_transport, honest) = peer(&net, 10.0);
+        let (other_transport, other) = peer(&net, 10.0);
+        let wanted = snapshot(3, 2);
+        honest.publish(wanted.clone());
+        other.publish(Arc::new(Snapshot { lineage: [77; 32], ..(*snapshot(9, 2)).clone() }));
+        let (_, newcomer) = peer(&net, 10.0);
+        let ids = [honest_transport.local_peer(), other_transport.local_peer()];
+        let of = |lineage| newcomer.download_of(lineage, &ids, &[], 3, TIMEOUT);
+        assert_eq!(of(wanted.lineage).await.unwrap().value, *wanted);
+        assert_eq!(of([55; 32]).await.unwrap().value.epoch, 9, "whoever had it may have gone on");
+    });
+}
+
 /// Two copies left the donor: chunks in random order would have missed one of eight.
 #[test]
 fn joiners_have_all_of_it_when_the_donor_dies_after_two_copies() {
@@ -152,14 +168,21 @@ fn joiners_have_all_of_it_when_the_donor_dies_after_two_copies() {
         let mut ids: Vec<PeerId> = joiners.iter().map(|(transport, _)| transport.local_peer()).collect();
         ids.push(donor.local_peer());
         let downloads = joiners.iter().map(|(_, joiner)| joiner.download(&ids, 2, TIMEOUT));
+        let killed = std::cell::Cell::new(false);
         let kill = async {
             while net.traffic(donor.local_peer()).up_bytes < 2 * state.bytes() {
                 // Virtual time: a step of the simulator, no wait.
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             net.crash(donor.local_peer());
+            killed.set(true);
+            std::future::pending::<()>().await;
         };
-        let (outcomes, ()) = tokio::join!(futures::future::join_all(downloads), kill);
+        let outcomes = tokio::select! {
+            outcomes = futures::future::join_all(downloads) => outcomes,
+            () = kill => unreachable!("it is pending"),
+        };
+        assert!(killed.get(), "fewer than two copies were enough");
         for outcome in outcomes {
             assert_eq!(outcome.unwrap().value, *state);
         }

@@ -449,7 +449,7 @@ class DecentralizedAverager:
 
     def _refuse(self, reason: ValueError) -> None:
         """Stay with what is here: the state that came does not fit."""
-        self.session.refuse_state(str(reason))
+        self.session.refuse_state(str(reason), True)
         # Others are offered what this peer has, and not what it was sent.
         self._share(self.session)
         logger.warning(REFUSED, self.prefix, "", reason)

@@ -530,10 +530,14 @@ class Optimizer(OptimizerParts):
         """Whether a state of others was taken over. One that does not fit leaves everything as it was."""
         try:
             self._codec.restore(meta, blobs)
-        except ValueError as error:
-            self._session.refuse_state(str(error))
+        except BaseException as error:
+            # After Ctrl-C nobody knows how far it had come.
+            kept = isinstance(error, ValueError)
+            self._session.refuse_state(str(error) if kept else "interrupted", kept)
             # Others are offered what this peer has, and not what it was sent.
             self._publish()
+            if not kept:
+                raise
             if str(error) != self._refused:
                 self._refused = str(error)
                 logger.warning(REFUSED, self.run_id, f" of epoch {epoch}", error)

@@ -3,7 +3,8 @@
 use super::Core;
 use crate::past::Past;
 use crate::policy::Background;
-use crate::progress::Winner;
+use crate::progress::{Own, Winner};
+use crate::sketch::Sketch;
 use crate::{Lineage, Snapshot};
 use bytes::Bytes;
 use potluck_net::PeerId;
@@ -22,12 +23,24 @@ pub(crate) const SAMPLES_META: &str = "potluck.samples";
 /// Name of the number of its state averages.
 pub(crate) const STATE_AVERAGES_META: &str = "potluck.state_averages";
 
-/// What a loaded state has replaced: the history, what is known of its past, and who had said that its own is better.
+/// What a loaded state has replaced, as long as the program may refuse it; and what was loaded.
 pub(super) struct Replaced {
-    lineage: Lineage,
+    pub(super) lineage: Lineage,
     past: Past,
     q: Option<Bytes>,
+    agreed: Option<Vec<f32>>,
+    velocity: Vec<f32>,
+    own: Own,
+    sketch: Option<Sketch>,
+    state_due: bool,
+    state_averaged_at: Option<u64>,
+    unsettled: bool,
+    abandoned: bool,
+    /// An average that ran in the background is dropped, which the others have.
+    lost_average: bool,
+    /// Who had said that its history is better.
     winner: Winner,
+    loaded: Snapshot,
 }
 
 impl Core {
@@ -72,6 +85,7 @@ impl Core {
         now: Instant,
     ) -> Result<bool, String> {
         let lineage = Lineage::of(snapshot).ok_or("the state has no lineage that is one")?;
+        let whole = snapshot.clone();
         snapshot.meta.remove(SAMPLES_META);
         snapshot.meta.remove(STATE_AVERAGES_META);
         let past =
@@ -91,16 +105,34 @@ impl Core {
         let agreed = read("agreed parameters", snapshot.blobs.remove(AGREED_BLOB))?;
         let velocity = read("outer velocities", snapshot.blobs.remove(VELOCITY_BLOB))?;
         let q = snapshot.blobs.remove(Q_BLOB);
-        let before = Replaced {
-            lineage: self.lineage,
-            past: self.past.clone(),
-            q: self.factors.as_ref().map(|factors| factors.q()),
-            winner: Winner { peer: from, lineage },
-        };
+        let q_before = self.factors.as_ref().map(|factors| factors.q());
         if let Some(factors) = &self.factors {
             factors.import(&q.ok_or("the state has no Q of low-rank compression")?)?;
         }
+        let before = Replaced {
+            lineage: self.lineage,
+            past: self.past.clone(),
+            q: q_before,
+            agreed: self.agreed.take(),
+            velocity: self
+                .outer
+                .as_mut()
+                .map(|outer| std::mem::take(&mut outer.velocity))
+                .unwrap_or_default(),
+            own: self.own.clone(),
+            sketch: self.sketch,
+            state_due: self.state_due,
+            state_averaged_at: self.state_averaged_at,
+            unsettled: self.unsettled,
+            abandoned: self.abandoned,
+            lost_average: self.background != Background::Idle
+                || self.state_next.is_some()
+                || self.applied.is_some(),
+            winner: Winner { peer: from, lineage },
+            loaded: whole,
+        };
         self.adopt_lineage(lineage, now);
+        self.behind.served();
         self.replaced = Some(before);
         self.agreed = agreed;
         if let Some(outer) = &mut self.outer {
@@ -111,20 +143,36 @@ impl Core {
         Ok(lost)
     }
 
-    /// The program cannot use the state that was handed to it last, and has kept its own: back to the history of before, and
-    /// away from it at once, as what was agreed on with others is gone. Whether there was such a state.
-    pub(crate) fn refuse(&mut self, now: Instant) -> bool {
-        let Some(Replaced { lineage, past, q, winner }) = self.replaced.take() else { return false };
-        self.distrust(now, &winner);
-        self.given_up += 1;
-        let nonce = self.alone_hash();
-        self.adopt_lineage(lineage.spoiled(&nonce), now);
-        (self.past, self.agreed) = (past, None);
-        if let Some(outer) = &mut self.outer {
-            outer.velocity.clear();
+    /// The program goes on with the state that was handed to it last: what is offered to others from now on.
+    pub(crate) fn accept(&mut self) -> Option<Snapshot> {
+        self.replaced.take().map(|before| before.loaded)
+    }
+
+    /// The program does not go on with the state that was handed to it last. If it has `kept` its own, everything is as it was
+    /// before; else nobody knows what it has, and whoever has the state of before replaces it. Whether there was such a state.
+    pub(crate) fn refuse(&mut self, now: Instant, kept: bool) -> bool {
+        let Some(before) = self.replaced.take() else { return false };
+        if kept {
+            self.distrust(now, &before.winner);
         }
-        if let Some((factors, q)) = self.factors.as_ref().zip(q) {
+        self.adopt_lineage(before.lineage, now);
+        (self.past, self.own, self.agreed) = (before.past, before.own, before.agreed);
+        self.own.forget_clock();
+        (self.sketch, self.state_due) = (before.sketch, before.state_due);
+        self.state_averaged_at = before.state_averaged_at;
+        (self.unsettled, self.abandoned) = (before.unsettled, before.abandoned);
+        if let Some(outer) = &mut self.outer {
+            outer.velocity = before.velocity;
+        }
+        if let Some((factors, q)) = self.factors.as_ref().zip(before.q) {
             factors.import(&q).expect("it was this peer's own");
+        }
+        if before.lost_average || !kept {
+            // What the others have agreed on meanwhile never came here.
+            self.given_up += 1;
+            self.lineage = self.lineage.spoiled(&self.alone_hash());
+            self.agreed = None;
+            self.outer.iter_mut().for_each(|outer| outer.velocity.clear());
         }
         true
     }

@@ -3,7 +3,7 @@
 
 use super::{Inner, Loaded};
 use crate::progress::Winner;
-use crate::{Channel, Event, Lineage};
+use crate::{Channel, Event, Lineage, Offered};
 use potluck_net::{Outcome, PeerFault};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -11,46 +11,21 @@ use tokio::time::Instant;
 /// First pause between two attempts to load the state; doubles up to `LOAD_PAUSE_MAX`.
 const LOAD_PAUSE_MIN: Duration = Duration::from_millis(200);
 const LOAD_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A state that nobody offers is given up after so long, although somebody says that it is there ...
-const UNSERVED_MAX: Duration = Duration::from_secs(20);
-/// ... and one that breaks off, or is not what it was said to be, after so many attempts in a row.
-const BROKEN_MAX: u32 = 3;
 
 /// Why a state did not come.
 struct NotLoaded {
     reason: String,
-    /// Somebody had begun to send it.
-    broke: bool,
-}
-
-/// How often and for how long one call has tried.
-#[derive(Default)]
-struct Patience {
-    unserved_since: Option<Instant>,
-    broken: u32,
-}
-
-impl Patience {
-    /// One more attempt has failed. Whether it was the last.
-    fn is_over(&mut self, now: Instant, failed: &NotLoaded) -> bool {
-        if failed.broke {
-            self.unserved_since = None;
-            self.broken += 1;
-            return self.broken >= BROKEN_MAX;
-        }
-        self.broken = 0;
-        now.duration_since(*self.unserved_since.get_or_insert(now)) >= UNSERVED_MAX
-    }
+    offered: Offered,
 }
 
 impl Inner {
     /// Get what others have; with `by_rounds` the next round that this peer missed rather than the state.
     pub(super) async fn load_state(&self, by_rounds: bool, limit: Duration) -> Outcome<Loaded> {
+        self.accept();
         let begun = self.env.now();
         let deadline = begun + limit;
         let mut faults = Vec::new();
         let mut pause = LOAD_PAUSE_MIN;
-        let mut patience = Patience::default();
         loop {
             let winner = {
                 let mut core = self.core();
@@ -75,15 +50,7 @@ impl Inner {
                 Ok(value) => return Outcome { value, faults },
                 Err(failed) => failed,
             };
-            if self.env.now() + pause >= deadline {
-                self.emit(Event::StateFailed {
-                    reason: format!("{}; it is tried again at the next step", failed.reason),
-                });
-                return Outcome { value: Loaded::Nothing, faults };
-            }
-            if patience.is_over(self.env.now(), &failed) {
-                self.core().distrust(self.env.now(), &winner);
-                patience = Patience::default();
+            if self.core().not_loaded(self.env.now(), &winner, failed.offered) {
                 let (why, whose) = (failed.reason, winner.peer.short());
                 self.emit(Event::StateFailed {
                     reason: format!(
@@ -91,6 +58,12 @@ impl Inner {
                     ),
                 });
                 continue;
+            }
+            if self.env.now() + pause >= deadline {
+                self.emit(Event::StateFailed {
+                    reason: format!("{}; it is tried again at the next step", failed.reason),
+                });
+                return Outcome { value: Loaded::Nothing, faults };
             }
             // The winner may only be about to offer its state; try again when news come, or after a growing pause.
             let _news_or_pause = tokio::time::timeout(pause, self.dialect.changed()).await;
@@ -145,18 +118,16 @@ impl Inner {
         let outcome = match self.dialect.download(winner.lineage.hash, winner.lineage.epoch, left).await {
             Ok(outcome) => outcome,
             Err(failed) => {
-                let (reason, broke) = (failed.to_string(), failed.offered);
+                let (reason, offered) = (failed.to_string(), failed.offered);
                 faults.extend(failed.faults);
-                return Err(NotLoaded { reason, broke });
+                return Err(NotLoaded { reason, offered });
             }
         };
         faults.extend(outcome.faults);
         let mut snapshot = outcome.value;
-        let shared = snapshot.clone();
         let adopted = self.core().adopt(&mut snapshot, winner.peer, self.env.now());
-        let lost = adopted.map_err(|reason| NotLoaded { reason, broke: true })?;
+        let lost = adopted.map_err(|reason| NotLoaded { reason, offered: Offered::Part(1.0) })?;
         self.drop_started();
-        self.dialect.publish(shared);
         if lost {
             let theirs = self.core().lineage;
             self.emit(Event::LineageLost { ours, theirs, peer: winner.peer });
