@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,7 +117,22 @@ def starts(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
         peer.kill()
 
 
-def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
+def free_port() -> str:
+    """A port for several processes, one after the other.
+
+    It is none of those that are given to whoever asks for any: another test would be given it between two of them.
+    """
+    span = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    given = int(span.read_text().split()[0]) if span.exists() else 49152
+    first = max(1024, given - 12_000)
+    while True:
+        port = random.randrange(first, first + 12_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return str(port)
+
+
+def together(*works: Callable[[], Any], timeout: float = 200) -> list[Any]:
     """Run each work in a thread; their results in order, or the first error."""
     results: list[Any] = [None] * len(works)
     errors: list[BaseException] = []

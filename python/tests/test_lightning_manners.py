@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from lightning_support import environment
 from pasted import CTRL_C_SECONDS, Peer
 from test_manners import members, orphans, run
@@ -104,12 +104,6 @@ while True:
     if optimizer.local_epoch >= 3:
         print("going 1", flush=True)
 """
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def in_a_session(program: str, folder: Path, caches: Path, **extra: str) -> subprocess.Popen[str]:

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import together
+from conftest import free_port, together
 from test_optimizer import SGD, backward, batches, make_model, see_each_other, train_together
 
 import potluck
@@ -276,9 +275,7 @@ while True:
 def test_kill_9_leaves_nothing_and_the_same_command_goes_on(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, dashboard: bool
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     shared_before = set(os.listdir("/dev/shm"))
