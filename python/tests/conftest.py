@@ -102,14 +102,16 @@ def machines() -> Iterator[list[list[str]]]:
 
 
 @pytest.fixture
-def starts(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+def starts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Peer]]:
     """Runs lines as a user would paste them, on this machine or on one of ``machines``; none outlives the test."""
     from lightning_support import on_machine
 
     peers: list[Peer] = []
+    marked = request.node.get_closest_marker("timeout")
+    limit = float(marked.args[0] if marked else request.config.getini("timeout"))
 
     def start(line: str, machine: list[str] | None = None) -> Peer:
-        peers.append(Peer(on_machine(machine or [], line, tmp_path)))
+        peers.append(Peer(on_machine(machine or [], line, tmp_path), 0.8 * limit))
         return peers[-1]
 
     yield start

@@ -198,6 +198,7 @@ def beyond(reached: int, epoch: str) -> bool:
     return int(epoch) > reached
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
 def test_the_same_command_brings_a_killed_peer_back(starts: Callable[..., Peer], tmp_path: Path) -> None:
     """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port, so that the line which
