@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -99,14 +102,16 @@ def machines() -> Iterator[list[list[str]]]:
 
 
 @pytest.fixture
-def starts(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+def starts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Peer]]:
     """Runs lines as a user would paste them, on this machine or on one of ``machines``; none outlives the test."""
     from lightning_support import on_machine
 
     peers: list[Peer] = []
+    marked = request.node.get_closest_marker("timeout")
+    limit = float(marked.args[0] if marked else request.config.getini("timeout"))
 
     def start(line: str, machine: list[str] | None = None) -> Peer:
-        peers.append(Peer(on_machine(machine or [], line, tmp_path)))
+        peers.append(Peer(on_machine(machine or [], line, tmp_path), 0.8 * limit))
         return peers[-1]
 
     yield start
@@ -114,7 +119,22 @@ def starts(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
         peer.kill()
 
 
-def together(*works: Callable[[], Any], timeout: float = 60) -> list[Any]:
+def free_port() -> str:
+    """A port for several processes, one after the other.
+
+    It is none of those that are given to whoever asks for any: another test would be given it between two of them.
+    """
+    span = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    given = int(span.read_text().split()[0]) if span.exists() else 49152
+    first = max(1024, given - 12_000)
+    while True:
+        port = random.randrange(first, first + 12_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return str(port)
+
+
+def together(*works: Callable[[], Any], timeout: float = 200) -> list[Any]:
     """Run each work in a thread; their results in order, or the first error."""
     results: list[Any] = [None] * len(works)
     errors: list[BaseException] = []

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 
-_WAIT_SECONDS = 240
 # What is promised is 5 s; the rest is room for a machine that runs other tests as well.
 CTRL_C_SECONDS = 20
 
 
 class Peer:
-    """A running program, and everything that it has printed."""
+    """A running program, and everything that it has printed.
 
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
+    It is waited for ``patience`` seconds, so that what it said is told before the limit of a test ends the test.
+    """
+
+    def __init__(self, process: subprocess.Popen, patience: float = 240) -> None:
+        self.process, self._patience = process, patience
         self._output: list[bytes] = []
         # Read all the time: a peer whose progress bar fills an unread pipe stops training.
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -35,7 +37,7 @@ class Peer:
 
     def wait_for(self, pattern: str, since: int = 0) -> re.Match:
         """Until it prints the pattern."""
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             ended = not self._reader.is_alive()
             if found := re.search(pattern, self.said[since:]):
@@ -47,7 +49,7 @@ class Peer:
 
     def wait_for_last(self, pattern: str, true_of: Callable[[str], bool]) -> None:
         """Until what the pattern finds last is as wanted."""
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + self._patience
         while not ((found := re.findall(pattern, self.said[-5000:])) and true_of(found[-1])):
             assert time.monotonic() < deadline and self._reader.is_alive(), self.said[-3000:]
             time.sleep(0.05)

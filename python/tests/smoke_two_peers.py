@@ -62,7 +62,10 @@ def peer(token: str | None) -> None:
         if token is None:
             train(ALONE_EPOCHS)
             say("token", token=dht.token("smoke"))
-            while len(optimizer.status()["peers"]) < 2:
+            # Level, not only there: whoever trains on meanwhile may be at the end before the other has begun.
+            while not any(
+                other["epoch"] >= ALONE_EPOCHS for other in optimizer.status()["peers"] if not other["is_me"]
+            ):
                 time.sleep(0.05)
         else:
             optimizer.load_state_from_peers()

@@ -14,6 +14,7 @@ from potluck.demo._scale import FULL
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
 
 
+@pytest.mark.timeout(1200)
 def test_lossy_ways_reach_the_uncompressed_loss_within_a_hundredth() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from pasted import Peer
 
 import potluck.demo.__main__ as program
 from potluck.demo._report import report
-from potluck.demo._scale import FULL, QUICK, STAY_SECONDS, Scale
+from potluck.demo._scale import FULL, QUICK, Scale
 from potluck.demo._story import PeerStory, Story
 from potluck.demo._view import View
 
@@ -239,11 +239,12 @@ def test_the_text_is_pythons_language_reference() -> None:
     assert len(text) > 200_000 and 'The "with" statement' in text
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_the_whole_demonstration_in_small_and_its_last_line_on_another_machine(
     starts: Callable[..., Peer], machines: list[list[str]], tmp_path: Path
 ) -> None:
-    whole = starts("python -m potluck.demo --quick --output .", machines[0])
+    whole = starts("python -m potluck.demo --quick --stay 240 --output .", machines[0])
     line = whole.wait_for(r"same model again.*\n.*paste this.*\n  (.*)\n").group(1)
     joiner = starts(line, machines[1])
     joiner.wait_for(r"peers=2\.")
@@ -252,8 +253,8 @@ def test_the_whole_demonstration_in_small_and_its_last_line_on_another_machine(
     whole.wait_for(r"  alone in epoch \d+, loss")
     assert whole.ctrl_c() == 0, "it stayed for others, and that is no failure"
     said = whole.said
-    # It is not a terminal, so it has an end of its own.
-    assert re.search(rf"until it has been alone for {STAY_SECONDS:.0f} s\. To train together", said), said
+    # Longer than a joiner needs to start on a busy machine.
+    assert "until it has been alone for 240 s. To train together" in said, said
     assert "batch/s" not in said and "it/s" not in said, "no bars in a file"
     assert re.search(r"at any time:\n  python -m potluck.demo --host\n$", said)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -105,6 +105,7 @@ def test_the_line_for_this_machine_names_a_python_that_has_potluck(
     assert done.returncode == 0 and "--host" in done.stdout, done.stderr
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
     starts: Callable[..., Peer], machines: list[list[str]]
@@ -126,6 +127,7 @@ def test_a_host_trains_until_ctrl_c_and_its_line_works_on_another_machine(
     assert int(host.wait_for(summary).group(2)) == 0
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_another_machine_can_join_the_running_demonstration_and_ctrl_c_ends_it(
     starts: Callable[..., Peer], tmp_path: Path

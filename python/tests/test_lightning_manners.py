@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from lightning_support import environment
 from pasted import CTRL_C_SECONDS, Peer
 from test_manners import members, orphans, run
@@ -106,12 +106,6 @@ while True:
 """
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def in_a_session(program: str, folder: Path, caches: Path, **extra: str) -> subprocess.Popen[str]:
     """A program in a session of its own; its temporary files are in ``tmp`` of the folder."""
     (folder / "tmp").mkdir(exist_ok=True)
@@ -204,6 +198,7 @@ def beyond(reached: int, epoch: str) -> bool:
     return int(epoch) > reached
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
 def test_the_same_command_brings_a_killed_peer_back(starts: Callable[..., Peer], tmp_path: Path) -> None:
     """Whoever pasted a line pastes it again. The first has no line: it has a key and a fixed port, so that the line which

@@ -39,8 +39,7 @@ class UntilDone(pl.Callback):
     """Begins when all are there, and ends all of them at the same shared epoch."""
     most = 1
     def on_train_start(self, trainer, module):
-        deadline = time.monotonic() + 60
-        while trainer.strategy.num_peers < arguments.peers and time.monotonic() < deadline:
+        while trainer.strategy.num_peers < arguments.peers:
             time.sleep(0.02)
         print(json.dumps({"at": "met"}), flush=True)
     def on_train_batch_end(self, trainer, module, *_):
@@ -53,10 +52,7 @@ class UntilDone(pl.Callback):
                           "writer": trainer.is_global_zero, "weights": weights,
                           "loss": float(trainer.callback_metrics["loss"])}), flush=True)
         # Who leaves first hands the writing over; these tests look at who writes while all are there.
-        deadline = time.monotonic() + 60
         while any(peer["epoch"] < arguments.epochs for peer in trainer.strategy.status["peers"]):
-            if time.monotonic() > deadline:
-                break
             time.sleep(0.02)
 
 torch.manual_seed(3)

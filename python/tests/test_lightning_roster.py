@@ -99,8 +99,8 @@ def test_the_first_peer_writes_whatever_its_name(enter: Any) -> None:
 
 def test_the_next_takes_over_when_the_writer_leaves(enter: Any) -> None:
     first, second, third = enter("a"), enter("b"), enter("c")
-    first.close()
     assert not second.is_writer
+    first.close()
     eventually(lambda: second.is_writer and not first._thread.is_alive())
     third._look()
     assert len(third._others) == 1 and not third.is_writer, "it knows that the first has gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ def test_peers_go_on_and_are_equal(
 
     def peer(index: int) -> int:
         opt, model, caught = opts[index], models[index], 0
-        for x, y in data:
+        for x, y in itertools.cycle(data):
             if opt.local_epoch >= EPOCHS:
                 break
             caught += give(opt, model, x, y)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from lightning_support import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,9 +95,7 @@ print(first.dht.peer_id, other.dht.peer_id)
 
 def test_a_first_machine_that_comes_back_by_the_same_command(tmp_path: Path) -> None:
     """Its name and port are those of the line before; that it finds the run: test_lightning_manners."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     block = the_block_with('identity_path="peer.key"').replace("4001", port)
     program = (
         f"from potluck.lightning import HivemindStrategy\nprint({block.strip()}.dht.get_visible_maddrs()[0])"

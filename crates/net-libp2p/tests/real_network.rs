@@ -27,7 +27,7 @@ async fn peer_on(listen: &[&str], change: impl FnOnce(&mut Config)) -> Arc<Libp2
 }
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
+    Instant::now() + Duration::from_secs(60)
 }
 
 /// Until the bootstrap peer has identified the callee it cannot know it; each refusal is a full lookup, not a poll.
