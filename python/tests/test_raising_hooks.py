@@ -158,3 +158,32 @@ def test_the_next_step_works_after_ctrl_c_in_a_round(loopback_dht: Callable[...,
         opt._follow(0)
         assert opt.local_epoch == 1
     assert equal(reference, model)
+
+
+def test_ctrl_c_while_a_state_is_loaded(
+    loopback_dht: Callable[..., DHT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it was replaced: nobody is told that the whole is here, and it is loaded again."""
+    models, data = [make_model(), make_model()], batches(3, 8)
+    with make(loopback_dht(), models[0], 8, "synchronous", None) as first:
+        for x, y in data:
+            give(first, models[0], x, y)
+        second = make(loopback_dht(), models[1], 8, "synchronous", None)
+        see_each_other([first, second])
+
+        def interrupted(*_: Any) -> None:
+            with torch.no_grad():
+                next(models[1].parameters()).zero_()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(second._codec, "restore", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                second.load_state_from_peers()
+        lineages = [opt.status()["lineage"] for opt in (first, second)]
+        assert lineages[0] != lineages[1] and second.local_epoch == 0
+        second.load_state_from_peers()
+        lineages = [opt.status()["lineage"] for opt in (first, second)]
+        assert lineages[0] == lineages[1] and second.local_epoch == 3
+        second.shutdown()
+    assert equal(*models)
