@@ -1,5 +1,6 @@
 //! Bounds the handshakes under way with one address, so that whoever floods a peer with connections keeps out itself and
-//! not everybody. A bound on all of them together comes behind it.
+//! not everybody. The fewer places are free, the fewer one address gets of them: whoever wants them all needs many addresses.
+//! A bound on all of them together comes behind it.
 
 use crate::convert;
 use libp2p::core::transport::PortUse;
@@ -10,16 +11,30 @@ use libp2p::swarm::{
 };
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::task::{Context, Poll};
 
+/// Handshakes under way in all; also the bound that [`crate::swarm`] sets behind this one.
+pub(crate) const PENDING_MAX: usize = 512;
 /// Handshakes under way with one address: many peers may sit behind one, but they seldom come in the same second.
 const PER_ADDRESS_MAX: usize = 64;
+/// One address may have this part of the places that are free, so that some are for whoever comes next.
+const PART_OF_FREE: usize = 4;
+/// The part of an IPv6 address that its owner is given; the rest it chooses itself.
+const NETWORK_BITS: u32 = 64;
 
 /// Too many handshakes are under way with this address.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} has {PER_ADDRESS_MAX} handshakes under way")]
-struct TooMany(IpAddr);
+#[error("{0} has {1} handshakes under way")]
+struct TooMany(IpAddr, usize);
+
+/// Whose an address is: of IPv6, everybody has a whole network.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> NETWORK_BITS << NETWORK_BITS).into(),
+        ip => ip,
+    }
+}
 
 /// Counts inbound connections from their first packet until they stand or have failed.
 #[derive(Default)]
@@ -30,11 +45,14 @@ pub(crate) struct Behaviour {
 
 impl Behaviour {
     fn come(&mut self, id: ConnectionId, address: IpAddr) -> Result<(), TooMany> {
-        let count = self.by_address.entry(address).or_default();
-        if *count >= PER_ADDRESS_MAX {
-            return Err(TooMany(address));
+        let address = network(address);
+        let free = PENDING_MAX.saturating_sub(self.pending.len());
+        let share = (free / PART_OF_FREE).clamp(1, PER_ADDRESS_MAX);
+        let count = self.by_address.get(&address).copied().unwrap_or_default();
+        if count >= share {
+            return Err(TooMany(address, count));
         }
-        *count += 1;
+        self.by_address.insert(address, count + 1);
         self.pending.insert(id, address);
         Ok(())
     }
@@ -113,6 +131,39 @@ impl NetworkBehaviour for Behaviour {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Take all places that these addresses get.
+    fn flood(door: &mut Behaviour, addresses: impl Iterator<Item = IpAddr>) {
+        let mut number = 0;
+        for address in addresses {
+            while door.come(ConnectionId::new_unchecked(number), address).is_ok() {
+                number += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn many_addresses_that_take_what_they_get_leave_places() {
+        let mut door = Behaviour::default();
+        flood(&mut door, (0..24).map(|host| [192, 0, 2, host].into()));
+        assert!(door.pending.len() < PENDING_MAX);
+        assert!(door.come(ConnectionId::new_unchecked(1000), [192, 0, 2, 100].into()).is_ok());
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_address_and_so_is_one_of_ipv4_in_ipv6() {
+        let mut door = Behaviour::default();
+        flood(&mut door, (0..1000).map(|host: u16| [0x2001, 0xdb8, 0, 0, host, 0, 0, 1].into()));
+        assert_eq!(door.pending.len(), PER_ADDRESS_MAX);
+        let refused = door.come(ConnectionId::new_unchecked(1000), [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into());
+        assert_eq!(refused.unwrap_err().to_string(), "2001:db8:: has 64 handshakes under way");
+        assert!(
+            door.come(ConnectionId::new_unchecked(1001), [0x2001, 0xdb8, 0, 1, 0, 0, 0, 1].into()).is_ok()
+        );
+        for address in [[192, 0, 2, 1].into(), [0, 0, 0, 0, 0, 0xffff, 0xc000, 0x201].into()] {
+            assert_eq!(network(address), IpAddr::from([192, 0, 2, 1]));
+        }
+    }
 
     #[test]
     fn a_flood_from_one_address_keeps_out_nobody_else() {

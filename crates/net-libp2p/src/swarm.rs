@@ -210,7 +210,7 @@ fn behaviour(
     let local = keypair.public().to_peer_id();
     let reachable = !config.client_mode;
     let limits = connection_limits::ConnectionLimits::default()
-        .with_max_pending_incoming(Some(CONNECTIONS_MAX / 8))
+        .with_max_pending_incoming(Some(doorman::PENDING_MAX as u32))
         .with_max_established(Some(CONNECTIONS_MAX))
         .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX));
     // No signed peer record: go-libp2p peers log an error for each of rust-libp2p's.
