@@ -145,13 +145,15 @@ impl Node {
         }
         let sender = (!self.config.client_mode).then(|| self.addresses());
         let request = Request { sender, ask }.encode();
-        let deadline = self.env.now() + self.config.rpc_timeout;
         let peer = contact.peer;
         let line = self.line(peer);
-        let answer = match tokio::time::timeout_at(deadline, line.acquire()).await {
-            Ok(_turn) => rpc::call(&*self.transport, peer, &self.protocol, request, deadline).await,
-            Err(_) => Err(PeerFault::new(peer, FaultKind::Silent, "it answers none of our DHT requests")),
+        let deadline = || self.env.now() + self.config.rpc_timeout;
+        let Ok(_turn) = tokio::time::timeout_at(deadline(), line.acquire()).await else {
+            // It is our own line: nothing is known of the node that is not known already.
+            let context = "too many of our own questions to it are open";
+            return Err(PeerFault::new(peer, FaultKind::Refused, context));
         };
+        let answer = rpc::call(&*self.transport, peer, &self.protocol, request, deadline()).await;
         let answer = answer.and_then(|bytes| {
             Answer::decode(bytes)
                 .map_err(|error| PeerFault::new(peer, FaultKind::Malformed, error.to_string()))

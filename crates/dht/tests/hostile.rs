@@ -277,6 +277,23 @@ fn a_node_that_refuses_keeps_its_place() {
 }
 
 #[test]
+fn a_node_is_not_blamed_for_our_own_line() {
+    run(9, async |net| {
+        let (dht, slow) = (node(&net, Vec::new()).await, net.add_peer(PeerSpec::default()));
+        let tasks = Tasks::new();
+        serve(&slow, &tasks, Duration::from_millis(2900), Vec::new(), Arc::default());
+        introduce(&slow, &dht).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        // It answers sixteen at a time, each within its time: as many wait for their turn, and more for too long.
+        let gets = futures::future::join_all((0..40).map(|_| dht.get(b"key", true))).await;
+        let faults: Vec<_> = gets.iter().flat_map(|found| &found.faults).collect();
+        assert!(faults.iter().all(|fault| fault.kind == FaultKind::Refused), "{faults:?}");
+        assert_eq!(faults.len(), 8, "{faults:?}");
+        assert_eq!(dht.routing_table_len(), 1);
+    });
+}
+
+#[test]
 fn one_broken_stream_costs_a_node_nothing_and_two_its_place() {
     run(8, async |net| {
         let nodes = swarm(&net, 2).await;
