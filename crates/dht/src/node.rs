@@ -65,6 +65,8 @@ pub(crate) struct State {
 struct Failures {
     count: u32,
     until: Moment,
+    /// When the last one came that was counted.
+    at: Moment,
 }
 
 /// Counters of one node, for people and dashboards.
@@ -153,6 +155,7 @@ impl Node {
             let context = "too many of our own questions to it are open";
             return Err(PeerFault::new(peer, FaultKind::Refused, context));
         };
+        let asked = self.now();
         let answer = rpc::call(&*self.transport, peer, &self.protocol, request, deadline()).await;
         let answer = answer.and_then(|bytes| {
             Answer::decode(bytes)
@@ -171,7 +174,7 @@ impl Node {
                 Ok(reply)
             }
             Err(fault) => {
-                self.failed(contact, fault.kind);
+                self.failed(contact, fault.kind, asked);
                 Err(fault)
             }
         }
@@ -202,7 +205,8 @@ impl Node {
         drop(self.news.try_send(news));
     }
 
-    fn failed(&self, contact: &Contact, kind: FaultKind) {
+    /// A question to a node, `asked` then, has failed.
+    fn failed(&self, contact: &Contact, kind: FaultKind, asked: Moment) {
         let now = self.now();
         let mut state = self.state();
         if kind == FaultKind::Refused {
@@ -210,6 +214,11 @@ impl Node {
             if state.table.contains(&contact.id) {
                 state.table.insert(contact.clone(), now);
             }
+            return;
+        }
+        // What was asked before its last failure shows nothing new: one broken connection fails all the questions on it.
+        let known = |last: &Failures| asked < last.at || now < last.until;
+        if state.blacklist.get(&contact.peer).is_some_and(known) {
             return;
         }
         // A single broken stream may be the end of a connection that nobody used. A node that died breaks the next too.
@@ -223,8 +232,9 @@ impl Node {
         if state.blacklist.len() >= BLACKLIST_MAX {
             state.blacklist.pop_first();
         }
-        let failures =
-            state.blacklist.entry(contact.peer).or_insert(Failures { count: 0, until: Moment::ZERO });
+        let first = Failures { count: 0, until: Moment::ZERO, at: now };
+        let failures = state.blacklist.entry(contact.peer).or_insert(first);
+        failures.at = now;
         if !is_first {
             failures.until = now + self.config.blacklist_time * 2u32.pow(failures.count);
             failures.count = (failures.count + 1).min(BLACKLIST_DOUBLINGS_MAX);

@@ -294,6 +294,26 @@ fn a_node_is_not_blamed_for_our_own_line() {
 }
 
 #[test]
+fn a_connection_that_breaks_under_many_questions_is_one_failure() {
+    run(10, async |net| {
+        let nodes = swarm(&net, 2).await;
+        let (from, to) = (nodes[0].local_peer(), nodes[1].local_peer());
+        for round in 0..2 {
+            let rule = net.set_rule(move |frame| {
+                let answers = frame.from == to && frame.to == from;
+                if answers { potluck_net_sim::Verdict::Reset } else { potluck_net_sim::Verdict::Pass }
+            });
+            let gets = futures::future::join_all((0..16).map(|_| nodes[0].get(b"key", true))).await;
+            let broken = gets.iter().flat_map(|found| &found.faults);
+            assert_eq!(broken.filter(|fault| fault.kind == FaultKind::Reset).count(), 16);
+            drop(rule);
+            assert_eq!(nodes[0].routing_table_len(), 1, "round {round}: once is no reason");
+            assert_eq!(nodes[0].get(b"key", true).await.faults, [], "round {round}: it is asked again");
+        }
+    });
+}
+
+#[test]
 fn one_broken_stream_costs_a_node_nothing_and_two_its_place() {
     run(8, async |net| {
         let nodes = swarm(&net, 2).await;
