@@ -220,7 +220,7 @@ fn behaviour(
     let ping =
         ping::Config::new().with_interval(Duration::from_secs(10)).with_timeout(Duration::from_secs(15));
     Behaviour {
-        doorman: doorman::Behaviour::default(),
+        doorman: doorman::Behaviour::new(CONNECTIONS_MAX as usize),
         limits: connection_limits::Behaviour::new(limits),
         identify: identify::Behaviour::new(identify),
         ping: ping::Behaviour::new(ping),
