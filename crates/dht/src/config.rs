@@ -23,7 +23,7 @@ pub struct DhtConfig {
     pub bucket_size: usize,
     /// A full bucket without our own id splits unless its depth is a multiple of this.
     pub depth_modulo: usize,
-    /// How long one question to one node may take.
+    /// How long one question to one node may take. So long it may also wait for its turn, where we ask that node much.
     pub rpc_timeout: Duration,
     /// Questions of one search that may be open at a time.
     pub parallel_rpcs: usize,

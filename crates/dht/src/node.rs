@@ -65,6 +65,8 @@ pub(crate) struct State {
 struct Failures {
     count: u32,
     until: Moment,
+    /// When the last one came that was counted.
+    at: Moment,
 }
 
 /// Counters of one node, for people and dashboards.
@@ -145,13 +147,16 @@ impl Node {
         }
         let sender = (!self.config.client_mode).then(|| self.addresses());
         let request = Request { sender, ask }.encode();
-        let deadline = self.env.now() + self.config.rpc_timeout;
         let peer = contact.peer;
         let line = self.line(peer);
-        let answer = match tokio::time::timeout_at(deadline, line.acquire()).await {
-            Ok(_turn) => rpc::call(&*self.transport, peer, &self.protocol, request, deadline).await,
-            Err(_) => Err(PeerFault::new(peer, FaultKind::Silent, "it answers none of our DHT requests")),
+        let deadline = || self.env.now() + self.config.rpc_timeout;
+        let Ok(_turn) = tokio::time::timeout_at(deadline(), line.acquire()).await else {
+            // It is our own line: nothing is known of the node that is not known already.
+            let context = "too many of our own questions to it are open";
+            return Err(PeerFault::new(peer, FaultKind::Refused, context));
         };
+        let asked = self.now();
+        let answer = rpc::call(&*self.transport, peer, &self.protocol, request, deadline()).await;
         let answer = answer.and_then(|bytes| {
             Answer::decode(bytes)
                 .map_err(|error| PeerFault::new(peer, FaultKind::Malformed, error.to_string()))
@@ -169,7 +174,7 @@ impl Node {
                 Ok(reply)
             }
             Err(fault) => {
-                self.failed(contact, fault.kind);
+                self.failed(contact, fault.kind, asked);
                 Err(fault)
             }
         }
@@ -200,7 +205,8 @@ impl Node {
         drop(self.news.try_send(news));
     }
 
-    fn failed(&self, contact: &Contact, kind: FaultKind) {
+    /// A question to a node, `asked` then, has failed.
+    fn failed(&self, contact: &Contact, kind: FaultKind, asked: Moment) {
         let now = self.now();
         let mut state = self.state();
         if matches!(kind, FaultKind::Refused | FaultKind::Busy) {
@@ -208,6 +214,11 @@ impl Node {
             if state.table.contains(&contact.id) {
                 state.table.insert(contact.clone(), now);
             }
+            return;
+        }
+        // What was asked before its last failure shows nothing new: one broken connection fails all the questions on it.
+        let known = |last: &Failures| asked < last.at || now < last.until;
+        if state.blacklist.get(&contact.peer).is_some_and(known) {
             return;
         }
         // A single broken stream may be the end of a connection that nobody used. A node that died breaks the next too.
@@ -221,8 +232,9 @@ impl Node {
         if state.blacklist.len() >= BLACKLIST_MAX {
             state.blacklist.pop_first();
         }
-        let failures =
-            state.blacklist.entry(contact.peer).or_insert(Failures { count: 0, until: Moment::ZERO });
+        let first = Failures { count: 0, until: Moment::ZERO, at: now };
+        let failures = state.blacklist.entry(contact.peer).or_insert(first);
+        failures.at = now;
         if !is_first {
             failures.until = now + self.config.blacklist_time * 2u32.pow(failures.count);
             failures.count = (failures.count + 1).min(BLACKLIST_DOUBLINGS_MAX);

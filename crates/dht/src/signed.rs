@@ -16,6 +16,9 @@ const TAG_OPEN: &[u8] = b"[owner:";
 const RSA_NAME: &[u8] = b"ssh-rsa ";
 /// Lifetime, version, signature.
 const TRAILER_BYTES: usize = 8 + 8 + 64;
+/// What a holder says of versions is not proved, and none follows the highest number. From here on only liars tell of them, and
+/// whoever holds what was signed because of one: the answer is a version above here that grows with each process, too.
+const BELIEVED_BELOW: u64 = 1 << 62;
 /// A remaining time may exceed the signed lifetime by this much: rounding on the wire.
 const LIFETIME_SLACK: Duration = Duration::from_millis(10);
 
@@ -32,6 +35,7 @@ pub fn owner_tag(peer: PeerId) -> String {
 #[derive(Debug, Clone)]
 pub struct Ed25519Validator {
     identity: Identity,
+    first_version: u64,
     next_version: Arc<AtomicU64>,
 }
 
@@ -56,7 +60,8 @@ impl Ed25519Validator {
     /// A validator that signs as `identity`. Versions count up from `first_version`: any number that tends to grow
     /// from one process of this identity to the next; a holder that has a higher one says so and it is skipped.
     pub fn new(identity: Identity, first_version: u64) -> Self {
-        Self { identity, next_version: Arc::new(AtomicU64::new(first_version.max(1))) }
+        let first_version = first_version.clamp(1, BELIEVED_BELOW);
+        Self { identity, first_version, next_version: Arc::new(AtomicU64::new(first_version)) }
     }
 
     fn is_ours(&self, record: &Record) -> bool {
@@ -110,7 +115,8 @@ impl RecordValidator for Ed25519Validator {
     }
 
     fn observe(&self, version: u64) {
-        self.next_version.fetch_max(version.saturating_add(1), Ordering::Relaxed);
+        let beyond = if version < BELIEVED_BELOW { version + 1 } else { BELIEVED_BELOW + self.first_version };
+        self.next_version.fetch_max(beyond, Ordering::Relaxed);
     }
 
     fn priority(&self) -> i32 {
@@ -208,6 +214,26 @@ mod tests {
         protected.key = owner_tag(alice.peer_id()).into();
         assert!(!validator.validate(&protected));
         assert!(validator.validate(&record("plain".into())));
+    }
+
+    #[test]
+    fn a_version_that_a_liar_tells_of_leaves_room_for_the_next_and_for_the_next_process() {
+        let alice = Identity::from_seed(&[1; 32]);
+        let plain = record(owner_tag(alice.peer_id()));
+        let mut last = 0;
+        for first_version in [100, 200] {
+            let validator = Ed25519Validator::new(alice.clone(), first_version);
+            // Somebody holds what the process before has signed.
+            validator.observe(last);
+            for told in [BELIEVED_BELOW - 1, u64::MAX, u64::MAX - 1] {
+                validator.observe(told);
+                let signed = Record { value: validator.sign(&plain), ..plain.clone() };
+                assert!(validator.validate(&signed), "{told} was told");
+                assert!(validator.version(&signed) > last, "{told} was told");
+                last = validator.version(&signed);
+            }
+            assert!(last < u64::MAX / 2);
+        }
     }
 
     #[test]

@@ -277,6 +277,43 @@ fn a_node_that_refuses_keeps_its_place() {
 }
 
 #[test]
+fn a_node_is_not_blamed_for_our_own_line() {
+    run(9, async |net| {
+        let (dht, slow) = (node(&net, Vec::new()).await, net.add_peer(PeerSpec::default()));
+        let tasks = Tasks::new();
+        serve(&slow, &tasks, Duration::from_millis(2900), Vec::new(), Arc::default());
+        introduce(&slow, &dht).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        // It answers sixteen at a time, each within its time: as many wait for their turn, and more for too long.
+        let gets = futures::future::join_all((0..40).map(|_| dht.get(b"key", true))).await;
+        let faults: Vec<_> = gets.iter().flat_map(|found| &found.faults).collect();
+        assert!(faults.iter().all(|fault| fault.kind == FaultKind::Refused), "{faults:?}");
+        assert_eq!(faults.len(), 8, "{faults:?}");
+        assert_eq!(dht.routing_table_len(), 1);
+    });
+}
+
+#[test]
+fn a_connection_that_breaks_under_many_questions_is_one_failure() {
+    run(10, async |net| {
+        let nodes = swarm(&net, 2).await;
+        let (from, to) = (nodes[0].local_peer(), nodes[1].local_peer());
+        for round in 0..2 {
+            let rule = net.set_rule(move |frame| {
+                let answers = frame.from == to && frame.to == from;
+                if answers { potluck_net_sim::Verdict::Reset } else { potluck_net_sim::Verdict::Pass }
+            });
+            let gets = futures::future::join_all((0..16).map(|_| nodes[0].get(b"key", true))).await;
+            let broken = gets.iter().flat_map(|found| &found.faults);
+            assert_eq!(broken.filter(|fault| fault.kind == FaultKind::Reset).count(), 16);
+            drop(rule);
+            assert_eq!(nodes[0].routing_table_len(), 1, "round {round}: once is no reason");
+            assert_eq!(nodes[0].get(b"key", true).await.faults, [], "round {round}: it is asked again");
+        }
+    });
+}
+
+#[test]
 fn one_broken_stream_costs_a_node_nothing_and_two_its_place() {
     run(8, async |net| {
         let nodes = swarm(&net, 2).await;

@@ -159,8 +159,10 @@ impl Driver {
 
     fn on_tick(&mut self) {
         let now = self.env.now();
-        let swarm = &self.swarm;
-        for dial in self.bootstrap.due(now, |peer| swarm.is_connected(peer)) {
+        let peers = &self.shared.peers;
+        // See `dial`: not what the swarm says.
+        let connected = |id: &_| convert::from_libp2p(id).is_some_and(|peer| peers.path(peer).is_some());
+        for dial in self.bootstrap.due(now, connected) {
             let id = dial.connection_id();
             if let Err(error) = self.swarm.dial(dial) {
                 self.bootstrap.on_failure(id, &error, now, false, &self.shared);

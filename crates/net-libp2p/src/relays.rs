@@ -19,6 +19,15 @@ struct Relay {
     address: Multiaddr,
     listener: Option<ListenerId>,
     retry_at: Instant,
+    /// Reservations that did not come about or have ended. Whoever failed less often is asked first.
+    failed: u32,
+}
+
+impl Relay {
+    fn fail(&mut self, now: Instant) {
+        self.retry_at = now + RETRY;
+        self.failed = self.failed.saturating_add(1);
+    }
 }
 
 /// Only connected peers are in it, so that it has no other bound than their number; who returns says anew that it relays.
@@ -30,7 +39,7 @@ pub(crate) struct Relays {
 impl Relays {
     /// A connected peer relays, and this is a direct way to it.
     pub(crate) fn add(&mut self, id: PeerId, address: Multiaddr, now: Instant) {
-        self.known.entry(id).or_insert(Relay { address, listener: None, retry_at: now });
+        self.known.entry(id).or_insert(Relay { address, listener: None, retry_at: now, failed: 0 });
     }
 
     pub(crate) fn contains(&self, id: &PeerId) -> bool {
@@ -51,6 +60,8 @@ impl Relays {
     pub(crate) fn reserve(&mut self, now: Instant, mut listen: impl FnMut(Multiaddr) -> Option<ListenerId>) {
         let reserved = self.known.values().filter(|relay| relay.listener.is_some()).count();
         let free = self.known.values_mut().filter(|relay| relay.listener.is_none() && now >= relay.retry_at);
+        let mut free: Vec<&mut Relay> = free.collect();
+        free.sort_by_key(|relay| relay.failed);
         let mut missing = RESERVED_MAX.saturating_sub(reserved);
         for relay in free {
             if missing == 0 {
@@ -59,7 +70,7 @@ impl Relays {
             relay.listener = listen(relay.address.clone().with(Part::P2pCircuit));
             match relay.listener {
                 Some(_) => missing -= 1,
-                None => relay.retry_at = now + RETRY,
+                None => relay.fail(now),
             }
         }
     }
@@ -68,7 +79,7 @@ impl Relays {
     pub(crate) fn lost(&mut self, listener: ListenerId, now: Instant) {
         for relay in self.known.values_mut().filter(|relay| relay.listener == Some(listener)) {
             relay.listener = None;
-            relay.retry_at = now + RETRY;
+            relay.fail(now);
         }
     }
 
@@ -138,6 +149,25 @@ mod tests {
         relays.reserve(now + RETRY, |_| panic!("too early"));
         relays.reserve(now + 2 * RETRY, |_| Some(ListenerId::next()));
         assert!(relays.is_reserved(&ids[0]));
+    }
+
+    #[test]
+    fn relays_that_stay_silent_do_not_keep_out_the_next_one() {
+        let mut now = Instant::now();
+        let (mut relays, ids) = known(5, now);
+        // A relay that says nothing is given up after longer than others are left in peace for.
+        for _ in 0..2 {
+            let mut listeners = Vec::new();
+            relays.reserve(now, |_| {
+                listeners.push(ListenerId::next());
+                listeners.last().copied()
+            });
+            assert_eq!(listeners.len(), RESERVED_MAX);
+            now += 6 * RETRY;
+            listeners.into_iter().for_each(|listener| relays.lost(listener, now));
+        }
+        relays.reserve(now, |_| Some(ListenerId::next()));
+        assert!(relays.is_reserved(&ids[4]), "the only one that has not failed");
     }
 
     #[test]

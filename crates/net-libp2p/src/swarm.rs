@@ -49,6 +49,9 @@ const QUIC_CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 /// Bytes that the kernel holds of one TCP connection beyond those on their way. What a muxer must say soon, above all how much
 /// more it can take, waits behind them: without a limit they are megabytes, and the other side of a busy pair stands still.
 const UNSENT_BYTES_MAX: u32 = 128 << 10;
+/// A connection whose bytes nobody acknowledges for so long is dead. Pings see to it that something is always on its way;
+/// without this limit the kernel repeats it for a quarter of an hour.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(25);
 /// Connections in all, and with one peer (TCP, QUIC, relayed, and the other side's dials of the same).
 const CONNECTIONS_MAX: u32 = 4096;
 const CONNECTIONS_PER_PEER_MAX: u32 = 8;
@@ -126,7 +129,7 @@ fn transport(
     let direct = || {
         let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
         let tcp = tcp.map(|stream, _| {
-            limit_unsent(&stream.0);
+            limit(&stream.0);
             stream
         });
         let tcp = TransportTimeout::with_outgoing_timeout(tcp, CONNECT_TIMEOUT)
@@ -154,14 +157,20 @@ fn transport(
     Ok(either(relayed, direct))
 }
 
-/// Where the system has no such limit, connections work all the same.
-fn limit_unsent(stream: &tokio::net::TcpStream) {
+/// Where the system has no such limits, connections work all the same.
+fn limit(stream: &tokio::net::TcpStream) {
     #[cfg(any(target_os = "android", target_os = "linux"))]
-    if let Err(error) = socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
-        tracing::debug!(target: "potluck::net", %error, "no limit on unsent bytes");
+    {
+        let socket = socket2::SockRef::from(stream);
+        if let Err(error) = socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX) {
+            tracing::debug!(target: "potluck::net", %error, "no limit on unsent bytes");
+        }
+        if let Err(error) = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)) {
+            tracing::debug!(target: "potluck::net", %error, "no limit on unacknowledged bytes");
+        }
     }
     #[cfg(not(any(target_os = "android", target_os = "linux")))]
-    let _unlimited = (stream, UNSENT_BYTES_MAX);
+    let _unlimited = (stream, UNSENT_BYTES_MAX, UNACKNOWLEDGED_MAX);
 }
 
 fn either(first: Boxed<Output>, second: Boxed<Output>) -> Boxed<Output> {
@@ -201,7 +210,7 @@ fn behaviour(
     let local = keypair.public().to_peer_id();
     let reachable = !config.client_mode;
     let limits = connection_limits::ConnectionLimits::default()
-        .with_max_pending_incoming(Some(CONNECTIONS_MAX / 8))
+        .with_max_pending_incoming(Some(doorman::PENDING_MAX as u32))
         .with_max_established(Some(CONNECTIONS_MAX))
         .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX));
     // No signed peer record: go-libp2p peers log an error for each of rust-libp2p's.
@@ -211,7 +220,7 @@ fn behaviour(
     let ping =
         ping::Config::new().with_interval(Duration::from_secs(10)).with_timeout(Duration::from_secs(15));
     Behaviour {
-        doorman: doorman::Behaviour::default(),
+        doorman: doorman::Behaviour::new(CONNECTIONS_MAX as usize),
         limits: connection_limits::Behaviour::new(limits),
         identify: identify::Behaviour::new(identify),
         ping: ping::Behaviour::new(ping),
@@ -276,6 +285,17 @@ fn relay_config() -> relay::Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn the_kernel_gives_up_a_connection_that_nobody_acknowledges() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        limit(&stream);
+        let socket = socket2::SockRef::from(&stream);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNACKNOWLEDGED_MAX));
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), UNSENT_BYTES_MAX);
+    }
 
     #[tokio::test]
     async fn a_panic_of_one_connection_ends_no_other() {

@@ -358,6 +358,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_bootstrap_peer_whose_connection_has_ended_without_a_word_is_dialed_again() {
+        let first = start(1).await;
+        let mut config = Config::loopback(Identity::from_seed(&[2; 32]));
+        config.bootstrap = first.addresses();
+        let peer = Libp2pTransport::start(config, Env::real()).await.unwrap();
+        let connected = async || {
+            let connects = async {
+                while peer.path(first.local_peer()).is_none() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), connects).await.expect("it is dialed");
+        };
+        connected().await;
+        // As after a panic of its task: the swarm still counts it.
+        let (link, _) = peer.shared.peers.best(first.local_peer()).unwrap();
+        peer.shared.peers.remove(first.local_peer(), link.id);
+        connected().await;
+    }
+
+    #[tokio::test]
     async fn too_many_streams_of_our_own_are_nobodys_fault() {
         let (one, other) = (start(1).await, start(2).await);
         let (peer, protocol) = (other.local_peer(), Protocol::new("/test/1"));
