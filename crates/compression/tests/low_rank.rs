@@ -114,6 +114,49 @@ fn error_feedback_follows_the_sum_over_100_steps() {
     assert!(norm(&missing) < 0.15 * norm(&meant), "{} of {}", norm(&missing), norm(&meant));
 }
 
+/// Each peer keeps what the factors lost of its own gradient: nothing of it lies in the span of P. Together that is what the
+/// average lacks.
+#[test]
+fn a_peer_keeps_what_is_lost_of_its_own() {
+    let (rows, columns, rank, peers) = (30, 40, 3, 4);
+    let mean = |vectors: &[Vec<f32>]| -> Vec<f32> {
+        (0..vectors[0].len()).map(|at| vectors.iter().map(|v| v[at]).sum::<f32>() / peers as f32).collect()
+    };
+    let grads: Vec<Vec<f32>> = (0..peers).map(|peer| random(rows * columns, 11 + peer)).collect();
+    let mut states: Vec<LowRank> =
+        (0..peers).map(|_| LowRank::new(rows, columns, rank, 5, 0).unwrap()).collect();
+    let all =
+        |states: &mut [LowRank], of: &mut dyn FnMut(usize, &mut LowRank) -> Vec<f32>| -> Vec<Vec<f32>> {
+            states.iter_mut().enumerate().map(|(peer, state)| of(peer, state)).collect()
+        };
+    let mut p = mean(&all(&mut states, &mut |peer, state| state.begin(&grads[peer]).unwrap().to_vec()));
+    let q = mean(&all(&mut states, &mut |_, state| state.phase_p_done(&p).unwrap().to_vec()));
+    orthogonalize(&mut p, rank);
+    orthogonalize(&mut p, rank);
+    let mut out = vec![0.0; rows * columns];
+    let memories = all(&mut states, &mut |_, state| {
+        state.finish(&q, &mut out).unwrap();
+        state.commit().unwrap();
+        state.export_memory()
+    });
+    for (memory, grad) in memories.iter().zip(&grads) {
+        let mut within = vec![0.0_f32; rank * columns];
+        for (row, values) in p.chunks(rank).zip(memory.chunks(columns)) {
+            for (at, factor) in row.iter().enumerate() {
+                values
+                    .iter()
+                    .enumerate()
+                    .for_each(|(column, value)| within[at * columns + column] += factor * value);
+            }
+        }
+        assert!(norm(&within) < 1e-4 * norm(grad), "{} of {}", norm(&within), norm(grad));
+    }
+    let lacking: Vec<f32> = mean(&grads).iter().zip(&out).map(|(mean, out)| mean - out).collect();
+    let off: Vec<f32> =
+        mean(&memories).iter().zip(&lacking).map(|(found, lacking)| found - lacking).collect();
+    assert!(norm(&off) < 1e-4 * norm(&lacking));
+}
+
 #[test]
 fn an_aborted_round_changes_nothing() {
     let grads: Vec<Vec<f32>> = (0..4).map(|seed| random(60, seed + 5)).collect();

@@ -1,6 +1,8 @@
 //! PowerSGD (arXiv:1905.13727): a gradient matrix M (m x n) travels as two thin factors, P = M Q (m x r) and
 //! Q = M^T P (n x r), averaged one after the other. What the rank loses stays in an error memory and is added to the next
-//! gradient.
+//! gradient: M - P P^T M, each peer's own loss (the paper's algorithm 2). hivemind and torch keep M minus the *averaged*
+//! approximation. The sum over all peers is the same, but there a peer that vanishes takes with it by how much its gradient
+//! differed from the mean, and not only what its factors lost.
 //!
 //! Everything is pure arithmetic in a fixed order without fused multiply-add, so that peers on different CPUs who
 //! averaged the same factors hold the same bits (a general matrix library picks its order, and FMA, by CPU). The factors

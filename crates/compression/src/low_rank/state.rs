@@ -97,8 +97,8 @@ pub struct LowRank {
     q: Vec<f32>,
     /// Error memory plus the last committed gradient; minus `sent`, it is the error memory.
     base: Aligned,
-    /// The last committed approximation. Taking it out of `base` is left to the next `begin`, which reads `base` anyway:
-    /// so a commit is free, and can be refused until the last moment.
+    /// Of what `base` holds, what went into the last committed average. Taking it out is left to the next `begin`, which reads
+    /// `base` anyway: so a commit is free, and can be refused until the last moment.
     sent: Option<Approximation>,
     /// Memory plus gradient of the round in flight.
     work: Aligned,
@@ -109,6 +109,8 @@ pub struct LowRank {
     exchange: Vec<f32>,
     /// Factors as the passes over the matrix read them.
     round: Approximation,
+    /// Our own Q of the round in flight, when `round` has the averaged one.
+    own_q: Packed,
     /// `q` as they read it.
     start: Packed,
     /// Of `begin`, kept for the next.
@@ -154,6 +156,7 @@ impl LowRank {
             round_q: Vec::new(),
             exchange: Vec::new(),
             round: Approximation::default(),
+            own_q: Packed::default(),
             start: Packed::default(),
             sums: Vec::new(),
             zeros: vec![0.0; columns],
@@ -181,6 +184,7 @@ impl LowRank {
         plain.iter().map(|values| size_of_val(values.as_slice())).sum::<usize>()
             + approximations.map(|held| size_of_val(held.p.as_slice()) + held.q.bytes()).sum::<usize>()
             + self.start.bytes()
+            + self.own_q.bytes()
             + size_of_val(self.sums.as_slice())
     }
 
@@ -262,13 +266,14 @@ impl LowRank {
         check_length("out", self.base.len(), out)?;
         check_finite("Q", averaged_q)?;
         to_columns(averaged_q, self.rank, &mut self.round_q);
+        std::mem::swap(&mut self.round.q, &mut self.own_q);
         self.round.q.pack(&self.round_q, self.columns);
         simd::dispatch(Reconstruct { p: &self.round.p, q: &self.round.q, out });
         self.stage = Stage::Finished;
         Ok(())
     }
 
-    /// The round succeeded everywhere it had to: keep the new Q, and what the approximation lost.
+    /// The round succeeded everywhere it had to: keep the new Q, and what the factors lost of our own gradient.
     ///
     /// # Errors
     /// Nothing was finished.
@@ -278,7 +283,9 @@ impl LowRank {
         }
         self.keep_q();
         std::mem::swap(&mut self.base, &mut self.work);
-        std::mem::swap(self.sent.get_or_insert_default(), &mut self.round);
+        let sent = self.sent.get_or_insert_default();
+        std::mem::swap(&mut sent.p, &mut self.round.p);
+        std::mem::swap(&mut sent.q, &mut self.own_q);
         self.stage = Stage::Idle;
         Ok(())
     }
