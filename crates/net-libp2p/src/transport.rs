@@ -161,11 +161,15 @@ impl Libp2pTransport {
         }
         let mut last = String::from("the connection broke");
         let mut failed = Vec::new();
-        for _ in 0..LINKS_TRIED_MAX {
+        // Each may need a dial first.
+        for _ in 0..2 * LINKS_TRIED_MAX {
             let Some((link, places)) = self.shared.peers.best_but(peer, &failed) else {
                 self.dial(peer).await?;
                 continue;
             };
+            if failed.len() == LINKS_TRIED_MAX {
+                break;
+            }
             if link.quic && link.path == Path::Direct && self.shared.traffic.with(peer) >= BULK_BYTES_MIN {
                 self.upgrade(peer);
             }
@@ -335,6 +339,7 @@ impl std::fmt::Debug for Libp2pTransport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::usage::Usage;
 
     async fn start(seed: u8) -> Arc<Libp2pTransport> {
         let mut config = Config::loopback(Identity::from_seed(&[seed; 32]));
@@ -376,6 +381,21 @@ mod tests {
         let (link, _) = peer.shared.peers.best(first.local_peer()).unwrap();
         peer.shared.peers.remove(first.local_peer(), link.id);
         connected().await;
+    }
+
+    #[tokio::test]
+    async fn a_peer_of_whom_only_dead_connections_are_left_is_dialed_and_asked() {
+        let (one, other) = (start(1).await, start(2).await);
+        let (peer, protocol) = (other.local_peer(), Protocol::new("/test/1"));
+        let _incoming = other.accept(protocol.clone(), 4).unwrap();
+        one.add_addresses(peer, &other.addresses());
+        for number in 1..LINKS_TRIED_MAX {
+            let (id, usage) = (libp2p::swarm::ConnectionId::new_unchecked(1000 + number), Usage::new());
+            let (opens, _) = mpsc::channel(1);
+            let link = Link { id, path: Path::Direct, quic: false, heard: Instant::now(), opens, usage };
+            one.shared.peers.add(peer, link, false);
+        }
+        one.open(peer, protocol).await.expect("it is there");
     }
 
     #[tokio::test]
