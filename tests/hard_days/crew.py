@@ -237,8 +237,9 @@ class Crew:
         """Wait until these peers hold still at the last epoch; nobody has left yet."""
         self.wait("the last epoch", lambda: all(peer.last("arrived") for peer in peers), seconds)
 
-    def in_transfer(self, peer, kilobytes, seconds=PATIENCE):
+    def in_transfer(self, peer, kilobytes, seconds=PATIENCE, meanwhile=lambda: None):
         """Wait until this peer's host is in the middle of a transfer that began after a quiet moment: so much has moved.
+        `meanwhile` is called all the time.
 
         Between rounds a peer sends and receives heartbeats only, some hundred bytes at a time. A transfer that is under
         way already may be the end of a round which others have finished.
@@ -248,6 +249,7 @@ class Crew:
             if time.monotonic() > deadline:
                 raise HardDay(f"{peer.name}: no transfer in {seconds:.0f} s; see {peer.log_path}")
             time.sleep(0.02)
+            meanwhile()
             now = sum(peer.traffic())
             quiet = now - before < QUIET
             if quiet and calm < CALM:

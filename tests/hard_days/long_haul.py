@@ -39,6 +39,8 @@ class Haul:
         self.peers, self.everybody = {}, []
         # Who was killed, who left, and how often whose cable was pulled.
         self.killed, self.left, self.cut = [], [], Counter()
+        # Whose cable is out, and until when.
+        self.out = {}
 
     def come(self, place, token):
         """A peer on this host, with this host's clock."""
@@ -58,12 +60,12 @@ class Haul:
     def trouble(self, token):
         """One event in the middle of a transfer: a kill, a polite leave, or a cable that is pulled for some seconds."""
         # Places 0 and 1 stay: their memory is what is measured.
-        here = [place for place in range(2, PEERS) if self.peers[place].said("epoch")]
+        here = [p for p in range(2, PEERS) if p not in self.out and self.peers[p].said("epoch")]
         if not here:
             return
         place, dice = self.noise.choice(here), self.noise.random()
         peer = self.peers[place]
-        self.crew.in_transfer(peer, kilobytes=MOVED)
+        self.crew.in_transfer(peer, kilobytes=MOVED, meanwhile=self.plug)
         if dice < 0.3:
             peer.signal(signal.SIGKILL)
             peer.end()
@@ -76,10 +78,20 @@ class Haul:
             self.come(place, token)
         else:
             self.hosts[place].link(False)
-            until = time.monotonic() + self.noise.uniform(3.0, 7.0)
-            self.crew.wait("the cable", lambda: time.monotonic() > until)
-            self.hosts[place].link(True)
+            self.out[place] = time.monotonic() + self.noise.uniform(3.0, 7.0)
             self.cut[peer.name] += 1
+
+    def plug(self):
+        """Put the cables back that were out for long enough; whether all are in."""
+        for place in [place for place, until in self.out.items() if time.monotonic() > until]:
+            self.hosts[place].link(True)
+            del self.out[place]
+        return not self.out
+
+    def round_ended(self, stay, last):
+        """Whether a round has ended since; cables are put back meanwhile."""
+        self.plug()
+        return stay.epoch > last
 
     def go(self, seconds, token):
         """Churn for so long, then a calm end."""
@@ -89,8 +101,9 @@ class Haul:
         while time.monotonic() < deadline:
             # In rounds, not in seconds: how many of them are hit must not follow from how busy this machine is.
             last = stay[0].epoch
-            self.crew.wait("the next round", lambda last=last: stay[0].epoch > last)
+            self.crew.wait("the next round", lambda last=last: self.round_ended(stay[0], last))
             self.trouble(token)
+        self.crew.wait("all cables are in", self.plug)
         churn = range(began, stay[0].epoch)
         peers = list(self.peers.values())
         self.crew.wait("everybody is here", lambda: all(p.said("epoch") or p.said("arrived") for p in peers))
