@@ -339,6 +339,16 @@ impl Session {
         })
     }
 
+    /// The state that was given last is taken over: others hear of it at once, and not only at the next step.
+    fn accept_state(&self, py: Python<'_>) -> Result<(), Error> {
+        let handle = runtime::handle()?;
+        py.detach(|| {
+            let _guard = handle.enter();
+            self.core.accept_state();
+        });
+        Ok(())
+    }
+
     /// The state that was given last is not taken over; whether the program has `kept` its own whole. Whether there was one.
     fn refuse_state(&self, py: Python<'_>, reason: &str, kept: bool) -> Result<bool, Error> {
         let handle = runtime::handle()?;

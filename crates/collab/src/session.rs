@@ -302,6 +302,13 @@ impl Session {
         Outcome { value: if let Loaded::State(snapshot) = value { Some(snapshot) } else { None }, faults }
     }
 
+    /// The program goes on with the state that it was given last: others hear of it, and are offered it. The next `step`, round or
+    /// publication says the same.
+    pub fn accept_state(&self) {
+        self.inner.accept();
+        self.inner.tell(true);
+    }
+
     /// The program does not go on with the state that it was given last: this peer is on the history of before again, or, if it
     /// has not `kept` all of its own state, on one of its own, which gives way to that. Whoever said that it had the state is not
     /// believed for a while if the own one was kept. Whether there was such a state; then `publish` the own one.

@@ -430,7 +430,11 @@ class DecentralizedAverager:
         if self.session.step(0) != "load_state":
             return None
         loaded = self.session.load_state(timeout)
-        if loaded is None or "facts" not in loaded[1]:
+        if loaded is None:
+            return None
+        if "facts" not in loaded[1]:
+            # Others share no state: only their history is taken over.
+            self.session.accept_state()
             return None
         _, meta, blobs = loaded
         try:
@@ -445,6 +449,7 @@ class DecentralizedAverager:
         with torch.no_grad(), self.get_tensors() as mine:
             for tensor, value in zip(mine, tensors, strict=True):
                 tensor.copy_(value)
+        self.session.accept_state()
         return facts, tensors
 
     def _refuse(self, reason: ValueError) -> None:

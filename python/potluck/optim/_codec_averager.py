@@ -65,7 +65,11 @@ class CodecAverager(DecentralizedAverager):
         if self.session.step(0) != "load_state":
             return None
         loaded = self.session.load_state(timeout)
-        if loaded is None or not loaded[1]:
+        if loaded is None:
+            return None
+        if not loaded[1]:
+            # Others share no state: only their history is taken over.
+            self.session.accept_state()
             return None
         _, meta, blobs = loaded
         try:
@@ -75,4 +79,5 @@ class CodecAverager(DecentralizedAverager):
                 self._loaded(count)
         except ValueError as error:
             return self._refuse(error)
+        self.session.accept_state()
         return meta, self._tensors
